@@ -1,0 +1,167 @@
+"""What to use, in words, how sure that is, what it costs, and the command that exports it. Pure.
+
+Chosen on dev alone, and confirmed on fresh seeds where the study says so: `test` is read, never chosen by.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from orchestrator.blocks import decimals_for, duration, fixed, plural, setting, short_names, span
+from orchestrator.claims import Confirmation, Verdict, confirm_verdict
+from orchestrator.figures import si
+from orchestrator.readings import (
+    baseline_of,
+    baseline_scores,
+    completed,
+    costs,
+    ended,
+    match,
+    objective_reading,
+    parsed,
+    planned,
+    values_of,
+)  # fmt: skip
+from orchestrator.results import Tables
+from orchestrator.study import Study
+
+
+@dataclass(frozen=True)
+class Advice:
+    title: str
+    lead: str
+    verdict: str = ""
+    recipe: Sequence[tuple[str, str]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    command: str = ""
+
+
+def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
+    """`points` as point_scores gives them."""
+    if study.search is None:
+        return _best_arm(study, tables, verdicts)
+    title, done, trials = "Recommended recipe", completed(points), planned(tables.trials)
+    confirming = trials[(trials["kind"] == "confirm") & trials["arm"].isna()]
+    if done.empty:
+        return Advice(title, "None yet: no point of the search has ended.")
+    best = done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True]).iloc[0]
+    winner = str(confirming["point"].iloc[0] if len(confirming) else best["point"])
+    own = trials[(trials["point"] == winner) & trials["arm"].isna()]
+    params, names = parsed(own["params"].iloc[0]), short_names(tuple(study.vary))
+    recipe = [(names[axis], setting(params[axis])) for axis in study.vary if params.get(axis) is not None]
+    score = float(done.loc[done["point"] == winner, "score"].mean())
+    fresh = own[(own["kind"] == "confirm") & (own["status"] == "ended")]
+    runs = fresh if len(fresh) else own[own["status"] == "ended"]
+    run = _best_on_dev(study, tables, runs)
+    shown = fixed(score, decimals_for(None, score), sign=study.objective.minus is not None)
+    paired = f" minus {study.objective.minus}" if study.objective.minus else ""
+    facts = [("search", f"{shown} on dev{paired}: optimistic, best of {len(done)}")]
+    cost = ("cost", _cost(study, tables, runs))
+    command = export_command(study, f"--trial {run}") if run else ""
+    if study.confirm is None or confirming.empty:
+        why = "confirm has not run yet" if study.confirm else "the study asks for no confirm"
+        lead = f"{winner} is the best so far, not confirmed on fresh seeds: {why}."
+        return Advice(title, lead, "", recipe, [*facts, cost], command)
+    base = study.confirm.against
+    difference = _search_difference(study, tables, base, params, done[done["point"] == winner])
+    found = confirm_verdict(
+        tables.results, tables.trials, winner, base, objective_reading(study, "test"),
+        search_difference=difference if math.isfinite(difference) else None, num_seeds=study.confirm.seeds,
+    )  # fmt: skip
+    lead = {
+        "supported": f"Use {winner}: better than {base} on fresh seeds.",
+        "refuted": f"Stay with {base}: the search’s best, {winner}, was worse on fresh seeds.",
+        "undecided": f"{winner} is the search’s best, not shown to be better than {base}.",
+    }[found.verdict]
+    if found.verdict == "refuted":
+        command = export_command(study, f"--arm {shlex.quote(base)}")
+    if found.shrinkage is not None and found.comparison is not None:
+        places = decimals_for(None, found.comparison.effect)
+        three = (difference, found.comparison.effect, found.shrinkage)
+        before, now, less = (fixed(value, places, sign=True) for value in three)
+        facts.append(("shrinkage", f"{less}: from {before} in the search to {now}"))
+    return Advice(title, lead, found.verdict, recipe, [*_confirmed(study, found, base), *facts, cost], command)
+
+
+def _search_difference(study: Study, tables: Tables, base: str, params: dict[str, Any], winner: pd.DataFrame) -> float:
+    """Winner minus `base` on dev, as the search saw them; NaN where it did not."""
+    if winner.empty:
+        return math.nan
+    score, minus = float(winner["score"].mean()), study.objective.minus
+    if minus == base:
+        return score
+    same = match(study, int(winner["seed"].iloc[0]), params)
+    if minus is not None:
+        score += baseline_scores(study, tables, minus).get(same, math.nan)
+    return score - baseline_scores(study, tables, base).get(same, math.nan)
+
+
+def _confirmed(study: Study, found: Confirmation, base: str) -> list[tuple[str, str]]:
+    c = found.comparison
+    if c is None:
+        return [("confirmed", "; ".join(found.notes) or "no pair of fresh seeds has ended")]
+    places = decimals_for((c.interval[1] - c.interval[0]) / 2 if c.interval else None, c.effect)
+    metric, arm, against = study.objective.metric, fixed(c.mean_arm, places), fixed(c.mean_against, places)
+    return [
+        (metric, f"{arm} against {against} of {base}, on test"),
+        ("difference", f"{fixed(c.effect, places, sign=True)} {span(c.interval, places)}, n = {c.n}"),
+    ]
+
+
+def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Advice:
+    """Without a search: the arm that is best on dev; whether that means anything is the claims' to say."""
+    at, title = objective_reading(study), "Recommended arm"
+    scores = {arm: list(values_of(tables, at, ended(tables, "trial", arm)).values()) for arm in study.arms}
+    means = {arm: sum(found) / len(found) for arm, found in scores.items() if found}
+    if not means:
+        return Advice(title, "None yet: no trial of an arm has ended.")
+    best = (min if study.objective.mode == "min" else max)(means, key=means.__getitem__)
+    shown = [v for v in verdicts if v.claim.arm == best and v.verdict == "supported"]
+    if shown:
+        numbers = ", ".join(str(i) for i, v in enumerate(verdicts, 1) if v in shown)
+        lead, verdict = f"Use {best}: claim {numbers}.", "supported"
+    else:
+        lead, verdict = f"{best} has the best mean on dev; no claim shows that it is better.", ""
+    places = decimals_for(None, means[best])
+    facts = [
+        (arm, f"{fixed(means[arm], places)} {at.metric} on dev, mean of {plural(len(scores[arm]), 'seed')}")
+        for arm in (best, baseline_of(study, best))
+        if arm in means
+    ]
+    facts += [("chosen", f"the best of {len(means)} arms on dev: optimistic")] if len(means) > 1 else []
+    facts.append(("cost", _cost(study, tables, ended(tables, "trial", best))))
+    return Advice(title, lead, verdict, (), facts, export_command(study, f"--arm {shlex.quote(best)}"))
+
+
+def _best_on_dev(study: Study, tables: Tables, trials: pd.DataFrame) -> str | None:
+    values = values_of(tables, objective_reading(study), trials)
+    ordered = sorted(values)
+    return (min if study.objective.mode == "min" else max)(ordered, key=values.__getitem__) if ordered else None
+
+
+def _cost(study: Study, tables: Tables, trials: pd.DataFrame) -> str:
+    cost = costs(tables, trials[trials["status"] == "ended"], study.objective.phase)
+    if cost.empty:
+        return "not known yet"
+    mean = cost.drop(columns="trial").mean()
+    flops, seconds = (mean[f"own_{what}"] + mean[f"before_{what}"] for what in ("flops", "device_seconds"))
+    return f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time a trial, teacher included"
+
+
+def arguments(study: Study) -> str:
+    """What a command needs, beside the file, to mean this study."""
+    profile = "" if study.is_default_profile else f" --profile {shlex.quote(str(study.profile))}"
+    sets = (shlex.quote(f"trial.{path}={json.dumps(value)}") for path, value in study.fixed.items())
+    return profile + "".join(f" --set {given}" for given in sets)
+
+
+def export_command(study: Study, what: str) -> str:
+    model = f"--model {study.objective.model}"
+    return f"python -m orchestrator.export {shlex.quote(study.file)} --to best {what} {model}{arguments(study)}"

@@ -1,0 +1,305 @@
+"""Numbers -> inline SVG. Pure and deterministic; knows no table, no study and no HTML.
+
+Lengths are CSS pixels. Colours are stand-ins, replaced by the page's CSS variables, so that one drawing serves light,
+dark and paper. Text stays text: it can be selected, and is set in the page's own face.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+INK, MUTED, RULE = "#010101", "#020202", "#030303"
+SERIES = tuple(f"#0400{i:02x}" for i in range(8))
+MARKERS = "osD^vPX*"
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {colour: f"s{i}" for i, colour in enumerate(SERIES)}
+_STYLE = {
+    "svg.hashsalt": "codistill",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # labels are other people's text: a dollar sign is a dollar sign
+    "font.size": 11,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.unicode_minus": True,
+}
+_LINE = 14  # px between lines of text
+_PREFIXES = "kMGTPEZY"
+_CHAR = 6.4  # px of one character at this size, rather too many than too few
+
+
+class Series(NamedTuple):
+    """One named colour: lines with a band, single points, or both."""
+
+    name: str
+    style: int  # which colour and marker
+    x: Sequence[float] = ()
+    y: Sequence[float] = ()
+    half: Sequence[float] = ()  # of the band around y; NaN where there is none
+    points: Sequence[tuple[float, float]] = ()
+
+
+class Pair(NamedTuple):
+    """Seeds of two arms, joined."""
+
+    title: str
+    left: str
+    right: str
+    left_values: Sequence[float]
+    right_values: Sequence[float]
+    left_style: int
+    right_style: int
+
+
+class Group(NamedTuple):
+    """All that shares one y axis on the first screen."""
+
+    label: str
+    pairs: Sequence[Pair]
+    spent: Sequence[Series]
+
+
+def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int = 300) -> str:
+    """A row per group: its pairs, seed by seed, and beside them the same numbers against total compute (FLOPs)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(width, height * len(groups))
+        for row, group in enumerate(groups):
+            top, bottom = height * row + 38, height * (row + 1) - 42
+            values = [v for p in group.pairs for v in (*p.left_values, *p.right_values)]
+            values += [y for s in group.spent for _, y in s.points]
+            limits = _limits(values)
+            names = max([_CHAR * len(_short(s.name, 16)) for s in group.spent], default=0.0) + 18
+            compute = 190.0
+            room = width - 52 - 34 - compute - names
+            each = min(150.0, room / max(1, len(group.pairs)))
+            compute += room - each * len(group.pairs)
+            for i, pair in enumerate(group.pairs):
+                axes = _axes(figure, 52 + i * each, top, each - 14, bottom - top)
+                _pair(axes, pair, each - 14, limits, first=i == 0)
+                if i == 0:
+                    figure.text(0, 1 - (top - 28) / figure.bbox.height, group.label, color=MUTED, va="top")
+            left = 52 + each * len(group.pairs) + 20
+            axes = _axes(figure, left, top, compute, bottom - top)
+            axes.set_ylim(*limits)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.tick_params(labelleft=False)
+            _lines(axes, group.spent)
+            _number_axis(axes, [x for s in group.spent for x in (*(p[0] for p in s.points), *s.x)])
+            axes.set_xlabel("total compute, teacher included (FLOPs)")
+            _names(axes, group.spent, bottom - top)
+        return _svg(figure, "pairs")
+
+
+def _pair(axes: Axes, pair: Pair, width: float, limits: tuple[float, float], *, first: bool) -> None:
+    for a, b in zip(pair.left_values, pair.right_values, strict=True):
+        axes.plot([0, 1], [a, b], color=MUTED, linewidth=1, alpha=0.6, solid_capstyle="round")
+    for x, values, style in ((0, pair.left_values, pair.left_style), (1, pair.right_values, pair.right_style)):
+        axes.plot([x] * len(values), values, MARKERS[style % 8], color=SERIES[style % 8], markersize=4.5, alpha=0.9)
+    if pair.left_values:
+        means = [sum(v) / len(v) for v in (pair.left_values, pair.right_values)]
+        axes.plot([0, 1], means, color=INK, linewidth=2.4, solid_capstyle="round")
+    axes.set_xlim(-0.16, 1.16)
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(labelleft=first)
+    axes.set_xticks([0, 1], ["", ""])
+    axes.set_title(pair.title, fontsize=11, color=INK, pad=6, fontweight="bold")
+    fits = int(width / _CHAR)
+    left, right = _short(pair.left, fits), _short(pair.right, fits)
+    below = 0 if len(left) + len(right) + 2 <= fits else _LINE  # names too long for one line stand on two
+    for end, name, align, down in ((0.0, left, "left", 0), (1.0, right, "right", below)):
+        axes.annotate(name, (end, 0), (0, -7 - down), ("axes fraction", "axes fraction"), "offset points", ha=align,
+                      va="top", color=INK, annotation_clip=False)  # fmt: skip
+
+
+def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width: int = 1000, height: int = 300) -> str:
+    """Panels with one y axis, lines with bands; `label` names the y axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(width, height)
+        names = max([_CHAR * len(_short(s.name, 24)) for s in panels[0][1]], default=0.0) + 18
+        each = (width - 52 - names - 24 * len(panels)) / len(panels)
+        values = [y for _, series in panels for s in series for y in s.y]
+        for i, (title, series) in enumerate(panels):
+            axes = _axes(figure, 52 + i * (each + 24), 30, each, height - 74)
+            axes.set_ylim(*_limits(values))
+            axes.yaxis.set_major_locator(MaxNLocator(6))
+            axes.tick_params(labelleft=i == 0)
+            _lines(axes, series)
+            _number_axis(axes, [x for s in series for x in s.x])
+            axes.set_xlabel(title)
+            if i == len(panels) - 1:
+                _names(axes, series, height - 74)
+        figure.text(0, 1, label, color=MUTED, va="top")
+        return _svg(figure, "curves")
+
+
+class Effect(NamedTuple):
+    """One varied factor. `labels` of a choice (x is then an index into them), none for a range."""
+
+    name: str
+    labels: Sequence[str]
+    log: bool
+    series: Sequence[Series]  # one for each stratum
+    means: Sequence[tuple[float, float, float]] = ()  # x, mean, half of the interval (NaN: none)
+
+
+def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: int = 230) -> str:
+    """Small multiples, three to a row: each completed trial a point, each label's mean with its interval."""
+    with matplotlib.rc_context(_STYLE):
+        rows = math.ceil(len(panels) / 3)
+        figure = _figure(width, height * rows + 16)
+        names = max([_CHAR * len(_short(s.name, 18)) for s in panels[0].series if s.name], default=-18.0) + 18
+        each = (width - 52 - names - 24 * 3) / 3
+        limits = _limits([y for p in panels for s in p.series for _, y in s.points])
+        for i, panel in enumerate(panels):
+            axes = _axes(figure, 52 + i % 3 * (each + 24), 44 + height * (i // 3), each, height - 64)
+            axes.set_ylim(*limits)
+            axes.tick_params(labelleft=i % 3 == 0)
+            axes.set_title(_short(panel.name, int(each / _CHAR)), fontsize=11, loc="left", pad=6)
+            for k, s in enumerate(panel.series):
+                aside = 0.14 * (k - (len(panel.series) - 1) / 2) if panel.labels else 0.0
+                xs, ys = [p[0] + aside for p in s.points], [p[1] for p in s.points]
+                axes.plot(xs, ys, MARKERS[s.style % 8], color=SERIES[s.style % 8], markersize=4.5, alpha=0.65)
+            for x, mean, half in panel.means:
+                axes.errorbar([x + 0.3], [mean], [0 if math.isnan(half) else half], fmt="_", color=INK, linewidth=1.6,
+                              markersize=12, markeredgewidth=2)  # fmt: skip
+            if panel.labels:
+                fits = max(3, int(each / len(panel.labels) / _CHAR))
+                axes.set_xticks(range(len(panel.labels)), [_short(text, fits) for text in panel.labels])
+                axes.set_xlim(-0.5, len(panel.labels) - 0.5)
+            else:
+                _number_axis(axes, [p[0] for s in panel.series for p in s.points], log=panel.log)
+            if i == min(2, len(panels) - 1):
+                _names(axes, [s for s in panel.series if s.name], height - 64)
+        figure.text(0, 1, label, color=MUTED, va="top")
+        return _svg(figure, "effects")
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    w, h = figure.bbox.width, figure.bbox.height
+    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return 0.0, 1.0
+    low, high = min(finite), max(finite)
+    pad = (high - low or abs(high) or 1.0) * 0.07
+    return low - pad, high + pad
+
+
+def _lines(axes: Axes, series: Sequence[Series]) -> None:
+    for s in series:
+        colour, marker = SERIES[s.style % 8], MARKERS[s.style % 8]
+        if len(s.x):
+            axes.plot(s.x, s.y, color=colour, linewidth=1.8, marker="" if s.points else marker, markersize=4)
+        if any(math.isfinite(h) for h in s.half):
+            low, high = ([y + sign * h for y, h in zip(s.y, s.half, strict=True)] for sign in (-1, 1))
+            axes.fill_between(list(s.x), low, high, color=colour, alpha=0.16, linewidth=0)
+        if s.points:
+            x, y = [p[0] for p in s.points], [p[1] for p in s.points]
+            axes.plot(x, y, marker, color=colour, markersize=5, alpha=0.85)
+
+
+def _names(axes: Axes, series: Sequence[Series], height: float) -> None:
+    """Names with their markers right of the axes, at the height of their last value, pushed apart."""
+    low, high = axes.get_ylim()
+
+    def end(s: Series) -> float:
+        value = sum(y for _, y in s.points) / len(s.points) if s.points else s.y[-1] if len(s.y) else low
+        return (value - low) / (high - low) * height
+
+    ordered = sorted(series, key=end)
+    places: list[float] = []
+    for i, s in enumerate(ordered):
+        place = min(max(end(s), places[-1] + _LINE if places else 0), height - _LINE * (len(ordered) - 1 - i))
+        places.append(max(place, places[-1] + _LINE) if places else place)
+    for s, place in zip(ordered, places, strict=True):
+        at: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        x = 8 / axes.bbox.width
+        axes.plot([1 + x], [place / height], MARKERS[s.style % 8], color=SERIES[s.style % 8], markersize=5, **at)
+        axes.text(1 + 2 * x, place / height, _short(s.name, 24), va="center_baseline", color=INK, **at)
+
+
+def _number_axis(axes: Axes, values: Sequence[float], *, log: bool | None = None) -> None:
+    """SI prefixes; logarithmic where asked for, or where the values span more than a factor of six."""
+    finite = [v for v in values if math.isfinite(v)]
+    if log is None:
+        log = bool(finite) and min(finite) > 0 and max(finite) > 6 * min(finite)
+    if log:
+        axes.set_xscale("log")
+        ratio = max(finite) / min(finite) if finite else 1.0
+        subs = (1, 1.5, 2, 3, 4, 6, 8) if ratio < 5 else (1, 2, 5) if ratio < 100 else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: si(x)))
+
+
+def si(value: float, unit: str = "") -> str:
+    """At most three digits and an SI prefix: 1234567 -> '1.23 M'; 0.00021 -> '2.1e−4'."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    size, sign, power = abs(value), "−" if value < 0 else "", 0
+    while size >= 999.5 and power < len(_PREFIXES):
+        size, power = size / 1000, power + 1
+    digits = f"{size:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+", "e")
+    prefix = _PREFIXES[power - 1] if power else ""
+    return f"{sign}{digits}" + (f"\u202f{prefix}{unit}" if prefix or unit else "")
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: max(1, most - 1)] + "…"
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The bare <svg> element: no prolog, no date, ids that are its own on a page of several figures."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    space = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg {box[0] if box else ""} {space} aria-hidden="true" focusable="false"'
+    rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", rest)
+    rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)
+    for colour, variable in _VARIABLES.items():
+        rest = rest.replace(colour, f"var(--{variable})")
+    return f"{head}>{rest}".strip()

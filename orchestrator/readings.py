@@ -1,0 +1,147 @@
+"""The tables -> the numbers that a report or a search compares: by trial, by seed, by point. Pure; draws nothing.
+
+A stopped, failed or unplanned trial is in no mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from orchestrator.claims import Reading
+from orchestrator.results import Tables
+from orchestrator.study import Study
+
+
+def parsed(cell: Any) -> dict[str, Any]:
+    """A JSON object of the trials table; empty where there is none."""
+    value = json.loads(cell) if isinstance(cell, str) and cell else cell
+    return value if isinstance(value, dict) else {}
+
+
+def planned(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["planned"].eq(True)]
+
+
+def ended(tables: Tables, kind: str, arm: str | None = None) -> pd.DataFrame:
+    """Planned trials of a kind that came to their end; of one arm, where named."""
+    trials = planned(tables.trials)
+    trials = trials[(trials["status"] == "ended") & (trials["kind"] == kind)]
+    return trials if arm is None else trials[trials["arm"] == arm]
+
+
+def objective_reading(study: Study, split: str = "dev", at: float = 1.0) -> Reading:
+    o = study.objective
+    return Reading(o.phase, o.model, o.metric, o.task, split, at)
+
+
+def curve_of(tables: Tables, at: Reading, trials: pd.DataFrame) -> pd.DataFrame:
+    """A row per trial and progress: value (mean over tasks) and tokens, device_seconds, flops of the phase so far."""
+    rows = tables.results
+    keep = rows["trial"].isin(set(trials["trial"])) & (rows["model"] == at.model) & (rows["metric"] == at.metric)
+    keep &= (rows["split"] == at.split) & ((rows["phase"] == at.phase) | rows["phase"].str.startswith(f"{at.phase}["))
+    if at.task is not None:
+        keep &= rows["task"] == at.task
+    rows = rows[keep & np.isfinite(rows["value"].astype(float))]
+    rows = rows.assign(progress=rows["progress"].round(6))
+    spent = ["tokens", "device_seconds", "flops"]
+    by_phase = rows.groupby(["trial", "progress", "phase"])[spent].max().groupby(["trial", "progress"]).sum()
+    return by_phase.join(rows.groupby(["trial", "progress"])["value"].mean()).astype(float).reset_index()
+
+
+def values_of(tables: Tables, at: Reading, trials: pd.DataFrame) -> dict[str, float]:
+    """Trial -> value at the reading's progress, mean over tasks."""
+    curve = curve_of(tables, at, trials)
+    here = curve[(curve["progress"] - at.at).abs() <= 1e-6]
+    return dict(zip(here["trial"], here["value"].tolist(), strict=True))
+
+
+def by_seed(tables: Tables, at: Reading, trials: pd.DataFrame) -> dict[int, float]:
+    values = values_of(tables, at, trials)
+    return {int(row["seed"]): values[row["trial"]] for row in trials.to_dict("records") if row["trial"] in values}
+
+
+def point_scores(study: Study, tables: Tables) -> pd.DataFrame:
+    """A row per planned searched trial: point, trial, seed, each varied axis (None: inactive), score, status.
+
+    The score is the objective on dev at the end; with `minus`, less that arm's at the same seed and sizes. NaN where
+    either is not there yet.
+    """
+    trials, minus = planned(tables.trials), study.objective.minus
+    searched = trials[trials["arm"].isna() & (trials["kind"] == "trial")].sort_values(["point", "seed"])
+    values = values_of(tables, objective_reading(study), searched[searched["status"] == "ended"])
+    baseline = baseline_scores(study, tables, minus) if minus else None
+    rows = []
+    for trial in searched.to_dict("records"):
+        params = parsed(trial["params"])
+        score = values.get(trial["trial"], np.nan)
+        if baseline is not None:
+            score -= baseline.get(match(study, trial["seed"], params), np.nan)
+        axes = {axis: params.get(axis) for axis in study.vary}
+        about = {key: trial[key] for key in ("point", "trial", "seed")}
+        rows.append({**about, **axes, "score": score, "status": trial["status"]})
+    frame = pd.DataFrame(rows, columns=["point", "trial", "seed", *study.vary, "score", "status"])
+    return frame.astype({"score": float})
+
+
+def match(study: Study, seed: int, params: Mapping[str, Any]) -> Hashable:
+    """What a point and its paired baseline have in common."""
+    return (int(seed), *(params.get(axis) for axis in study.size_axes()))
+
+
+def baseline_scores(study: Study, tables: Tables, arm: str) -> dict[Hashable, float]:
+    """The objective of an arm on dev, by `match`; a trial of the arm goes before a tuned one, of these the best counts."""
+    found: dict[Hashable, float] = {}
+    best = min if study.objective.mode == "min" else max
+    for kind in ("trial", "tune"):
+        trials = ended(tables, kind, arm)
+        values, of_kind = values_of(tables, objective_reading(study), trials), dict[Hashable, list[float]]()
+        for trial in trials.to_dict("records"):
+            if trial["trial"] in values:
+                key = match(study, trial["seed"], parsed(trial["params"]))
+                of_kind.setdefault(key, []).append(values[trial["trial"]])
+        found = {key: best(scores) for key, scores in of_kind.items()} | found
+    return found
+
+
+def completed(points: pd.DataFrame) -> pd.DataFrame:
+    return points[(points["status"] == "ended") & points["score"].notna()]
+
+
+def score_name(study: Study) -> str:
+    o = study.objective
+    return f"{o.metric} on dev" + (f", minus paired {o.minus}" if o.minus else "")
+
+
+def costs(tables: Tables, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """A row per trial: tokens of `phase`; flops and device_seconds of it (`own`), of its other phases at their recorded
+    cost (`before`), and of these divided by the planned trials that share them (`shared`)."""
+    everyone = planned(tables.trials)
+    everyone = everyone[everyone["kind"] != "teacher"]
+    users = Counter(done["key"] for cell in everyone["phases"] for done in parsed(cell).values())
+    rows = []
+    for trial in trials.to_dict("records"):
+        row: dict[str, Any] = {"trial": trial["trial"], "tokens": 0.0}
+        row |= {f"{part}_{what}": 0.0 for part in ("own", "before", "shared") for what in ("flops", "device_seconds")}
+        for name, done in parsed(trial["phases"]).items():
+            own = name == phase or name.startswith(f"{phase}[")
+            row["tokens"] += float(done["tokens"]) if own else 0.0
+            for what in ("flops", "device_seconds"):
+                row[f"{'own' if own else 'before'}_{what}"] += float(done[what])
+                row[f"shared_{what}"] += 0.0 if own else float(done[what]) / max(1, users[done["key"]])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def baseline_of(study: Study, arm: str) -> str | None:
+    """The arm that this one is measured against: the objective's, confirm's, or a claim's."""
+    candidates = [study.objective.minus, study.confirm.against if study.confirm else None]
+    for claim in study.claims.values():
+        against = (claim.against,) if isinstance(claim.against, str) else claim.against
+        candidates += against if claim.arm == arm else (claim.arm,) if arm in against else ()
+    return next((other for other in candidates if other is not None and other != arm), None)

@@ -1,0 +1,352 @@
+"""Study and tables -> one page of HTML and of Markdown. Pure: the same in, the same bytes out; no number is its own.
+
+The first screen answers: what was asked, what holds, how sure, what to use. Everything below it is in `sections`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from orchestrator import figures, results, sections
+from orchestrator.advice import Advice, advice, arguments
+from orchestrator.blocks import (
+    Block,
+    Command,
+    Drawing,
+    Section,
+    Table,
+    as_markdown,
+    decimals_for,
+    escape,
+    fixed,
+    plural,
+    span,
+)
+from orchestrator.claims import Comparison, Reading, Verdict, judge, lower_is_better
+from orchestrator.readings import costs, curve_of, ended, planned, point_scores
+from orchestrator.results import Tables
+from orchestrator.study import Study, StudyError, load_study
+from trainables.spec import TrialSpec
+from trainables.store import Storage
+
+__all__ = ["Report", "main", "make_report", "point_scores"]
+
+
+@dataclass(frozen=True)
+class Report:
+    html: str
+    markdown: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Where a part's effect, interval and the paper's figure lie, in pixels."""
+
+    zero: float
+    effect: float
+    low: float | None
+    high: float | None
+    paper: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a claim's line; a conjunctive claim has several."""
+
+    arm: str
+    against: str
+    arm_mean: str = "–"
+    against_mean: str = "–"
+    effect: str = "–"
+    interval: str = "no pair of seeds"
+    n: str = "0"
+    forest: Forest | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    number: str
+    says: str
+    about: str
+    verdict: str
+    more: str
+    parts: Sequence[Part]
+    paper: str
+    judged: str
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    question: str
+    scale: str
+    counts: str
+    answer: str
+    lines: Sequence[Line]
+    figure: Drawing | None
+    advice: Advice
+    sections: Sequence[Section]
+
+
+def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *,
+                importance: Mapping[str, float] | None = None, evaluator: str = "") -> Report:  # fmt: skip
+    """The report of what the tables hold so far.
+
+    `importance` (varied axis -> share) is computed elsewhere, over the completed points, by the `evaluator` named.
+    """
+    judged = judge(
+        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds
+    )
+    verdicts, points = list(judged.values()), point_scores(study, tables)
+    below = (
+        sections.verdict_details(verdicts),
+        sections.teachers(study, tables),
+        sections.learning_curves(study, tables),
+        sections.search_points(study, points),
+        sections.effects(study, points),
+        sections.importances(study, points, importance, evaluator),
+        sections.early_stopping(study, tables),
+        sections.cost_by_arm(study, tables),
+        sections.tuning(study, tables),
+        sections.outcomes(tables),
+        _how_to_repeat(study, provenance),
+    )
+    page = Page(
+        name=study.folder,
+        question=study.question,
+        scale=_scale(study),
+        counts=_counts(tables),
+        answer=_answer(tables, verdicts),
+        lines=_lines(verdicts, study.objective.phase),
+        figure=_pairs(study, tables, verdicts),
+        advice=advice(study, tables, points, verdicts),
+        sections=[section for section in below if section is not None],
+    )
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=here, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("report.html.j2").render(page=page)
+    return Report(html.lstrip() + "\n", _markdown(page))
+
+
+# ------------------------------------------------------------------------------------------------------ first screen
+
+
+def _scale(study: Study) -> str:
+    specs = [TrialSpec.model_validate({**study.trial, "seed": 0})]
+    specs += [study.spec(point={axis: end}, seed=0) for axis in study.size_axes() for end in study.vary[axis].ends()]
+    shapes: dict[str, list[str]] = {}
+    for spec in specs:
+        for name, model in spec.models.items():
+            shapes.setdefault(name, []).append(model.pretrained or f"{model.layers}×{model.width}")
+    sizes = ", ".join(f"{name} {' or '.join(dict.fromkeys(found))}" for name, found in shapes.items())
+    profile = f"{study.profile} profile, " if study.profile else ""
+    return f"Scale: {profile}{sizes} (layers × width). A verdict here says nothing yet about yours."
+
+
+def _counts(tables: Tables) -> str:
+    trials = planned(tables.trials)
+    by = Counter(trials["status"])
+    shown = ", ".join(f"{by[status]} {status}" for status in ("ended", "stopped", "failed", "running"))
+    return f"{plural(len(trials), 'trial')}: {shown}; {len(tables.trials) - len(trials)} set aside"
+
+
+def _answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return "No verdict: the study states no claims."
+    if not any(v.parts for v in verdicts):
+        begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
+        return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
+    if max(c.n for v in verdicts for c in v.parts) == 1:
+        return "No verdict: with one seed there is an effect, but nothing says how much of it is chance."
+    by = Counter(v.verdict for v in verdicts)
+    found = ", ".join(f"{by[word]} {word}" for word in ("supported", "refuted", "undecided") if by[word])
+    return f"Of {plural(len(verdicts), 'claim')}: {found}, at this scale and on this evaluation set."
+
+
+def _lines(verdicts: Sequence[Verdict], default_phase: str) -> list[Line]:
+    reach: dict[Reading, list[float]] = {}  # all that is drawn on one scale
+    for v in verdicts:
+        drawn = reach.setdefault(_reading(v, default_phase), [0.0])
+        for c in v.parts:
+            drawn += [c.effect, *(c.interval or ())]
+            drawn += [v.claim.paper] if isinstance(v.claim.paper, float | int) else []
+    lines = []
+    for i, v in enumerate(verdicts, 1):
+        claim, drawn = v.claim, reach[_reading(v, default_phase)]
+        parts = [_part(claim.arm, c, drawn, claim.paper) for c in v.parts]
+        others = (claim.against,) if isinstance(claim.against, str) else claim.against
+        parts += [Part(claim.arm, other) for other in others if other not in {c.against for c in v.parts}]
+        margin = f" by more than {claim.margin:g}" if claim.margin else ""
+        says = claim.says or f"{claim.arm} is better than {' and '.join(others)}{margin}"
+        about = f"{claim.metric} of {claim.model} on {claim.split}"
+        about += f" at {claim.at:g} of the budget" if claim.at < 1 else ""
+        about += f", {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
+        for other, ratio in v.cost_ratios.items():  # so that no gain is shown without its price
+            whose = f" of {other}" if len(v.cost_ratios) > 1 else ""
+            about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{whose}"
+        paper = fixed(claim.paper, 3, sign=True) if isinstance(claim.paper, float | int) else claim.paper or "–"
+        judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
+        lines.append(Line(str(i), says, about, v.verdict, _more(v), parts, paper, judged))
+    return lines
+
+
+def _reading(v: Verdict, default_phase: str) -> Reading:
+    c = v.claim
+    return Reading(c.phase or default_phase, c.model, c.metric, c.task, c.split, c.at)
+
+
+def _more(v: Verdict) -> str:
+    if any(note.startswith("provisional") for note in v.notes):
+        return "provisional: trials are missing"
+    if v.verdict != "undecided":
+        return ""
+    if v.seeds_more is not None:
+        return f"about {plural(v.seeds_more, 'more seed')}"
+    if not v.parts or min(c.n for c in v.parts) < 2:
+        return "needs 2 seeds or more"
+    return "more seeds would not settle it"
+
+
+def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | None) -> Part:
+    places = decimals_for((c.interval[1] - c.interval[0]) / 2 if c.interval else None, c.effect)
+    low, high = min(drawn), max(drawn)
+
+    def at(value: float) -> float:
+        return round(6 + 120 * (value - low) / (high - low), 1) if high > low else 66.0
+
+    left, right = (at(c.interval[0]), at(c.interval[1])) if c.interval else (None, None)
+    marked = at(paper) if isinstance(paper, float | int) else None
+    return Part(
+        arm,
+        c.against,
+        fixed(c.mean_arm, places),
+        fixed(c.mean_against, places),
+        fixed(c.effect, places, sign=True),
+        span(c.interval, places),
+        str(c.n),
+        Forest(at(0.0), at(c.effect), left, right, marked),
+    )
+
+
+def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing | None:
+    """Each claim's seeds joined, and the same values against total compute; a row per thing measured, two at most."""
+    rows: dict[Reading, list[tuple[str, Verdict]]] = {}
+    for i, v in enumerate(verdicts, 1):
+        if v.parts:
+            rows.setdefault(_reading(v, study.objective.phase), []).append((str(i), v))
+    styles, groups, alt = sections.styles(study), [], []
+    for at, claims in list(rows.items())[:2]:
+        pairs, arms = [], dict[str, None]()
+        for number, v in claims:
+            for c in v.parts:
+                sides = (c.against_values, c.arm_values, styles[c.against], styles[v.claim.arm])
+                pairs.append(figures.Pair(f"claim {number}", c.against, v.claim.arm, *sides))
+                arms |= {c.against: None, v.claim.arm: None}
+                better = sum((d < 0) == c.lower_is_better and d != 0 for d in c.differences)
+                alt.append(
+                    f"claim {number}: {v.claim.arm} better than {c.against} in {better} of {plural(c.n, 'seed')}"
+                )
+        arrow = "↓" if lower_is_better(at.metric) else "↑"
+        label = f"{at.model} {at.metric} on {at.split} ({arrow} better)" + (f", at {at.at:g}" if at.at < 1 else "")
+        groups.append(figures.Group(label, pairs, [_spent(tables, at, arm, styles[arm]) for arm in arms]))
+    if not groups:
+        return None
+    height = 290 if len(groups) == 1 else 190
+    caption = (
+        "Left: thin lines join one seed’s two arms, the thick line their means. Right: the same values against all the "
+        "compute spent, the teacher’s included; lines are the means on the way."
+    )
+    if len(rows) > len(groups):
+        caption += f" Drawn: the first {len(groups)} of {len(rows)} things measured."
+    return Drawing(figures.pairs_and_compute(groups, height=height), "Seeds in pairs. " + "; ".join(alt), caption)
+
+
+def _spent(tables: Tables, at: Reading, arm: str, style: int) -> figures.Series:
+    trials = ended(tables, "trial", arm)
+    curve = curve_of(tables, at, trials)
+    before = costs(tables, trials, at.phase)
+    if curve.empty or before.empty:
+        return figures.Series(arm, style)
+    curve["flops"] += curve["trial"].map(before.set_index("trial")["before_flops"])
+    end = curve[(curve["progress"] - at.at).abs() <= 1e-6]
+    mean = curve[curve["progress"] <= at.at + 1e-6].groupby("progress")[["flops", "value"]].mean()
+    points = list(zip(end["flops"].tolist(), end["value"].tolist(), strict=True))
+    return figures.Series(arm, style, mean["flops"].tolist(), mean["value"].tolist(), points=points)
+
+
+def _how_to_repeat(study: Study, provenance: Mapping[str, str]) -> Section:
+    command = provenance.get("command") or f"python -m orchestrator.sweep {shlex.quote(study.file)}{arguments(study)}"
+    rows = [(key, value) for key, value in provenance.items() if key != "command"]
+    origin: Block = Table("Provenance", ("what", "value"), rows, "lm") if rows else "No provenance was recorded."
+    return Section("How to repeat it", ("The same command again runs only what is missing.", Command(command), origin))
+
+
+# ---------------------------------------------------------------------------------------------------------- Markdown
+
+
+def _markdown(page: Page) -> str:
+    head = ("", "claim", "verdict at this scale", "arm", "against", "arm − against", "95 % interval", "n", "paper")
+    lines = [
+        (line.number, f"{line.says} ({line.about})", f"{line.verdict} {line.more}".strip(), f"{p.arm_mean} {p.arm}",
+         f"{p.against_mean} {p.against}", p.effect, p.interval, p.n, f"{line.paper} {line.judged}")
+        for line in page.lines
+        for p in line.parts
+    ]  # fmt: skip
+    a = page.advice
+    use: list[Block] = [f"{a.lead} {a.verdict}".strip()]
+    use += [Table("Recipe", ("factor", "value"), a.recipe, "ll")] if a.recipe else []
+    use += [Table("How sure, and at what cost", ("what", "value"), a.facts, "ll")] if a.facts else []
+    use += [Command(a.command)] if a.command else []
+    blocks: list[Block] = [page.scale, page.counts, page.answer]
+    blocks += [Table("Claims", head, lines, "lllrrrrrl")] if lines else []
+    blocks += [page.figure] if page.figure else []
+    out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]
+    for section in (Section(a.title, use), *page.sections):
+        out += [f"## {escape(section.title)}", *map(as_markdown, section.blocks)]
+    return "\n\n".join(out) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the report again from the tables that are there; runs nothing."""
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.report", description=main.__doc__)
+    parser.add_argument("study", help="the study file, e.g. search_spaces/smoke.yaml")
+    parser.add_argument("--profile", help="a named set of overrides in the file; by default its first")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="as the sweep had it; repeatable"
+    )
+    parser.add_argument("--storage", default="./runs", metavar="URI", help="where the sweep wrote (default: ./runs)")
+    given = parser.parse_args(argv)
+    try:
+        study = load_study(given.study, given.profile, given.set)
+        storage = Storage(given.storage)
+        tables = results.read(storage, study.folder)
+        if tables is None:
+            where = f"{given.storage.rstrip('/')}/{study.folder}"
+            raise StudyError(f"{where}: no tables yet; run python -m orchestrator.sweep {study.file} first")
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    stored = json.loads(storage.read(f"{study.folder}/provenance.json") or b"{}")
+    report = make_report(study, tables, {str(key): str(value) for key, value in stored.items()})
+    for name, text in (("report.html", report.html), ("report.md", report.markdown)):
+        storage.write(f"{study.folder}/{name}", text.encode())
+        print(f"{given.storage.rstrip('/')}/{study.folder}/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

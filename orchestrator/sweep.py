@@ -1,0 +1,282 @@
+"""The command: one study file in, a report out. Parses arguments and calls few functions.
+
+    python -m orchestrator.sweep search_spaces/dwt.yaml
+
+Exit 0: every planned trial has an outcome, or the time limit came. 1: an arm lacks a planned seed for good, or nothing
+ended. 2: bad file or argument. 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import importlib.metadata
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.study import Study, StudyError, load_study
+from trainables.store import Storage, as_json, check_writable
+
+Row = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        study = load_study(
+            arguments.study, arguments.profile, arguments.set, points=arguments.points, seeds=arguments.seeds
+        )
+        return _plan_only(study, arguments) if arguments.dry_run else _sweep(study, arguments)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.sweep", description="Answers the question of a study file."
+    )
+    add_study_arguments(parser)
+    parser.add_argument("--points", type=_count, metavar="N", help="points of the search, in total")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds of each arm, in total")
+    parser.add_argument(
+        "--address", metavar="A", help="a running Ray, e.g. auto; by default Ray is started on this machine"
+    )
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow; by default sqlite in the storage (./runs/mlflow.db)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; writes nothing")
+    parser.add_argument(
+        "--fresh", action="store_true", help="rename the study's folder aside and start anew; phases are kept"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
+    return parser
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that speaks of a study takes."""
+    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("--profile", metavar="P", help="a profile of the file; by default its first")
+    parser.add_argument(
+        "--set",
+        metavar="path=value",
+        action="append",
+        default=[],
+        help="paths start at the file, e.g. trial.models.student.layers=6",
+    )
+    parser.add_argument(
+        "--storage", metavar="URI", default="./runs", help="a folder or any fsspec URI (default ./runs)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on; got {text!r}")
+    return int(text)
+
+
+def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
+    from orchestrator.agenda import Agenda
+    from orchestrator.overview import print_plan
+    from orchestrator.plan import Identity
+
+    agenda = Agenda(study, Identity(None), Storage(arguments.storage), retry_failed=arguments.retry_failed)
+    print_plan(agenda, None)
+    return 0
+
+
+def _sweep(study: Study, arguments: argparse.Namespace) -> int:
+    from orchestrator.agenda import Agenda
+    from orchestrator.overview import print_plan
+    from orchestrator.plan import Identity
+    from orchestrator.progress import Progress
+    from orchestrator.tracking import Mirror
+
+    storage = Storage(arguments.storage)
+    home = storage.sub(study.folder)
+    _check_storage(arguments.storage)
+    with _only_driver(home):
+        if arguments.fresh and home.list():
+            aside = f"{study.folder}-{time.strftime('%Y%m%d-%H%M%S')}"
+            storage.move(study.folder, aside)
+            print(f"the folder {study.folder} is now {aside}")
+        agenda = Agenda(study, Identity(storage.sub("data").uri), storage, retry_failed=arguments.retry_failed)
+        print_plan(agenda, None)
+        provenance = _provenance(study)
+        _keep_study(study, home, provenance)
+        mirror = Mirror(
+            arguments.tracking_uri or _default_tracking(storage), study.folder, tags={"question": study.question}
+        )
+        progress = Progress(agenda, arguments.storage)
+        agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
+        interrupted = False
+        try:
+            _run(agenda, arguments.address, provenance, mirror, progress)
+        except KeyboardInterrupt:
+            interrupted = True
+        return _finish(study, agenda, home, mirror, provenance, arguments, interrupted)
+
+
+def _run(agenda: Any, address: str | None, provenance: Row, mirror: Any, progress: Any) -> None:
+    """Starts Ray only where something is left to do: the same command again trains nothing and is quick."""
+    mirror_started = False
+    if not agenda.is_complete():
+        from orchestrator import slots
+
+        mirror.start()
+        mirror_started = True
+        num_slots = slots.start_ray(address, agenda.study.slot)
+        if num_slots < 1:
+            raise StudyError(
+                f"no slot fits: a trial asks for {agenda.study.slot.cpus:g} cpus and {agenda.study.slot.gpus:g} gpus"
+            )
+        progress.begin(num_slots)
+        try:
+            slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=progress.tick)
+        finally:
+            progress.done()
+            slots.stop_ray()
+    if not mirror_started:
+        mirror.start()
+
+
+def _finish(
+    study: Study,
+    agenda: Any,
+    home: Storage,
+    mirror: Any,
+    provenance: Row,
+    arguments: argparse.Namespace,
+    interrupted: bool,
+) -> int:
+    """Tables, report, the mirror's end, and what to do next."""
+    from orchestrator import results
+    from orchestrator.report import make_report
+
+    tables = results.tables(study.folder, agenda.all_rows(), agenda.records)
+    results.write(tables, home, "")
+    evaluator, importance = agenda.importance() or ("", None)
+    report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
+    home.write("report.html", report.html.encode())
+    home.write("report.md", report.markdown.encode())
+    rows = agenda.all_rows()
+    for row in rows:
+        mirror.put(row, agenda.records.get(row["trial"], []))
+    artifacts = (
+        [home.path(name) for name in ("report.html", "report.md", "results.parquet", "trials.parquet")]
+        if home.is_local
+        else []
+    )
+    mirror.finish("stopped" if interrupted else "ended", artifacts)
+    undelivered = mirror.close(30.0)
+    if undelivered and mirror.problem:
+        print(mirror.problem)
+    command = f"python -m orchestrator.sweep {' '.join(_same_arguments(arguments))}"
+    if interrupted:
+        print(f"\ninterrupted; nothing that finished is lost. To go on: {command}")
+        return 130
+    print(
+        f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
+    )
+    if agenda.closed:
+        print(f"{agenda.closed}; to go on: {command}")
+    planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
+    lacking = [row for row in planned if row["arm"] and row["kind"] == "trial" and row["status"] == "failed"]
+    if lacking or not any(row["status"] == "ended" for row in planned):
+        for row in lacking:
+            print(
+                f"arm {row['arm']} lacks seed {row['seed']}: {row['reason']} ({home.uri}/trials/{row['trial']}/log.txt)"
+            )
+        return 1
+    return 0
+
+
+def _headline(markdown: str) -> str:
+    """The verdicts as the report has them."""
+    lines = [
+        line for line in markdown.splitlines() if any(word in line for word in ("supported", "refuted", "undecided"))
+    ]
+    return "\n".join(lines[:6])
+
+
+def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
+    yield arguments.study
+    for name in ("profile", "points", "seeds", "address", "storage", "tracking_uri"):
+        value = getattr(arguments, name)
+        if value is not None and (name, value) != ("storage", "./runs"):
+            yield f"--{name.replace('_', '-')} {value}"
+    yield from (f"--set '{override}'" for override in arguments.set)
+
+
+def _default_tracking(storage: Storage) -> str:
+    folder = storage.path() if storage.is_local else Path("runs").absolute()
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def _check_storage(uri: str) -> None:
+    try:
+        check_writable(uri)
+    except Exception as error:
+        detail = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise StudyError(f"--storage {uri}: cannot be written ({detail}); give a folder or URI that can") from None
+
+
+@contextlib.contextmanager
+def _only_driver(home: Storage) -> Iterator[None]:
+    """One driver to a study. The lock dies with its process, so nobody waits for a stale one (local storage only)."""
+    if not home.is_local:
+        yield
+        return
+    home.path().parent.mkdir(parents=True, exist_ok=True)
+    path = home.path().parent / f".{home.path().name}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"{home.uri}: another sweep of this study is running; wait for it or end it") from None
+        yield
+
+
+def _keep_study(study: Study, home: Storage, provenance: Row) -> None:
+    """The resolved study, before the first trial; an older, different one is kept under a number."""
+    text = as_json(study.model_dump(mode="json", by_alias=True))
+    old = home.read("study.yaml")
+    if old is not None and old != text:
+        number = 1 + sum(name.startswith("study-") for name in home.list())
+        home.write(f"study-{number}.yaml", old)
+    home.write("study.yaml", text)
+    home.write("provenance.json", as_json(dict(provenance)))
+
+
+def _provenance(study: Study) -> dict[str, str]:
+    """Commit and versions: printed beside every number, part of no key."""
+    found = {"study": study.file, "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
+    root = Path(__file__).parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        found["commit"] = commit + (" with changes" if changed else "")
+    for package in ("codistill", "torch", "transformers", "ray", "optuna", "mlflow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    found["python"] = sys.version.split()[0]
+    found["machine"] = f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores"
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(main())

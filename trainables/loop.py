@@ -1,0 +1,481 @@
+"""The one training loop: a phase, whatever its models, streams and terms. Knows no paper, no tracker and no Ray.
+
+All randomness is a function of (seed, purpose, step), so a checkpoint holds no generator state, and neither micro-batches
+nor other models change a draw.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainables import models, remap
+from trainables.data.batches import batch_indices, corrupt
+from trainables.data.corpus import Corpus
+from trainables.data.masking import MaskedBatch, slice_batch
+from trainables.evaluate import evaluate
+from trainables.losses.logits import cross_entropy, divergence
+from trainables.losses.schedules import lr_factor, weight_at
+from trainables.phases import Instance, longest, num_steps, origin_of, phase_key, seed_of, streams_of
+from trainables.spec import (
+    CrossEntropy,
+    OffWhenBetter,
+    Phase,
+    Remap,
+    Stream,
+    Term,
+    TrialSpec,
+    random_stream,
+    reads,
+    target,
+)
+from trainables.store import (
+    Corrupt,
+    PhaseStore,
+    Published,
+    Storage,
+    drop_checkpoints,
+    load_checkpoint,
+    log,
+    save_checkpoint,
+)
+
+Record = dict[str, Any]
+Autocast = Callable[[], AbstractContextManager[Any]]
+CHECK_EVERY = 25  # steps between looks at whether the loss is still a number
+
+
+class Session(Protocol):
+    """What surrounds a trial: one process or several, and someone who listens."""
+
+    rank: int
+    world: int
+
+    def report(self, records: list[Record]) -> None:
+        """Takes the records of one evaluation. May end the trial by raising."""
+
+
+class Diverged(Exception):
+    """The loss is no number any more. An outcome of the trial, not a fault of the machine."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a trial runs: nothing here may change a number beyond float error."""
+
+    storage: Storage  # of all studies: phases/ and data/
+    folder: str  # of this attempt below the storage, e.g. smoke/trials/<id>/attempt-1
+    earlier: tuple[str, ...] = ()  # folders of earlier attempts
+    trial: str = ""
+    device: str = "cpu"
+    threads: int = 1
+    micro_batch: int | None = None  # sequences of one forward; halved when memory runs out
+    checkpoint_seconds: float = 20.0
+    checkpoint_at_reports: bool = False  # a scheduler may stop the trial there
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trial on its way: what it is, what it reads, where it writes."""
+
+    spec: TrialSpec  # pruned
+    fingerprints: Mapping[str, str]
+    corpora: Mapping[str, Corpus]
+    store: PhaseStore
+    at: Surroundings
+    session: Session
+    emit: Callable[[list[Record]], None]
+
+    def key(self, instance: Instance) -> str:
+        return phase_key(self.spec, instance, self.fingerprints)
+
+    @property
+    def autocast(self) -> Autocast:
+        if self.spec.precision == "fp32":
+            return nullcontext
+        return lambda: torch.autocast(torch.device(self.at.device).type, dtype=torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------- making models
+
+
+def make(run: Run, phase: str, name: str) -> Any:
+    """The model as it is when `phase` starts: from an earlier phase, from pretrained weights, remapped, or fresh."""
+    spec = run.spec
+    origin = origin_of(spec, phase, name)
+    if origin is not None:
+        key = run.key(origin.instance)
+        published = run.store.find(key)
+        if published is None:
+            raise Corrupt(key, "is not there")
+        return models.restore(published.configs[name], run.store.weights(key, origin.entry))
+    model = spec.models[name]
+    corpus = next(iter(run.corpora.values()))
+    net = models.build(
+        model,
+        name=name,
+        seed=seed_of(spec, phase),
+        vocab_size=corpus.vocab_size,
+        special_ids=models.special_ids(corpus.tokenizer),
+        length=longest(spec),
+    )
+    if isinstance(model.init, Remap):
+        source = make(run, phase, model.init.from_)
+        remap.apply(source, net, remap.check(model.init.depth, source.config, net.config))
+    return net
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class _Progress:
+    """Everything a phase needs to go on, beside models and optimizer; saved whole in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    records: list[Record] = field(default_factory=list)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)  # weights kept on the way
+    latched: dict[str, bool] = field(default_factory=dict)  # off-switches that have switched off
+    flops_of: dict[str, float] = field(default_factory=dict)  # per sequence, by the terms that are live
+    sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    name: str
+    spec: Stream
+    corpus: Corpus
+
+    def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch:
+        """The global batch of a step: a pure function of (seed, phase, stream, step)."""
+        indices = batch_indices(len(self.corpus.train), size, step, seed=seed, stream=f"{phase}/{self.name}")
+        masks = random_stream(seed, "mask", phase, self.name, step)
+        return corrupt(self.corpus.train.rows(indices), self.corpus, self.spec.corruption, seed=masks)
+
+
+@dataclass
+class _Phase:
+    """A phase on its way."""
+
+    run: Run
+    instance: Instance
+    spec: Phase
+    seed: int
+    streams: Mapping[str, _Stream]
+    nets: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer
+    total: int  # optimizer steps
+    progress: _Progress
+    micro: int  # sequences of one forward
+
+
+def train_phase(run: Run, instance: Instance) -> Published:
+    """Trains a phase from its start or its furthest checkpoint, and publishes it."""
+    at, key = run.at, run.key(instance)
+    phase = _begin(run, instance)
+    progress, spec, total = phase.progress, phase.spec, phase.total
+    evaluate_at = {round(fraction * total): fraction for fraction in spec.evaluate}
+    keep_at = {round(fraction * total): fraction for fraction in spec.keep}
+    started = last_checkpoint = time.monotonic()
+    if progress.records:
+        run.emit(progress.records)
+    elif 0 in evaluate_at and progress.step == 0:
+        _look(phase, evaluate_at[0])
+        started = time.monotonic()
+    while progress.step < total:
+        _step(phase)
+        if progress.step % CHECK_EVERY == 0:
+            _check_finite(phase)
+        if progress.step in keep_at and run.session.rank == 0:
+            for name in spec.train:
+                entry = f"{name}@{keep_at[progress.step]:g}"
+                progress.files[entry] = run.store.put_weights(key, models.weights_of(phase.nets[name]))
+        is_due = time.monotonic() - last_checkpoint > at.checkpoint_seconds
+        if progress.step in evaluate_at or is_due:
+            _check_finite(phase)
+            progress.seconds += time.monotonic() - started  # without evaluation and checkpoints
+            if progress.step in evaluate_at:
+                _look(phase, evaluate_at[progress.step])
+            if is_due:
+                _checkpoint(phase)
+                last_checkpoint = time.monotonic()
+            started = time.monotonic()
+    published = Published(
+        key=key,
+        files={
+            **progress.files,
+            **{n: run.store.put_weights(key, models.weights_of(phase.nets[n])) for n in spec.train},
+        },
+        configs={name: models.plain_config(phase.nets[name].config) for name in spec.train},
+        records=tuple(progress.records),
+        cost={
+            "steps": total,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "device_seconds": progress.seconds * run.session.world,
+            "flops": progress.flops,
+        },
+        provenance={**at.provenance, "trial": at.trial, "finished": int(time.time() * 1000)},
+    )
+    published = run.store.publish(published)
+    for folder in (*at.earlier, at.folder):
+        drop_checkpoints(at.storage, folder)
+    return published
+
+
+def _begin(run: Run, instance: Instance) -> _Phase:
+    """Models, optimizer and, where the phase was interrupted, the state in which it was."""
+    spec, at = run.spec.phases[instance.phase], run.at
+    streams = {n: _Stream(n, s, run.corpora[s.data]) for n, s in streams_of(run.spec, instance).items()}
+    train = next(iter(streams.values())).corpus.train
+    nets = {name: make(run, instance.phase, name).to(at.device) for name in run.spec.models_of(instance.phase)}
+    for name, net in nets.items():
+        net.train(name in spec.train).requires_grad_(name in spec.train)
+        for term in spec.terms.values():
+            if name in reads(term):
+                models.check_stream(net.config, streams[term.on].spec.corruption, name)
+    optimizer = _optimizer(spec, nets)
+    total = num_steps(spec, length=train.length, num_sequences=len(train))
+    progress = _Progress()
+    saved = load_checkpoint(at.storage, (*at.earlier, at.folder), run.key(instance))
+    if saved is not None:
+        for name, state in saved.pop("models").items():
+            nets[name].load_state_dict(state)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        progress = _Progress(**{key: value for key, value in saved.items() if key != "key"})
+    log.info("phase %s: from step %d of %d (%s)", instance, progress.step, total, run.key(instance))
+    micro = min(spec.batch, at.micro_batch or spec.batch)
+    seed = seed_of(run.spec, instance.phase)
+    return _Phase(run, instance, spec, seed, streams, nets, optimizer, total, progress, micro)
+
+
+def _optimizer(spec: Phase, nets: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """One AdamW with groups per model: matrices decay, vectors (norms, biases) do not."""
+    groups: list[dict[str, Any]] = []
+    for name in spec.train:
+        o = spec.optimizer_of(name)
+        parameters = [p for p in nets[name].parameters() if p.requires_grad]
+        common = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "model": name}
+        groups.append({**common, "params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.decay})
+        groups.append({**common, "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def _step(phase: _Phase) -> None:
+    """One optimizer step over the global batch."""
+    spec, progress, step = phase.spec, phase.progress, phase.progress.step
+    for group in phase.optimizer.param_groups:
+        rule = spec.optimizer_of(group["model"])
+        group["lr"] = rule.lr * lr_factor(rule, step, phase.total)
+    weights = {
+        name: weight_at(term.weight, step / phase.total, off=progress.latched.get(name, False))
+        for name, term in spec.terms.items()
+    }
+    batches = {
+        name: stream.batch(step, spec.batch, phase.seed, str(phase.instance))
+        for name, stream in phase.streams.items()
+        if any(term.on == name and weights[n] for n, term in spec.terms.items())
+    }
+    while True:
+        try:
+            sums = _backward(phase, weights, batches)
+            break
+        except torch.OutOfMemoryError:
+            if phase.micro == 1:
+                raise
+            phase.micro = max(1, phase.micro // 2)
+            log.warning("out of memory: micro-batch halved to %d sequences", phase.micro)
+            phase.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    for name in spec.train:
+        clip = spec.optimizer_of(name).clip
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(phase.nets[name].parameters(), clip)
+    phase.optimizer.step()
+    phase.optimizer.zero_grad(set_to_none=True)
+    for name, value in sums.items():
+        progress.sums[name] = progress.sums.get(name, 0.0) + value  # type: ignore[assignment]  # a tensor until looked at
+        progress.counts[name] = progress.counts.get(name, 0) + len(batches[spec.terms[name].on].labels_N)
+    progress.tokens += sum(batch.ids_BT.numel() for batch in batches.values())  # packed: no padding
+    progress.step += 1
+
+
+def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str, MaskedBatch]) -> dict[str, Tensor]:
+    """Gradients of one step, over micro-batches. Each model runs once per stream. Returns each term's sum, detached."""
+    spec, device = phase.spec, phase.run.at.device
+    live = {name: term for name, term in spec.terms.items() if weights[name]}
+    sums: dict[str, Tensor] = {}
+    for low in range(0, spec.batch, phase.micro):
+        high = min(low + phase.micro, spec.batch)
+        parts = {
+            name: MaskedBatch(*(tensor.to(device) for tensor in slice_batch(batch, low, high)))
+            for name, batch in batches.items()
+        }
+        with _counting(phase.progress, live, high - low):
+            logits = _forward(phase, live, parts, low)
+            loss = torch.zeros((), device=device)
+            for name, term in live.items():
+                value = _value(term, logits, parts[term.on].labels_N)
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+                loss = loss + weights[name] * value / len(batches[term.on].labels_N)
+            loss.backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
+def _forward(
+    phase: _Phase, live: Mapping[str, Term], parts: Mapping[str, MaskedBatch], low: int
+) -> dict[tuple[str, str], Tensor]:
+    """Logits at supervised positions by (model, stream)."""
+    logits: dict[tuple[str, str], Tensor] = {}
+    autocast = phase.run.autocast
+    for term in live.values():
+        for model in reads(term):
+            if (model, term.on) in logits:
+                continue
+            trained, part = model in phase.spec.train, parts[term.on]
+            if trained:  # dropout has a stream of its own, whatever else runs
+                where = (str(phase.instance), model, term.on, phase.progress.step, low)
+                torch.manual_seed(random_stream(phase.seed, "dropout", *where))
+            with torch.set_grad_enabled(trained), autocast():
+                logits[model, term.on] = models.logits_at(phase.nets[model], part.ids_BT, part.positions_N)
+    return logits
+
+
+def _value(term: Term, logits: Mapping[tuple[str, str], Tensor], labels_N: Tensor) -> Tensor:
+    if isinstance(term, CrossEntropy):
+        return cross_entropy(logits[term.of, term.on], labels_N)
+    return divergence(term, logits[term.from_, term.on], logits[term.to, term.on])
+
+
+@contextmanager
+def _counting(progress: _Progress, live: Mapping[str, Term], rows: int) -> Iterator[None]:
+    """Adds the FLOPs of a micro-batch: counted once for each set of live terms, then multiplied."""
+    which = ",".join(sorted(live))
+    if which in progress.flops_of:
+        yield
+    else:
+        with FlopCounterMode(display=False) as counter:
+            yield
+        progress.flops_of[which] = counter.get_total_flops() / rows
+    progress.flops += progress.flops_of[which] * rows
+
+
+# ----------------------------------------------------------------------------------------------------- looking, keeping
+
+
+def _look(phase: _Phase, fraction: float) -> None:
+    """Evaluates, turns off-switches, reports."""
+    records, losses = _records(phase, fraction)
+    for name, term in phase.spec.terms.items():
+        if isinstance(term.weight, OffWhenBetter) and not phase.progress.latched.get(name):
+            assert not isinstance(term, CrossEntropy)
+            for model in (term.from_, term.to):
+                if (model, term.on) not in losses:
+                    losses[model, term.on] = _loss(_evaluate(phase, model, phase.streams[term.on], "dev"))
+            phase.progress.latched[name] = losses[term.to, term.on] < losses[term.from_, term.on]
+            if phase.progress.latched[name]:
+                log.info("%s is off from step %d on", name, phase.progress.step)
+    phase.progress.records += records
+    if phase.run.at.checkpoint_at_reports:
+        _checkpoint(phase)
+    phase.run.emit(records)
+
+
+def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[str, str], float]]:
+    """Numbers at one point of the budget, and the dev loss by model and stream."""
+    progress, spec = phase.progress, phase.spec
+    common = {
+        "phase": phase.instance.phase,
+        "step": progress.step,
+        "progress": fraction,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "device_seconds": progress.seconds * phase.run.session.world,
+        "flops": progress.flops,
+        "t": int(time.time() * 1000),
+    }
+    records: list[Record] = []
+
+    def add(model: str, task: str, split: str, metric: str, value: float) -> None:
+        records.append({**common, "model": model, "task": task, "split": split, "metric": metric, "value": value})
+
+    for name, term in spec.terms.items():
+        if progress.counts.get(name):
+            add(
+                target(term),
+                phase.streams[term.on].spec.data,
+                "train",
+                name,
+                progress.sums[name] / progress.counts[name],
+            )
+    progress.sums, progress.counts = {}, {}
+    losses: dict[tuple[str, str], float] = {}
+    for model in spec.train:
+        for name, stream in phase.streams.items():
+            if not any(term.on == name and model in reads(term) for term in spec.terms.values()):
+                continue
+            for split in ("dev", "test"):
+                found = _evaluate(phase, model, stream, split)
+                for metric, value in found.items():
+                    add(model, stream.spec.data, split, metric, value)
+                if split == "dev":
+                    losses[model, name] = _loss(found)
+    machine = {"peak_memory": peak_memory(phase.run.at.device)}
+    if progress.seconds > 0:
+        machine["tokens_per_second"] = progress.tokens / progress.seconds
+    for metric, value in machine.items():
+        add(",".join(spec.train), next(iter(phase.streams.values())).spec.data, "system", metric, value)
+    return records, losses
+
+
+def _evaluate(phase: _Phase, model: str, stream: _Stream, split: Any) -> dict[str, float]:
+    at = phase.run
+    return evaluate(
+        phase.nets[model], stream.corpus, split, stream.spec.corruption, device=at.at.device, autocast=at.autocast
+    )
+
+
+def _loss(found: Mapping[str, float]) -> float:
+    return next(value for metric, value in found.items() if metric.endswith("_loss"))
+
+
+def _check_finite(phase: _Phase) -> None:
+    for name, total in phase.progress.sums.items():
+        value = float(total)
+        if not math.isfinite(value):
+            raise Diverged(f"phase {phase.instance}: {name} is {value} by step {phase.progress.step}")
+        phase.progress.sums[name] = value  # off the device
+
+
+def _checkpoint(phase: _Phase) -> None:
+    if phase.run.session.rank == 0:
+        state = {name: getattr(phase.progress, name) for name in _Progress.__dataclass_fields__}
+        state |= {"key": phase.run.key(phase.instance), "optimizer": phase.optimizer.state_dict()}
+        state["models"] = {name: phase.nets[name].state_dict() for name in phase.spec.train}
+        save_checkpoint(phase.run.at.storage, phase.run.at.folder, state)
+
+
+def peak_memory(device: str) -> float:
+    """Bytes: of the device, or of this process, since the trial began."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        with open("/proc/self/status") as file:
+            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if os.uname().sysname == "Darwin" else 1024.0)

@@ -1,0 +1,54 @@
+"""Losses on logits at N supervised positions. Every value is a *sum* in fp32: the loop divides once, by the number of
+supervised positions in the global batch (protocol of the project: never means of means).
+
+Legend: N positions, V vocabulary. All divergences are true values (zero where both sides agree), not cross-entropies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainables.spec import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """-sum_n log softmax(logits_n)[label_n], nats."""
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+
+
+def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
+    """The flow's divergence, summed over positions, nats; its gradient reaches only `to`.
+
+    Both sides are softened by `temperature`; with `tau_squared` the value is multiplied by its square, so that the
+    gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2).
+    """
+    log_p_NV = F.log_softmax(from_NV.detach().float() / flow.temperature, dim=-1)
+    log_q_NV = F.log_softmax(to_NV.float() / flow.temperature, dim=-1)
+    match flow:
+        case ForwardKL():
+            value = kl(log_p_NV, log_q_NV)
+        case ReverseKL():
+            value = kl(log_q_NV, log_p_NV)
+        case Jeffreys():
+            value = (kl(log_p_NV, log_q_NV) + kl(log_q_NV, log_p_NV)) / 2
+        case JSD():
+            value = jsd(log_p_NV, log_q_NV, flow.beta)
+    return value * flow.temperature**2 if flow.tau_squared else value
+
+
+def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """sum_n KL(p_n || q_n) from log-probabilities."""
+    return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+
+
+def jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: GKD's convention (Agarwal et al. 2024).
+
+    It vanishes at both ends of beta; divided by beta it tends to KL(p || q), by 1 - beta to KL(q || p).
+    """
+    log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
+    return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)

@@ -1,0 +1,290 @@
+"""Hugging Face models made from a `Model` value: shape or pretrained, initialised by keyed streams, head where supervised.
+
+No family is named here: what differs between families is read off the transformers config and module tree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from trainables.spec import Masking, Model, Random, random_stream
+
+
+class ModelError(ValueError):
+    """A model that cannot be made; the message says which, why, and what would be valid."""
+
+
+def build(model: Model, *, name: str, seed: int, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
+    """A model in fp32 on the CPU. Its initial weights depend on (seed, name, module) and on nothing else.
+
+    `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
+    """
+    if model.pretrained is not None:
+        return _load(model, vocab_size)
+    config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
+    net = skeleton(config)
+    init = model.init if isinstance(model.init, Random) else model.init.rest
+    initialise(net, init, name=name, seed=seed)
+    return net
+
+
+def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
+    """The transformers config of a shape. Fields that a family does not have are refused, not ignored."""
+    assert model.family is not None and model.width is not None
+    if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(
+            f"transformers has no language model of family {model.family!r}; valid: bert, modernbert, gpt2 …"
+        )
+    config = AutoConfig.for_model(model.family)
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.width,
+        "num_attention_heads": model.num_heads,
+    }
+    inner = next(
+        (key for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim") if hasattr(config, key)), None
+    )
+    if inner is not None:
+        fields[inner] = model.inner or 4 * model.width
+    if hasattr(config, "max_position_embeddings"):
+        fields["max_position_embeddings"] = max(length, 8)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
+        if hasattr(config, key):
+            fields[key] = special_ids.get(key)
+    for key in ("num_key_value_heads",):  # grouped queries are a choice of their own: state it in `config`
+        if hasattr(config, key):
+            fields[key] = model.num_heads
+    if getattr(config, "head_dim", None) is not None:
+        fields["head_dim"] = model.width // model.num_heads
+    if model.dropout is not None:
+        fields.update({key: model.dropout for key in _dropouts(config)})
+    for key, value in model.config.items():
+        if not hasattr(config, key):
+            raise ModelError(f"a {model.family} config has no field {key!r}")
+        fields[key] = value
+    return AutoConfig.for_model(model.family, **fields)
+
+
+def _dropouts(config: Any) -> Iterator[str]:
+    for key, value in config.to_dict().items():
+        if (
+            isinstance(value, float)
+            and (key.endswith(("dropout", "dropout_prob", "pdrop")))
+            and "classifier" not in key
+        ):
+            yield key
+
+
+def is_masked_lm(family: str) -> bool:
+    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
+    """A masked stream needs an encoder with a masked-LM head, a next-token stream a decoder."""
+    if (corruption is not None) != is_masked_lm(config.model_type):
+        need = (
+            "is an encoder: give its stream `corruption`" if corruption is None else "is a decoder: `corruption: null`"
+        )
+        raise ModelError(f"model {name!r} ({config.model_type}) {need}")
+
+
+def _load(model: Model, vocab_size: int) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(
+            model.pretrained, revision=model.revision or "main", trust_remote_code=False
+        )
+        if model.dropout is not None:
+            config.update({key: model.dropout for key in _dropouts(config)})
+        auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+        net = auto.from_pretrained(
+            model.pretrained,
+            revision=model.revision or "main",
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"no weights at {model.pretrained!r} (a folder with config.json and model.safetensors, or a hub id): {first}"
+        ) from None
+    if net.config.vocab_size < vocab_size:
+        raise ModelError(
+            f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
+        )
+    return net
+
+
+def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """A model as it was stored: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
+    net = skeleton(AutoConfig.for_model(**config))
+    missing, unexpected = net.load_state_dict(dict(weights), strict=False)
+    net.tie_weights()
+    state = net.state_dict()
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    absent = [
+        name for name in missing if state[name].data_ptr() not in loaded
+    ]  # a tied tensor is there by another name
+    if absent or unexpected:
+        raise ModelError(f"stored weights do not fit a {config['model_type']}: {sorted([*absent, *unexpected])[0]}")
+    return net
+
+
+def skeleton(config: Any) -> Any:
+    """A language model of this config with weights of no meaning (none at all on the meta device)."""
+    auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation="sdpa")
+
+
+def weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with tied tensors under their first name only (safetensors refuses second names)."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """What `restore` needs of a transformers config."""
+    drop = ("transformers_version", "_name_or_path", "dtype", "architectures")
+    return {key: value for key, value in config.to_dict().items() if key not in drop}
+
+
+def weights_fingerprint(name: str, revision: str | None) -> str:
+    """SHA-256 over config and weights: of a folder's files, or of what the hub's cache holds for that revision."""
+    files = [Path(name)] if Path(name).is_dir() else []
+    if not files:
+        try:
+            patterns = ["config.json", "*.safetensors"]
+            files = [Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))]
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"no weights at {name!r} (neither a folder nor a reachable hub id): {first}") from None
+    found = sorted((*files[0].glob("config.json"), *files[0].glob("*.safetensors")))
+    if not any(path.suffix == ".safetensors" for path in found):
+        raise ModelError(f"{name!r} holds no *.safetensors; pickled weights are refused")
+    total = hashlib.sha256()
+    for path in found:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------ initialisation
+
+
+@torch.no_grad()
+def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> None:
+    """Draws each module's weights from its own stream, so that equal shapes get equal weights in every arm.
+
+    `std: family` calls the family's own rule module by module; `width` draws every matrix from N(0, 1/sqrt(width)),
+    which lets a small encoder leave the unigram level hundreds of steps earlier.
+    """
+    for tensor in [*net.parameters(), *net.buffers()]:
+        tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        for path, module in net.named_modules():
+            torch.manual_seed(random_stream(seed, "init", name, path))
+            net._init_weights(module)
+            for tensor in module.parameters(recurse=False):  # a tied weight keeps the draw of its first module
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        width = net.config.hidden_size
+        if init.std != "family":
+            std = 1 / math.sqrt(width) if init.std == "width" else init.std
+            for path, parameter in net.named_parameters():
+                if parameter.ndim >= 2:
+                    torch.manual_seed(random_stream(seed, "init", name, path))
+                    parameter.normal_(0.0, std)
+    if init.positions == "sinusoid":
+        table = _positions(net)
+        if table is None:
+            raise ModelError(
+                f"model {name!r} ({net.config.model_type}) has no learned positions; remove `positions: sinusoid`"
+            )
+        table.weight.copy_(sinusoids(*table.weight.shape) * table.weight.std())
+
+
+def _positions(net: PreTrainedModel) -> nn.Embedding | None:
+    length = getattr(net.config, "max_position_embeddings", None)
+    for path, module in net.named_modules():
+        leaf = path.rsplit(".", 1)[-1]
+        if (
+            isinstance(module, nn.Embedding)
+            and module.num_embeddings == length
+            and leaf in ("position_embeddings", "wpe")
+        ):
+            return module
+    return None
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5, scaled to unit standard deviation; [length, width]."""
+    frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
+    angle_TF = torch.arange(length)[:, None] * frequency[None]
+    table = torch.zeros(length, width)
+    table[:, 0::2] = angle_TF.sin()
+    table[:, 1::2] = angle_TF.cos()[:, : width // 2]
+    return table / table.std()
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+    """Logits at flat positions b*T+t only, [N, V]: the head never sees the others.
+
+    Between trunk and head stands a hook that keeps the wanted positions, so that any family's own head code runs as it
+    is. Heads of language models act on each position by itself; the parity test holds every family to that.
+    """
+    with _only(net.base_model, positions_N):  # type: ignore[arg-type]
+        return net(input_ids=ids_BT, **_no_cache(net)).logits[0]  # type: ignore[no-any-return]
+
+
+def _no_cache(net: nn.Module) -> dict[str, bool]:
+    return {} if is_masked_lm(net.config.model_type) else {"use_cache": False}  # type: ignore[union-attr,arg-type]
+
+
+@contextmanager
+def _only(trunk: nn.Module, positions_N: Tensor) -> Iterator[None]:
+    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden_BTD = output[0]
+        kept_1ND = hidden_BTD.flatten(0, 1).index_select(0, positions_N)[None]
+        output.last_hidden_state = kept_1ND
+        return output
+
+    handle = trunk.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The tokenizer's ids by the names that transformers' configs use."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Distinct parameters: tied ones count once."""
+    return sum(p.numel() for p in net.parameters())
