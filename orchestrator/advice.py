@@ -82,12 +82,29 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     }[found.verdict]
     if found.verdict == "refuted":
         command = export_command(study, f"--arm {shlex.quote(base)}")
-    if found.shrinkage is not None and found.comparison is not None:
-        places = decimals_for(None, found.comparison.effect)
-        three = (difference, found.comparison.effect, found.shrinkage)
-        before, now, less = (fixed(value, places, sign=True) for value in three)
-        facts.append(("shrinkage", f"{less}: from {before} in the search to {now}"))
+    facts += _shrinkage(study, tables, found, difference, score, fresh)
     return Advice(title, lead, found.verdict, recipe, [*_confirmed(study, found, base), *facts, cost], command)
+
+
+def _shrinkage(study: Study, tables: Tables, found: Confirmation, difference: float, score: float,
+               fresh: pd.DataFrame) -> list[tuple[str, str]]:  # fmt: skip
+    """Of the difference to the baseline; where the search saw no pair for it, of the score itself on dev."""
+    if found.shrinkage is not None and found.comparison is not None:
+        three = (difference, found.comparison.effect, found.shrinkage)
+        places = decimals_for(None, found.comparison.effect)
+        before, now, less = (fixed(value, places, sign=True) for value in three)
+        return [("shrinkage", f"{less}: from {before} in the search (dev) to {now} (test)")]
+    again = list(values_of(tables, objective_reading(study), fresh).values())
+    if study.objective.minus is not None or not again:
+        return []
+    mean, places = sum(again) / len(again), decimals_for(None, score)
+    less = fixed(score - mean, places, sign=True)
+    return [
+        (
+            "shrinkage",
+            f"{less}: from {fixed(score, places)} in the search to {fixed(mean, places)} on fresh seeds (dev)",
+        )
+    ]
 
 
 def _search_difference(study: Study, tables: Tables, base: str, params: dict[str, Any], winner: pd.DataFrame) -> float:

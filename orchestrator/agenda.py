@@ -395,9 +395,8 @@ class Agenda:
         }  # fmt: skip
         if planned.id in self.rows and self.rows[planned.id].get("started"):
             row["started"] = self.rows[planned.id]["started"]
-        self._home.write(
-            f"trials/{planned.id}/trial.json", as_json({**row, "spec": planned.spec.model_dump(mode="json")})
-        )
+        spec = {"spec": planned.spec.model_dump(mode="json"), "fingerprints": self.identity.of(planned.spec)}
+        self._home.write(f"trials/{planned.id}/trial.json", as_json({**row, **spec}))
         self.rows[planned.id] = row
         self.running[planned.id] = planned
         self._tell(planned.id)

@@ -63,7 +63,7 @@ class Series(NamedTuple):
 class Pair(NamedTuple):
     """Seeds of two arms, joined."""
 
-    title: str
+    title: str  # the number of the claim
     left: str
     right: str
     left_values: Sequence[float]
@@ -107,7 +107,7 @@ def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int 
             _lines(axes, group.spent)
             _number_axis(axes, [x for s in group.spent for x in (*(p[0] for p in s.points), *s.x)])
             axes.set_xlabel("total compute, teacher included (FLOPs)")
-            _names(axes, group.spent, bottom - top)
+            _names(axes, group.spent, bottom - top, 16)
         return _svg(figure, "pairs")
 
 
@@ -116,7 +116,7 @@ def _pair(axes: Axes, pair: Pair, width: float, limits: tuple[float, float], *, 
         axes.plot([0, 1], [a, b], color=MUTED, linewidth=1, alpha=0.6, solid_capstyle="round")
     for x, values, style in ((0, pair.left_values, pair.left_style), (1, pair.right_values, pair.right_style)):
         axes.plot([x] * len(values), values, MARKERS[style % 8], color=SERIES[style % 8], markersize=4.5, alpha=0.9)
-    if pair.left_values:
+    if len(pair.left_values) > 1:
         means = [sum(v) / len(v) for v in (pair.left_values, pair.right_values)]
         axes.plot([0, 1], means, color=INK, linewidth=2.4, solid_capstyle="round")
     axes.set_xlim(-0.16, 1.16)
@@ -124,8 +124,12 @@ def _pair(axes: Axes, pair: Pair, width: float, limits: tuple[float, float], *, 
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(labelleft=first)
     axes.set_xticks([0, 1], ["", ""])
-    axes.set_title(pair.title, fontsize=11, color=INK, pad=6, fontweight="bold")
+    axes.set_title(
+        f"claim {pair.title}" if width > 9 * _CHAR else pair.title, fontsize=11, color=INK, pad=6, fontweight="bold"
+    )
     fits = int(width / _CHAR)
+    if fits < 6:  # too narrow for names: markers and colours say whose they are
+        return
     left, right = _short(pair.left, fits), _short(pair.right, fits)
     below = 0 if len(left) + len(right) + 2 <= fits else _LINE  # names too long for one line stand on two
     for end, name, align, down in ((0.0, left, "left", 0), (1.0, right, "right", below)):
@@ -149,7 +153,7 @@ def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width:
             _number_axis(axes, [x for s in series for x in s.x])
             axes.set_xlabel(title)
             if i == len(panels) - 1:
-                _names(axes, series, height - 74)
+                _names(axes, series, height - 74, 24)
         figure.text(0, 1, label, color=MUTED, va="top")
         return _svg(figure, "curves")
 
@@ -191,7 +195,7 @@ def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: 
             else:
                 _number_axis(axes, [p[0] for s in panel.series for p in s.points], log=panel.log)
             if i == min(2, len(panels) - 1):
-                _names(axes, [s for s in panel.series if s.name], height - 64)
+                _names(axes, [s for s in panel.series if s.name], height - 64, 18)
         figure.text(0, 1, label, color=MUTED, va="top")
         return _svg(figure, "effects")
 
@@ -232,7 +236,7 @@ def _lines(axes: Axes, series: Sequence[Series]) -> None:
             axes.plot(x, y, marker, color=colour, markersize=5, alpha=0.85)
 
 
-def _names(axes: Axes, series: Sequence[Series], height: float) -> None:
+def _names(axes: Axes, series: Sequence[Series], height: float, most: int) -> None:
     """Names with their markers right of the axes, at the height of their last value, pushed apart."""
     low, high = axes.get_ylim()
 
@@ -249,7 +253,7 @@ def _names(axes: Axes, series: Sequence[Series], height: float) -> None:
         at: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
         x = 8 / axes.bbox.width
         axes.plot([1 + x], [place / height], MARKERS[s.style % 8], color=SERIES[s.style % 8], markersize=5, **at)
-        axes.text(1 + 2 * x, place / height, _short(s.name, 24), va="center_baseline", color=INK, **at)
+        axes.text(1 + 2 * x, place / height, _short(s.name, most), va="center_baseline", color=INK, **at)
 
 
 def _number_axis(axes: Axes, values: Sequence[float], *, log: bool | None = None) -> None:

@@ -76,6 +76,7 @@ class Part:
 class Line:
     number: str
     says: str
+    sides: str
     about: str
     verdict: str
     more: str
@@ -191,13 +192,17 @@ def _lines(verdicts: Sequence[Verdict], default_phase: str) -> list[Line]:
         says = claim.says or f"{claim.arm} is better than {' and '.join(others)}{margin}"
         about = f"{claim.metric} of {claim.model} on {claim.split}"
         about += f" at {claim.at:g} of the budget" if claim.at < 1 else ""
-        about += f", {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
         for other, ratio in v.cost_ratios.items():  # so that no gain is shown without its price
             whose = f" of {other}" if len(v.cost_ratios) > 1 else ""
             about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{whose}"
+        about += f"; {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
         paper = fixed(claim.paper, 3, sign=True) if isinstance(claim.paper, float | int) else claim.paper or "–"
         judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
-        lines.append(Line(str(i), says, about, v.verdict, _more(v), parts, paper, judged))
+        lines.append(
+            Line(
+                str(i), says, f"{claim.arm} − {' and '.join(others)}", about, v.verdict, _more(v), parts, paper, judged
+            )
+        )
     return lines
 
 
@@ -251,7 +256,7 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
         for number, v in claims:
             for c in v.parts:
                 sides = (c.against_values, c.arm_values, styles[c.against], styles[v.claim.arm])
-                pairs.append(figures.Pair(f"claim {number}", c.against, v.claim.arm, *sides))
+                pairs.append(figures.Pair(number, c.against, v.claim.arm, *sides))
                 arms |= {c.against: None, v.claim.arm: None}
                 better = sum((d < 0) == c.lower_is_better and d != 0 for d in c.differences)
                 alt.append(
@@ -262,7 +267,7 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
         groups.append(figures.Group(label, pairs, [_spent(tables, at, arm, styles[arm]) for arm in arms]))
     if not groups:
         return None
-    height = 290 if len(groups) == 1 else 190
+    height = (290 if len(groups) == 1 else 190) - (25 if len(verdicts) > 4 else 0)
     caption = (
         "Left: thin lines join one seed’s two arms, the thick line their means. Right: the same values against all the "
         "compute spent, the teacher’s included; lines are the means on the way."

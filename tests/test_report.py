@@ -18,7 +18,7 @@ import pytest
 from scipy import stats
 
 from orchestrator import results
-from orchestrator.report import main, make_report, point_scores
+from orchestrator.report import Report, main, make_report, point_scores
 from orchestrator.results import RESULTS, TRIALS, Tables
 from orchestrator.study import Study, load_study
 from trainables.store import Storage
@@ -168,21 +168,32 @@ def whole(study: Study, points: int = 12) -> Tables:
     return maker.tables()
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return study_of(tmp_path)
-
-
 PROVENANCE = {"commit": "3f9c2ab", "versions": "torch 2.12.1", "device": "cpu"}
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return study_of(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def tables(study: Study) -> Tables:
+    return whole(study)
+
+
+@pytest.fixture(scope="module")
+def report(study: Study, tables: Tables) -> Report:
+    return make_report(study, tables, PROVENANCE)
+
+
 class _Text(HTMLParser):
-    """The text of each element of a kind, void ones aside; and every tag that stands in the page."""
+    """The text of each cell of each table, row by row; and every tag that stands in the page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.rows: list[list[str]] = []
+        self.inside = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -191,9 +202,13 @@ class _Text(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1]:
+        if self.inside:
             self.rows[-1][-1] = f"{self.rows[-1][-1]} {data.strip()}".strip()
 
 
@@ -220,9 +235,8 @@ def values(tables: Tables, arm: str, metric: str, split: str, at: float, kind: s
 # -------------------------------------------------------------------------------------------------- the first screen
 
 
-def test_every_number_of_a_claims_line_is_that_of_the_tables(study: Study) -> None:
-    tables = whole(study)
-    lines = claim_rows(make_report(study, tables, PROVENANCE).html)
+def test_every_number_of_a_claims_line_is_that_of_the_tables(tables: Tables, report: Report) -> None:
+    lines = claim_rows(report.html)
     asked = [
         ("good", "alone", "mlm_loss", 1.0),
         ("alone", "too_weak", "mlm_loss", 1.0),
@@ -252,16 +266,14 @@ def test_every_number_of_a_claims_line_is_that_of_the_tables(study: Study) -> No
     assert re.search(r"about \d+ more seeds", lines[1][2])
 
 
-def test_the_paper_is_judged_apart_and_the_price_of_a_gain_is_named(study: Study) -> None:
-    lines = claim_rows(make_report(study, whole(study), PROVENANCE).html)
+def test_the_paper_is_judged_apart_and_the_price_of_a_gain_is_named(report: Report) -> None:
+    lines = claim_rows(report.html)
     assert lines[0][-1] == "+1.44 GLUE not comparable"
     assert lines[1][-1] == "−0.020 below our interval"
     assert "×1.00 tokens, ×2.80 compute" in lines[0][1]  # (5 + 9) / 5
 
 
-def test_the_recommendation_is_the_winner_on_fresh_seeds(study: Study) -> None:
-    tables = whole(study)
-    report = make_report(study, tables, PROVENANCE)
+def test_the_recommendation_is_the_winner_on_fresh_seeds(study: Study, tables: Tables, report: Report) -> None:
     scores = point_scores(study, tables)
     best = scores.sort_values("score").iloc[0]
     card = html.unescape(report.html[report.html.index('id="recommendation"') : report.html.index("</aside>")])
@@ -286,14 +298,13 @@ def test_the_recommendation_is_the_winner_on_fresh_seeds(study: Study) -> None:
     assert (row["kind"], row["point"]) == ("confirm", best["point"])
 
 
-def test_scale_and_counts_come_from_the_study_and_the_tables(study: Study) -> None:
-    page = html.unescape(make_report(study, whole(study), PROVENANCE).html)
+def test_scale_and_counts_come_from_the_study_and_the_tables(report: Report) -> None:
+    page = html.unescape(report.html)
     assert "laptop profile, teacher 2×64 or 1×64, student 4×64" in page
     assert "52 trials: 50 ended, 1 stopped, 1 failed, 0 running; 2 set aside" in page
 
 
-def test_the_markdown_has_the_same_verdict_lines(study: Study) -> None:
-    report = make_report(study, whole(study), PROVENANCE)
+def test_the_markdown_has_the_same_verdict_lines(report: Report) -> None:
     table = report.markdown[report.markdown.index("**Claims**") :].splitlines()[4:7]
     for line, row in zip(claim_rows(report.html), table, strict=True):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -305,8 +316,9 @@ def test_the_markdown_has_the_same_verdict_lines(study: Study) -> None:
 # ------------------------------------------------------------------------------------------------------- the search
 
 
-def test_a_points_score_is_its_difference_to_the_paired_baseline_of_the_same_sizes(study: Study) -> None:
-    tables = whole(study)
+def test_a_points_score_is_its_difference_to_the_paired_baseline_of_the_same_sizes(
+    study: Study, tables: Tables
+) -> None:
     r = tables.results[(tables.results["split"] == "dev") & (tables.results["metric"] == "mlm_loss")]
     last = r[(r["progress"] == 1) & (r["model"] == "student")].set_index("trial")["value"]
     params = tables.trials.set_index("trial")["params"].map(json.loads)
@@ -322,8 +334,7 @@ def test_a_points_score_is_its_difference_to_the_paired_baseline_of_the_same_siz
             assert np.isnan(row["score"])
 
 
-def test_a_stopped_point_is_in_no_list_however_good_it_looked(study: Study) -> None:
-    report = make_report(study, whole(study), PROVENANCE)
+def test_a_stopped_point_is_in_no_list_however_good_it_looked(report: Report) -> None:
     assert not rows_with(report.html, "p001")
     assert not rows_with(report.html, "p000", "−")
     assert rows_with(report.html, "p000", "out of memory", "/log.txt")
@@ -351,6 +362,25 @@ def test_effects_are_means_of_completed_points_by_label_and_by_sizes(study: Stud
         assert numbers(row[4])[0] == pytest.approx(of.mean(), abs=1e-3)
 
 
+def test_without_a_paired_objective_the_score_itself_shrinks(tmp_path: Path) -> None:
+    study = load_study(Path(__file__).parent.parent / "search_spaces" / "smoke.yaml")
+    maker = Maker(study)
+    for i in range(6):
+        maker.trial(f"p{i:03d}", None, 1000, loss=3 + 0.1 * i, params={LR: 1e-3 * (i + 1)})
+    for seed in (2000, 2001):
+        maker.trial("p000", None, seed, "confirm", loss=3.2, params={LR: 1e-3})
+        maker.trial("alone", "alone", seed, "confirm", loss=3.1, teacher=None)
+    tables = maker.tables()
+    page = html.unescape(make_report(study, tables, {}).html)
+    r = tables.results
+    r = r[(r["point"] == "p000") & (r["split"] == "dev") & (r["metric"] == "mlm_loss") & (r["model"] == "student")]
+    r = r[r["progress"] == 1]
+    search, fresh = (r[r["kind"] == kind]["value"].mean() for kind in ("trial", "confirm"))
+    shown = numbers(re.search(r"<dt>shrinkage</dt><dd>(.*?)</dd>", page)[1])  # type: ignore[index]
+    assert shown == pytest.approx([search - fresh, search, fresh], abs=0.01)
+    assert "Use p000" not in page
+
+
 def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> None:
     maker = Maker(study)
     arms(maker)
@@ -362,20 +392,19 @@ def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> Non
 # ------------------------------------------------------------------------------------------------------ what is below
 
 
-def test_arms_are_labelled_by_the_measured_quality_of_their_teacher(study: Study) -> None:
-    page = make_report(study, whole(study), PROVENANCE).html
+def test_arms_are_labelled_by_the_measured_quality_of_their_teacher(tables: Tables, report: Report) -> None:
+    page = report.html
     (good,) = (row for row in rows_with(page, "at equal steps") if row[0] == "good")
     (weak,) = (row for row in rows_with(page, "at equal steps") if row[0] == "too_weak")
     assert "teacher better than alone" in good[2]
     assert "teacher weaker than alone" in weak[2]
-    alone = values(whole(study), "alone", "mlm_loss", "test", 1.0)
+    alone = values(tables, "alone", "mlm_loss", "test", 1.0)
     teacher = np.array([3.05 + 0.01 * np.sin(seed) + 0.02 for seed in range(5)])
     assert numbers(good[3])[0] == pytest.approx((teacher - alone).mean(), abs=1e-3)
 
 
-def test_costs_show_the_teacher_as_nothing_amortised_and_in_full(study: Study) -> None:
-    tables = whole(study)
-    page = make_report(study, tables, PROVENANCE).html
+def test_costs_show_the_teacher_as_nothing_amortised_and_in_full(tables: Tables, report: Report) -> None:
+    page = report.html
     (row,) = (r for r in rows_with(page, "good", "200\u202fk") if len(r) == 9)
     phases = [json.loads(p) for p in tables.trials[tables.trials["planned"]]["phases"]]
     keys = [p["teach"]["key"] for p in phases if "teach" in p]
@@ -385,8 +414,8 @@ def test_costs_show_the_teacher_as_nothing_amortised_and_in_full(study: Study) -
     assert f"Sharing saved {reused} runs of a phase: {reused * 9}\u202fGFLOPs" in page
 
 
-def test_the_grid_the_failures_and_what_was_set_aside_are_listed(study: Study) -> None:
-    page = make_report(study, whole(study), PROVENANCE).html
+def test_the_grid_the_failures_and_what_was_set_aside_are_listed(report: Report) -> None:
+    page = report.html
     assert [r[2] for r in rows_with(page, "chosen")] == ["0.003"] * 5
     assert "Set aside, as the file no longer plans them: 2 trials" in page
     assert rows_with(page, "(searched points)", "trial", "12", "10", "1")
@@ -559,16 +588,19 @@ def chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("points", [12, 32])
-def test_the_first_screen_holds_question_claims_pairs_and_recommendation(
-    study: Study, tmp_path: Path, points: int
-) -> None:
+@pytest.mark.parametrize(("points", "more"), [(12, 0), (32, 0), (12, 3)])
+def test_the_first_screen_holds_question_claims_pairs_and_advice(tmp_path: Path, points: int, more: int) -> None:
+    extra = "".join(
+        f"  x{i}: {{arm: good, against: too_weak, model: student, metric: mlm_loss}}\n" for i in range(more)
+    )
+    study = study_of(tmp_path, STUDY.replace("profiles:", f"{extra}profiles:"))
     page = make_report(study, whole(study, points), PROVENANCE).html
     file = tmp_path / "look.html"
     file.write_text(LOOK.replace("PAGE", json.dumps(page).replace("</", "<\\/")))
     dom = chromium(tmp_path, "--dump-dom", "--virtual-time-budget=4000", file.as_uri()).stdout
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom)[1]))  # type: ignore[index]
-    assert max(found[name] for name in ("question", "counts", "claims", "pairs", "recommendation")) <= 900
+    bottoms = {name: found[name] for name in ("question", "counts", "claims", "pairs", "recommendation")}
+    assert max(bottoms.values()) <= 900, bottoms
     assert found["overflow"] <= 0
     assert found["collisions"] == []
 

@@ -20,7 +20,7 @@ from trainables.loop import Diverged, Session, Surroundings
 from trainables.models import ModelError
 from trainables.remap import RemapError
 from trainables.spec import TrialSpec
-from trainables.store import Storage, log
+from trainables.store import Storage, as_json, log
 from trainables.trial import run_trial
 
 
@@ -46,6 +46,8 @@ def run(job: Job, session: Session) -> dict[str, Any]:
     earlier = sorted((f for f in storage.list(home) if f.startswith("attempt-")), key=lambda f: int(f[8:]))
     number = int(earlier[-1][8:]) + 1 if earlier else 1
     end: dict[str, Any] = {"status": "ended", "reason": None, "attempts": number, "node": socket.gethostname()}
+    started = {"node": end["node"], "device": job.device}
+    storage.write(f"{home}/attempt-{number}/attempt.json", as_json(started))  # it counts, however early it dies
     with _logged(storage, f"{home}/log.txt") as text:
         log.info("attempt %d of trial %s on %s, %s", number, job.trial, end["node"], job.device)
         try:

@@ -189,8 +189,7 @@ def train_phase(run: Run, instance: Instance) -> Published:
     at, key = run.at, run.key(instance)
     phase = _begin(run, instance)
     progress, spec, total = phase.progress, phase.spec, phase.total
-    evaluate_at = {round(fraction * total): fraction for fraction in spec.evaluate}
-    keep_at = {round(fraction * total): fraction for fraction in spec.keep}
+    evaluate_at = {_step_of(fraction, total): fraction for fraction in spec.evaluate}
     started = last_checkpoint = time.monotonic()
     if progress.records:
         run.emit(progress.records)
@@ -201,10 +200,11 @@ def train_phase(run: Run, instance: Instance) -> Published:
         _step(phase)
         if progress.step % CHECK_EVERY == 0:
             _check_finite(phase)
-        if progress.step in keep_at and run.session.rank == 0:
-            for name in spec.train:
-                entry = f"{name}@{keep_at[progress.step]:g}"
-                progress.files[entry] = run.store.put_weights(key, models.weights_of(phase.nets[name]))
+        for fraction in spec.keep:
+            if progress.step == _step_of(fraction, total) and run.session.rank == 0:
+                for name in spec.train:
+                    weights = models.weights_of(phase.nets[name])
+                    progress.files[f"{name}@{fraction:g}"] = run.store.put_weights(key, weights)
         is_due = time.monotonic() - last_checkpoint > at.checkpoint_seconds
         if progress.step in evaluate_at or is_due:
             _check_finite(phase)
@@ -236,6 +236,11 @@ def train_phase(run: Run, instance: Instance) -> Published:
     for folder in (*at.earlier, at.folder):
         drop_checkpoints(at.storage, folder)
     return published
+
+
+def _step_of(fraction: float, total: int) -> int:
+    """The step after which a fraction of the budget is spent; only the fraction 0 is before the first."""
+    return max(1, round(fraction * total)) if fraction else 0
 
 
 def _begin(run: Run, instance: Instance) -> _Phase:
@@ -291,6 +296,7 @@ def _step(phase: _Phase) -> None:
         for name, stream in phase.streams.items()
         if any(term.on == name and weights[n] for n, term in spec.terms.items())
     }
+    flops = progress.flops
     while True:
         try:
             sums = _backward(phase, weights, batches)
@@ -298,6 +304,7 @@ def _step(phase: _Phase) -> None:
         except torch.OutOfMemoryError:
             if phase.micro == 1:
                 raise
+            progress.flops = flops
             phase.micro = max(1, phase.micro // 2)
             log.warning("out of memory: micro-batch halved to %d sequences", phase.micro)
             phase.optimizer.zero_grad(set_to_none=True)
@@ -333,7 +340,8 @@ def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str,
                 value = _value(term, logits, parts[term.on].labels_N)
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
                 loss = loss + weights[name] * value / len(batches[term.on].labels_N)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if live:  # else every weight is zero just now
+                loss.backward()  # type: ignore[no-untyped-call]
     return sums
 
 
@@ -435,6 +443,12 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
                     add(model, stream.spec.data, split, metric, value)
                 if split == "dev":
                     losses[model, name] = _loss(found)
+                    if not math.isfinite(
+                        losses[model, name]
+                    ):  # the last update broke what the train loss still saw whole
+                        raise Diverged(
+                            f"phase {phase.instance}: the dev loss of {model} is {_loss(found)} at step {progress.step}"
+                        )
     machine = {"peak_memory": peak_memory(phase.run.at.device)}
     if progress.seconds > 0:
         machine["tokens_per_second"] = progress.tokens / progress.seconds

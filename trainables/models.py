@@ -203,11 +203,7 @@ def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> N
     for tensor in [*net.parameters(), *net.buffers()]:
         tensor._is_hf_initialized = False  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
-        for path, module in net.named_modules():
-            torch.manual_seed(random_stream(seed, "init", name, path))
-            net._init_weights(module)
-            for tensor in module.parameters(recurse=False):  # a tied weight keeps the draw of its first module
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        _draw_modules(net, net, "", seed=seed, name=name)
         width = net.config.hidden_size
         if init.std != "family":
             std = 1 / math.sqrt(width) if init.std == "width" else init.std
@@ -222,6 +218,18 @@ def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> N
                 f"model {name!r} ({net.config.model_type}) has no learned positions; remove `positions: sinusoid`"
             )
         table.weight.copy_(sinusoids(*table.weight.shape) * table.weight.std())
+
+
+def _draw_modules(net: PreTrainedModel, module: nn.Module, path: str, *, seed: int, name: str) -> None:
+    """Calls the family's rule on each module, inner ones first as transformers does: a block that scales the projections
+    inside it (GPT-2, ModernBERT) has the last word."""
+    for child, inner in module.named_children():
+        _draw_modules(net, inner, f"{path}.{child}" if path else child, seed=seed, name=name)
+    torch.manual_seed(random_stream(seed, "init", name, path))
+    net._init_weights(module)
+    if module is net.base_model:
+        for tensor in module.parameters():  # a head that is tied to the embeddings keeps their draw
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _positions(net: PreTrainedModel) -> nn.Embedding | None:

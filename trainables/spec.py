@@ -210,6 +210,12 @@ class CrossEntropy(Value):
     on: Name = "main"
     weight: Weight = 1.0
 
+    @model_validator(mode="after")
+    def _only_a_flow_can_switch_off_when_better(self) -> CrossEntropy:
+        if isinstance(self.weight, OffWhenBetter):
+            raise ValueError("off_when_better compares `to` with `from`: it is for flows, not for a hard loss")
+        return self
+
 
 class _Flow(Value):
     """A loss whose gradient reaches only `to`; the logits of `from` are detached."""
@@ -514,8 +520,8 @@ class TrialSpec(Value):
         return tuple(done)
 
     def upto(self, phase: str) -> TrialSpec:
-        """The trial that runs only `phase` and what it needs. Data stay: models are made for the longest sequence."""
-        return self._keep({phase, *self._closure(phase)}).model_copy(update={"data": self.data})
+        """The trial that runs only `phase` and what it needs."""
+        return self._keep({phase, *self._closure(phase)})
 
     def _closure(self, phase: str) -> set[str]:
         found: set[str] = set()
@@ -530,14 +536,23 @@ class TrialSpec(Value):
     def pruned(self) -> TrialSpec:
         """Without what no result depends on: terms that are off, phases that only they read, models that nothing uses.
 
-        A phase that no other phase reads, as the file stands, is a result and stays.
+        A phase that no other phase reads, as the file stands, is a result and stays. Data stay too: models are made for
+        the longest sequence, and that must not change with what is switched off.
         """
         read_as_written = {up for name in self.phases for up in self._upstream(name)}
-        lean = self.model_copy(
-            update={"phases": {name: phase.without_what_is_off() for name, phase in self.phases.items()}}
-        )
+        phases = {name: phase.without_what_is_off() for name, phase in self.phases.items()}
+        lean = self.model_copy(update={"phases": phases})
+        for name, phase in phases.items():  # where a phase no longer trains a model, what it had before goes on
+            start = {model: lean._trained(model, at) for model, at in phase.start.items()}
+            phases[name] = phase.model_copy(update={"start": {m: at for m, at in start.items() if at is not None}})
         results = [name for name in self.phases if name not in read_as_written]
         return lean._keep(set(results).union(*(lean._closure(name) for name in results)))
+
+    def _trained(self, model: str, start: str | None) -> str | None:
+        """`start`, or where that phase got the model from if it does not train it."""
+        while start is not None and model not in self.phases[(source := parse_start(start)[0])].train:
+            start = self.origin(source, model)
+        return start
 
     def _keep(self, phases: set[str]) -> TrialSpec:
         kept = {name: phase for name, phase in self.phases.items() if name in phases}
@@ -551,14 +566,7 @@ class TrialSpec(Value):
                     models.add(init.from_)
                 if isinstance(init, Remap) and lean.origin(name, init.from_) is None:
                     todo.append(init.from_)
-        data = {s.data for p in kept.values() for s in p.streams.values() if not p.each}
-        data |= {item for p in kept.values() for item in p.each}
-        return lean.model_copy(
-            update={
-                "models": {n: m for n, m in self.models.items() if n in models},
-                "data": {n: d for n, d in self.data.items() if n in data},
-            }
-        )
+        return lean.model_copy(update={"models": {n: m for n, m in self.models.items() if n in models}})
 
 
 def parse_start(start: str) -> tuple[str, float, str | None]:

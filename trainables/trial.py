@@ -15,9 +15,11 @@ import torch
 
 from trainables.data.corpus import open_corpus
 from trainables.loop import Record, Run, Session, Surroundings, peak_memory, train_phase
-from trainables.phases import Instance, instances, phase_key
+from trainables.phases import Instance, instances
 from trainables.spec import TrialSpec
 from trainables.store import Corrupt, PhaseStore, Published, log
+
+SAME = ("phase", "model", "task", "split", "metric", "step")  # a phase that is trained again replaces its records
 
 
 def fresh(seed: int, threads: int) -> None:
@@ -45,41 +47,50 @@ def run_trial(spec: TrialSpec, fingerprints: Mapping[str, str], at: Surroundings
     """
     fresh(spec.seed, at.threads)
     spec = spec.pruned()
-    written: list[Record] = []
+    written: dict[tuple[Any, ...], Record] = {}
 
     def emit(records: list[Record]) -> None:
-        written.extend(records)
+        written.update({tuple(record[key] for key in SAME): record for record in records})
         if session.rank == 0:
-            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in written)
+            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in written.values())
             at.storage.write(f"{at.folder}/records.jsonl", text.encode())
         session.report(records)
 
     data = at.storage.sub("data").uri
     corpora = {name: open_corpus(data, fingerprints[f"data:{name}"]) for name in spec.data}
     run = Run(spec, fingerprints, corpora, PhaseStore(at.storage), at, session, emit)
-    phases: dict[str, Any] = {}
+    done: dict[Instance, Published] = {}
     for instance in instances(spec):
         published = run.store.find(run.key(instance))
         if published is None:
-            published = _train_healing(run, instance)
+            done |= _train_healing(run, instance)
         else:
             log.info("phase %s: reused (%s)", instance, published.key)
             emit([dict(record) for record in published.records])
-        phases[str(instance)] = {
+            done[instance] = published
+    phases = {
+        str(instance): {
             "key": published.key,
             "reused": published.provenance.get("trial") != at.trial,
             **{name: published.cost[name] for name in ("flops", "seconds", "device_seconds", "tokens")},
         }
+        for instance, published in done.items()
+    }
     return {"phases": phases, "peak_memory": peak_memory(at.device)}
 
 
-def _train_healing(run: Run, instance: Instance) -> Published:
-    """Trains a phase; where one that it starts from turns out to be damaged, that one is trained again first."""
-    try:
-        return train_phase(run, instance)
-    except Corrupt as damage:
-        run.store.set_aside(damage.key, damage.why)
-    for upstream in instances(run.spec.upto(instance.phase)):
-        if upstream != instance and run.store.find(phase_key(run.spec, upstream, run.fingerprints)) is None:
-            _train_healing(run, upstream)
-    return train_phase(run, instance)
+def _train_healing(run: Run, instance: Instance) -> dict[Instance, Published]:
+    """Trains a phase; where some that it starts from turn out to be damaged, those are trained again first."""
+    done: dict[Instance, Published] = {}
+    damaged: set[str] = set()
+    while True:
+        try:
+            return {**done, instance: train_phase(run, instance)}
+        except Corrupt as damage:
+            if damage.key in damaged:  # training it again did not help
+                raise
+            damaged.add(damage.key)
+            run.store.set_aside(damage.key, damage.why)
+        for upstream in instances(run.spec.upto(instance.phase)):
+            if upstream.phase != instance.phase and run.store.find(run.key(upstream)) is None:
+                done |= _train_healing(run, upstream)

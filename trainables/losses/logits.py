@@ -17,7 +17,7 @@ from trainables.spec import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """-sum_n log softmax(logits_n)[label_n], nats."""
-    return F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+    return F.cross_entropy(_wide(logits_NV), labels_N, reduction="sum")
 
 
 def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
     Both sides are softened by `temperature`; with `tau_squared` the value is multiplied by its square, so that the
     gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2).
     """
-    log_p_NV = F.log_softmax(from_NV.detach().float() / flow.temperature, dim=-1)
-    log_q_NV = F.log_softmax(to_NV.float() / flow.temperature, dim=-1)
+    log_p_NV = F.log_softmax(_wide(from_NV.detach()) / flow.temperature, dim=-1)
+    log_q_NV = F.log_softmax(_wide(to_NV) / flow.temperature, dim=-1)
     match flow:
         case ForwardKL():
             value = kl(log_p_NV, log_q_NV)
@@ -38,6 +38,11 @@ def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
         case JSD():
             value = jsd(log_p_NV, log_q_NV, flow.beta)
     return value * flow.temperature**2 if flow.tau_squared else value
+
+
+def _wide(logits_NV: Tensor) -> Tensor:
+    """At least fp32: sums over a vocabulary lose too much in half precision."""
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
