@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from orchestrator.messages import StudyError
 from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Kind, Planned, strata
 from orchestrator.results import read_records
 from orchestrator.search import Sampler, State
-from orchestrator.study import Choice, FloatRange, IntRange, Study, StudyError
+from orchestrator.study import Choice, FloatRange, IntRange, Study
 from trainables.spec import random_stream
 from trainables.store import PhaseStore, Storage, as_json
 

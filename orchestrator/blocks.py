@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from orchestrator.claims import paired_t
+from orchestrator.statistics import paired_t
 
 
 @dataclass(frozen=True)

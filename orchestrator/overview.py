@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from orchestrator.agenda import Agenda
-from orchestrator.claims import detectable_in_sd
+from orchestrator.messages import StudyError
 from orchestrator.plan import Planned
-from orchestrator.study import Choice, Study, StudyError
+from orchestrator.statistics import detectable_in_sd
+from orchestrator.study import Choice, Study
 from trainables import models, remap
 from trainables.data import DataError, tokenizer
 from trainables.data.batches import corrupt, examples

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.study import Choice, Study, StudyError
+from orchestrator.messages import StudyError
+from orchestrator.study import Choice, Study
 from trainables import models
 from trainables.data import DataError
 from trainables.data.prepare import fingerprint, prepare

@@ -31,10 +31,13 @@ from orchestrator.blocks import (
     plural,
     span,
 )
-from orchestrator.claims import Comparison, Reading, Verdict, judge, lower_is_better
+from orchestrator.claims import Reading, Verdict, judge
+from orchestrator.messages import StudyError
 from orchestrator.readings import costs, curve_of, ended, planned, point_scores
 from orchestrator.results import Tables
-from orchestrator.study import Study, StudyError, load_study
+from orchestrator.statistics import Comparison, lower_is_better
+from orchestrator.study import Study
+from orchestrator.study_file import load_study
 from trainables.spec import TrialSpec
 from trainables.store import Storage
 

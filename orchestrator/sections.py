@@ -30,7 +30,7 @@ from orchestrator.blocks import (
     short_names,
     span,
 )  # fmt: skip
-from orchestrator.claims import Comparison, Reading, Verdict, compare, lower_is_better, rank_correlation
+from orchestrator.claims import Reading, Verdict
 from orchestrator.figures import si
 from orchestrator.readings import (
     baseline_of,
@@ -46,6 +46,7 @@ from orchestrator.readings import (
     values_of,
 )  # fmt: skip
 from orchestrator.results import Tables
+from orchestrator.statistics import Comparison, compare, lower_is_better, rank_correlation
 from orchestrator.study import Choice, Study
 from trainables.spec import CrossEntropy, TrialSpec, is_off, parse_start
 

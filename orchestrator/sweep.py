@@ -21,7 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.study import Study, StudyError, load_study
+from orchestrator.messages import StudyError
+from orchestrator.study import Study
+from orchestrator.study_file import load_study
 from trainables.store import Storage, as_json, check_writable
 
 Row = Mapping[str, Any]

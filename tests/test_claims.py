@@ -14,16 +14,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.claims import (
-    Reading,
-    Verdict,
+from orchestrator.claims import Reading, Verdict, confirm_verdict, judge
+from orchestrator.statistics import (
     compare,
-    confirm_verdict,
     decide,
     detectable_effect,
     detectable_in_sd,
     holm,
-    judge,
     lower_is_better,
     paired_t,
     rank_correlation,

@@ -20,7 +20,8 @@ from scipy import stats
 from orchestrator import results
 from orchestrator.report import Report, main, make_report, point_scores
 from orchestrator.results import RESULTS, TRIALS, Tables
-from orchestrator.study import Study, load_study
+from orchestrator.study import Study
+from orchestrator.study_file import load_study
 from trainables.store import Storage
 
 STUDY = """

@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make sweep` (install, then the main job) and `make test` (install, then the checks).
+PYTHON ?= python3
+BIN := .venv/bin
+STUDY ?= search_spaces/dwt.yaml
+PORT ?= 5000
+
+.PHONY: install sweep test test-all ui clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "codistill needs Python 3.11 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+sweep: install  # the main job: trains, searches and confirms, then writes runs/<study>/report.html
+	$(BIN)/python -m orchestrator.sweep $(STUDY) $(ARGS)
+
+test: install  # lint, types, unit tests; no root, no services
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+test-all: install  # and what starts Ray, kills processes or opens a browser
+	$(BIN)/python -m pytest -q -m "slow or faults or hosts or browser"
+
+ui: install  # MLflow on loopback: every trial, nested under its study
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)

@@ -1,0 +1,116 @@
+"""The best model as an ordinary Hugging Face folder.
+
+    python -m orchestrator.export search_spaces/dwt.yaml --to best-student
+
+Without `--arm` or `--trial` it is the search's winner at its first confirmed seed (or at the search's own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.messages import StudyError
+from orchestrator.study import Study
+from orchestrator.study_file import load_study
+from orchestrator.sweep import add_study_arguments
+from trainables import models
+from trainables.data.corpus import open_corpus
+from trainables.store import Corrupt, PhaseStore, Storage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.export", description="Writes a model as a Hugging Face folder."
+    )
+    add_study_arguments(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet, or empty")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--arm", metavar="A", help="an arm, at its first seed")
+    which.add_argument("--trial", metavar="ID", help="a trial by its id")
+    parser.add_argument("--model", metavar="M", help="by default the objective's")
+    arguments = parser.parse_args(argv)
+    try:
+        study = load_study(arguments.study, arguments.profile, arguments.set)
+        export(
+            study,
+            arguments.storage,
+            Path(arguments.to),
+            arm=arguments.arm,
+            trial=arguments.trial,
+            model=arguments.model,
+        )
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(
+    study: Study, uri: str, to: Path, *, arm: str | None = None, trial: str | None = None, model: str | None = None
+) -> None:
+    """Weights (safetensors), config and tokenizer. Raises StudyError where there is nothing to write, or no place."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise StudyError(f"--to {to}: is there already and not empty")
+    storage = Storage(uri)
+    store = PhaseStore(storage)
+    row = _trial(study, storage, arm, trial)
+    model = model or study.objective.model
+    spec = row["spec"]
+    trained = [name for name, phase in row["phases"].items() if model in _published(store, phase["key"]).configs]
+    if not trained:
+        raise StudyError(f"trial {row['trial']} trains no model {model!r}; valid: {', '.join(spec['models'])}")
+    last = _published(store, row["phases"][trained[-1]]["key"])
+    try:
+        net = models.restore(last.configs[model], store.weights(last.key, model))
+    except Corrupt as error:
+        raise StudyError(f"{error}; run the sweep again to rebuild it") from None
+    net.save_pretrained(str(to))
+    open_corpus(storage.sub("data").uri, row["data"]).tokenizer.save_pretrained(str(to))
+    print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {trained[-1]}) -> {to}")
+
+
+def _published(store: PhaseStore, key: str) -> Any:
+    phase = store.find(key)
+    if phase is None:
+        raise StudyError(f"phase {key} is not in the store; run the sweep again to rebuild it")
+    return phase
+
+
+def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -> dict[str, Any]:
+    """The end of the trial that is wanted, with its spec and the fingerprint of its data."""
+    from orchestrator.agenda import Agenda
+    from orchestrator.plan import Identity
+
+    agenda = Agenda(study, Identity(None), storage)
+    ended = {i: row for i, row in agenda.rows.items() if row["status"] == "ended"}
+    if trial is None:
+        agenda.known()
+        winner = agenda.winner()
+        name = arm or (winner.name if winner else None)
+        if arm is not None and arm not in study.arms:
+            raise StudyError(f"no arm {arm!r}; valid: {', '.join(study.arms)}")
+        if name is None:
+            raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
+        of_point = [row for row in ended.values() if row["point"] == name and row["kind"] in ("trial", "confirm")]
+        of_point.sort(
+            key=lambda row: (
+                (row["kind"] != "confirm", row["seed"]) if arm is None else (row["kind"] != "trial", row["seed"])
+            )
+        )
+        if not of_point:
+            raise StudyError(f"{study.file}: nothing of {name} has ended in {storage.uri}; run the sweep first")
+        trial = of_point[0]["trial"]
+    if trial not in ended:
+        raise StudyError(f"no ended trial {trial!r} in {storage.uri}/{study.folder}")
+    start = json.loads(storage.read(f"{study.folder}/trials/{trial}/trial.json") or b"{}")
+    data = next(value for name, value in start["fingerprints"].items() if name.startswith("data:"))
+    return {**ended[trial], "spec": start["spec"], "data": data}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

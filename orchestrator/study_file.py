@@ -1,0 +1,309 @@
+"""Reading a study file and saying what is wrong with it: file, line, path, and what would be valid.
+
+Everything that can be wrong is found here, before any device is asked for: each end of each range is put into the trial
+and validated while the file loads.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from orchestrator.messages import Lines, StudyError, explain, line_of, nearest, set_path, without_place
+from orchestrator.study import Choice, Claim, Objective, Study
+from trainables.spec import Masking, TrialSpec
+
+KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
+        "confirm", "limits", "slot")  # fmt: skip
+
+
+def load_study(
+    file: str | Path,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    points: int | None = None,
+    seeds: int | None = None,
+) -> Study:
+    """Reads, checks and resolves a study. `overrides` are `path=value` with paths that start at the file."""
+    file = str(file)
+    raw, lines = read_yaml(file)
+    for key in raw:
+        if key not in KEYS:
+            raise StudyError(
+                f"{file}:{lines[(key,)]}: unknown key {key!r}{nearest(key, KEYS)}; valid: {', '.join(KEYS)}"
+            )
+    profiles = raw.pop("profiles", None) or {}
+    if not isinstance(profiles, dict) or not all(isinstance(v, dict) for v in profiles.values()):
+        raise StudyError(f"{file}:{lines.get(('profiles',), 1)}: profiles: must map a name to `path: value`")
+    default = next(iter(profiles), None)
+    if profile is not None and profile not in profiles:
+        raise StudyError(
+            f"{file}: no profile {profile!r}{nearest(profile, profiles)}; valid: {', '.join(profiles) or 'none'}"
+        )
+    profile = profile or default
+    for path, value in (profiles.get(profile) or {}).items() if profile else ():
+        set_path(raw, path, value, f"{file}:{line_of(lines, 'profiles', str(profile), path)}: profile {profile!r}")
+    fixed: dict[str, Any] = {}
+    for override in overrides:
+        path, _, text = override.partition("=")
+        if not path or "=" not in override:
+            raise StudyError(f"--set {override!r}: must be path=value, e.g. trial.phases.distil.budget.steps=200")
+        value = _parse_value(text, override)
+        if path.split(".")[0] not in KEYS:
+            raise StudyError(
+                f"--set {path}: paths start at the file{nearest(path.split('.')[0], KEYS)}; valid: {', '.join(KEYS)}"
+            )
+        if path.startswith("trial."):
+            fixed[path.removeprefix("trial.")] = value
+            (raw.get("vary") or {}).pop(path.removeprefix("trial."), None)
+        set_path(raw, path, value, f"--set {path}")
+    if seeds is not None:
+        raw["seeds"] = seeds
+    if points is not None:
+        if not raw.get("search"):
+            raise StudyError(f"{file}: --points needs a `search` in the file")
+        raw["search"] = {**raw["search"], "points": points}
+    stem = Path(file).stem
+    try:
+        study = Study.model_validate(
+            {
+                **raw,
+                "name": stem,
+                "file": file,
+                "profile": profile,
+                "is_default_profile": profile == default,
+                "fixed": fixed,
+            }
+        )
+        TrialSpec.model_validate({**study.trial, "seed": 0})
+    except ValidationError as error:
+        cls = Study if error.title == "Study" else TrialSpec
+        raise StudyError(explain(error, cls, file, "trial" if cls is TrialSpec else "", lines)) from None
+    _check(study, lines)
+    return study
+
+
+def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """YAML 1.2 as plain values, and the line of each path. Refuses tags, anchors, duplicate keys, binary files."""
+    try:
+        text = Path(file).read_bytes().decode()
+    except FileNotFoundError:
+        raise StudyError(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise StudyError(f"{file}: is a folder; give a study file, e.g. search_spaces/smoke.yaml") from None
+    except UnicodeDecodeError:
+        raise StudyError(f"{file}: not a text file (UTF-8 YAML is expected)") from None
+    except OSError as error:
+        raise StudyError(f"{file}: {error.strerror}") from None
+    try:
+        for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
+            line = event.start_mark.line + 1
+            if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):
+                raise StudyError(f"{file}:{line}: tag {str(event.tag)!r} refused; a study is plain data")
+            if getattr(event, "anchor", None) is not None:
+                raise StudyError(f"{file}:{line}: anchors and aliases are refused; use profiles, arms or vary")
+        value = YAML(typ="rt", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(str(error.problem or error.context).split())
+        raise StudyError(f"{file}:{mark.line + 1 if mark else 1}: malformed YAML: {problem}") from None
+    except YAMLError as error:
+        raise StudyError(f"{file}: malformed YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        raise StudyError(f"{file}: is empty; a study needs at least question, trial and objective")
+    if not isinstance(value, dict):
+        raise StudyError(f"{file}:1: a study is a mapping; found {type(value).__name__}")
+    lines: dict[tuple[str, ...], int] = {}
+    return _plain(value, (), lines), lines
+
+
+def _plain(value: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            lines[(*at, str(key))] = value.lc.key(key)[0] + 1  # type: ignore[attr-defined]
+        return {str(key): _plain(item, (*at, str(key)), lines) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, (*at, str(i)), lines) for i, item in enumerate(value)]
+    for kind in (bool, int, float):  # ruamel's scalars remember their spelling; ours do not
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else str(value)
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        return _plain(YAML(typ="rt", pure=True).load(text), (), {})
+    except YAMLError:
+        raise StudyError(f"--set {override!r}: the value is not YAML") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+
+
+def _check(study: Study, lines: Lines) -> None:
+    _every_condition_names_a_choice(study, lines)
+    _every_end_of_every_range_is_a_valid_trial(study, lines)
+    for arm in study.arms:
+        try:
+            study.spec(arm=arm, seed=0)
+        except StudyError as error:
+            raise StudyError(
+                f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}: {without_place(error)}"
+            ) from None
+    for path in study.tune.grid if study.tune else ():
+        for value in study.tune.grid[path]:  # type: ignore[union-attr]
+            study.spec(seed=0, tuned={path: value})
+    base = TrialSpec.model_validate({**study.trial, "seed": 0})
+    _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
+    for name, claim in study.claims.items():
+        at = f"{study.file}:{line_of(lines, 'claims', name)}: claims.{name}"
+        _measurable(study, base, claim, at)
+        against = (claim.against,) if isinstance(claim.against, str) else claim.against
+        for arm in (claim.arm, *against):
+            _known_arm(study, arm, at)
+        if claim.arm in against:
+            raise StudyError(f"{at}: arm {claim.arm!r} is compared with itself")
+        phase = base.phases[claim.phase or study.objective.phase]
+        if claim.at not in phase.evaluate:
+            raise StudyError(
+                f"{at}: nothing is recorded at {claim.at:g}; valid: {', '.join(f'{f:g}' for f in phase.evaluate)}"
+            )
+    if study.objective.minus is not None:
+        _known_arm(
+            study, study.objective.minus, f"{study.file}:{line_of(lines, 'objective', 'minus')}: objective.minus"
+        )
+    if study.confirm is not None:
+        _known_arm(study, study.confirm.against, f"{study.file}:{line_of(lines, 'confirm')}: confirm.against")
+    if bool(study.search) != bool(study.vary):
+        raise StudyError(f"{study.file}: `search` and `vary` need each other")
+    if study.confirm and not study.search:
+        raise StudyError(f"{study.file}:{line_of(lines, 'confirm')}: confirm needs a search whose winner it confirms")
+    if not study.search and not study.arms:
+        raise StudyError(f"{study.file}: nothing to run: give arms, or vary and search")
+    if study.size_axes() and study.objective.minus is None:
+        raise StudyError(
+            f"{study.file}:{line_of(lines, 'objective')}: {study.size_axes()[0]} varies sizes, so the biggest model would win: "
+            f"add `minus: ARM` to the objective; valid: {', '.join(study.arms) or 'an arm of its own'}"
+        )
+    _early_stopping_only_where_curves_keep_their_shape(study, lines)
+    if study.search and study.search.sampler == "grid":
+        for name, axis in study.vary.items():
+            if not isinstance(axis, Choice):
+                raise StudyError(
+                    f"{study.file}:{line_of(lines, 'vary', name)}: a grid needs choices; {name} is a range"
+                )
+
+
+def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
+    seen: list[str] = []
+    for name, axis in study.vary.items():
+        at = f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name}"
+        for other, labels in axis.when.items():
+            if other not in study.vary:
+                raise StudyError(f"{at}: condition on unknown parameter {other!r}{nearest(other, study.vary)}")
+            if other not in seen:
+                raise StudyError(f"{at}: condition on {other!r}, which must stand before it")
+            choice = study.vary[other]
+            for label in labels:
+                if not isinstance(choice, Choice) or label not in choice.choice:
+                    valid = ", ".join(choice.choice) if isinstance(choice, Choice) else "none: it is a range"
+                    raise StudyError(f"{at}: {other} has no choice {label!r}; valid: {valid}")
+        if study.is_zip(name) and not (
+            isinstance(axis, Choice) and all(isinstance(v, dict) for v in axis.choice.values())
+        ):
+            raise StudyError(
+                f"{at}: is no path of the trial, so each choice must map paths to values{nearest(name, TrialSpec.model_fields)}"
+            )
+        seen.append(name)
+    for i, rule in enumerate(study.exclude):
+        for name, label in rule.items():
+            excluded = study.vary.get(name)
+            if not isinstance(excluded, Choice) or label not in excluded.choice:
+                raise StudyError(
+                    f"{study.file}:{line_of(lines, 'exclude', str(i))}: exclude: no choice {label!r} of {name!r} in vary"
+                )
+
+
+def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> None:
+    for name in study.vary:
+        for end in study.vary[name].ends():
+            point = _with_conditions(study, name, end)
+            try:
+                study.spec(point=point, seed=0)
+            except StudyError as error:
+                raise StudyError(
+                    f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name} at {end!r}: {without_place(error)}"
+                ) from None
+    combinations = itertools.product(*([(name, end) for end in axis.ends()] for name, axis in study.vary.items()))
+    for combination in itertools.islice(combinations, 512):
+        point = {}
+        for name, end in combination:
+            if study.is_active(name, point):
+                point[name] = end
+        if not study.is_excluded(point):
+            study.spec(point=point, seed=0)
+
+
+def _with_conditions(study: Study, name: str, end: Any) -> dict[str, Any]:
+    """A point that holds this end and what its conditions ask for, in the order of the file."""
+    wanted, todo = {name: end}, [name]
+    while todo:
+        for other, labels in study.vary[todo.pop()].when.items():
+            wanted[other] = labels[0]
+            todo.append(other)
+    return {key: wanted[key] for key in study.vary if key in wanted}
+
+
+def _early_stopping_only_where_curves_keep_their_shape(study: Study, lines: Lines) -> None:
+    if not (study.search and study.search.stop_early):
+        return
+    phase = study.objective.phase
+    harmless = (f"phases.{phase}.optimizer.", f"phases.{phase}.batch")
+    for name in study.vary:
+        for path in study.paths(name):
+            if not path.startswith(harmless) and not (path.startswith("models.") and path.endswith(".dropout")):
+                raise StudyError(
+                    f"{study.file}:{line_of(lines, 'search', 'stop_early')}: stop_early with {path} varied would stop curves that "
+                    f"cross; early stopping is allowed where only {harmless[0]}*, {harmless[1]} or dropout vary"
+                )
+
+
+def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str) -> None:
+    phase_name = what.phase or study.objective.phase
+    if phase_name not in base.phases:
+        raise StudyError(
+            f"{at}: no phase {phase_name!r}{nearest(phase_name, base.phases)}; valid: {', '.join(base.phases)}"
+        )
+    phase = base.phases[phase_name]
+    if what.model not in base.models:
+        raise StudyError(
+            f"{at}: no model {what.model!r}{nearest(what.model, base.models)}; valid: {', '.join(base.models)}"
+        )
+    if what.model not in phase.train:
+        raise StudyError(f"{at}: phase {phase_name!r} does not train {what.model!r}; valid: {', '.join(phase.train)}")
+    valid = metrics_of(base, phase_name)
+    if what.metric not in valid:
+        raise StudyError(f"{at}: no metric {what.metric!r}{nearest(what.metric, valid)}; valid: {', '.join(valid)}")
+    tasks = phase.each or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
+    if what.task is not None and what.task not in tasks:
+        raise StudyError(f"{at}: no task {what.task!r}{nearest(what.task, tasks)}; valid: {', '.join(tasks)}")
+
+
+def metrics_of(spec: TrialSpec, phase: str) -> tuple[str, ...]:
+    """What is measured of a model in a phase: by the kinds of its streams."""
+    masked = {isinstance(stream.corruption, Masking) for stream in spec.phases[phase].streams.values()}
+    kinds = [kind for kind, is_masked in (("mlm", True), ("lm", False)) if is_masked in masked]
+    return tuple(f"{kind}_{what}" for kind in kinds for what in ("loss", "accuracy"))
+
+
+def _known_arm(study: Study, arm: str, at: str) -> None:
+    if arm not in study.arms:
+        raise StudyError(f"{at}: no arm {arm!r}{nearest(arm, study.arms)}; valid: {', '.join(study.arms) or 'none'}")

@@ -1,0 +1,216 @@
+"""What several tests share: a small corpus, tiny models, and a place to run trials of them in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainables.data.prepare import prepare
+from trainables.loop import Surroundings
+from trainables.phases import Instance, phase_key
+from trainables.spec import Files, TrialSpec
+from trainables.store import PhaseStore, Storage
+from trainables.trial import run_trial
+
+torch.set_num_threads(1)  # sums in one order: tests compare bits
+
+FAMILIES = ("bert", "modernbert", "gpt2", "llama")
+TINY = {"layers": 1, "width": 16, "heads": 2, "inner": 32, "dropout": 0}
+
+
+def _numbers(state: int) -> Any:
+    """A linear congruential generator (Knuth's MMIX): the same text under every version of Python."""
+    while True:
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        yield state >> 33
+
+
+def wordy_documents(num: int, *, words: int = 60, seed: int = 0) -> list[str]:
+    """Text in which a word says much about the next one, so that a tiny model learns something in a few steps."""
+    syllables = ("lo", "ra", "mi", "tun", "ske", "por", "ba", "den", "fi", "gol", "hur", "ix", "ta", "ve")
+    vocabulary = [a + b for a in syllables[:7] for b in syllables[7:]]
+    draw = _numbers(seed)
+    texts = []
+    for _ in range(num):
+        word, text = next(draw) % len(vocabulary), list[str]()
+        for _ in range(words):
+            text.append(vocabulary[word])
+            word = (5 * word + 3 + next(draw) % 3) % len(vocabulary)
+        texts.append(" ".join(text) + ".")
+    return texts
+
+
+class Stopped(Exception):
+    """A stop from outside: not an error of the trial."""
+
+
+@dataclass
+class Listener:
+    """A session that collects what is reported, and ends the trial where it is told to."""
+
+    stop_at: tuple[str, float] | None = None  # phase, progress
+    rank: int = 0
+    world: int = 1
+    reports: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    def report(self, records: list[dict[str, Any]]) -> None:
+        self.reports.append(records)
+        if self.stop_at is not None and any((r["phase"], r["progress"]) == self.stop_at for r in records):
+            raise Stopped
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A trial that ended: its records as the files tell them, and what became of its phases."""
+
+    lab: Lab
+    spec: TrialSpec
+    records: list[dict[str, Any]]
+    phases: dict[str, Any]
+
+    @property
+    def values(self) -> dict[tuple[Any, ...], float]:
+        """Every number that the spec determines; times and memory are the machine's."""
+        what = ("phase", "model", "task", "split", "metric", "step", "progress", "tokens")
+        return {tuple(r[key] for key in what): r["value"] for r in self.records if r["split"] != "system"}
+
+    def of(self, phase: str, model: str, metric: str, split: str = "dev") -> list[float]:
+        """A metric's values over the budget."""
+        wanted = (phase, model, metric, split)
+        return [r["value"] for r in self.records if (r["phase"], r["model"], r["metric"], r["split"]) == wanted]
+
+    def weights(self, phase: str, model: str, item: str | None = None) -> dict[str, torch.Tensor]:
+        key = phase_key(self.spec.pruned(), Instance(phase, item), self.lab.fingerprints)
+        return self.lab.store.weights(key, model)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A storage with prepared data in it."""
+
+    root: Path
+    fingerprints: Mapping[str, str]
+    data: Mapping[str, Any]  # as a spec says it
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(str(self.root))
+
+    @property
+    def store(self) -> PhaseStore:
+        return PhaseStore(self.storage)
+
+    def spec(self, trial: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> TrialSpec:
+        """A trial over this lab's data, with some dotted paths set otherwise."""
+        value = copy.deepcopy({"data": self.data, **trial})
+        for path, part in (changes or {}).items():
+            *parents, last = path.split(".")
+            at = value
+            for parent in parents:
+                at = at.setdefault(parent, {})
+            at[last] = part
+        return TrialSpec.model_validate(value)
+
+    def key(self, spec: TrialSpec, phase: str, item: str | None = None) -> str:
+        return phase_key(spec.pruned(), Instance(phase, item), self.fingerprints)
+
+    def run(
+        self, spec: TrialSpec, *, attempt: int = 1, trial: str = "t", session: Listener | None = None, **more: Any
+    ) -> Ran:
+        """Runs an attempt at a trial; earlier ones are known to it."""
+        home = f"study/trials/{trial}"
+        more.setdefault("checkpoint_seconds", 1e9)
+        at = Surroundings(
+            storage=self.storage,
+            folder=f"{home}/attempt-{attempt}",
+            earlier=tuple(f"{home}/attempt-{n}" for n in range(1, attempt)),
+            trial=trial,
+            **more,
+        )
+        end = run_trial(spec, self.fingerprints, at, session or Listener())
+        return Ran(self, spec, self.records(trial, attempt), end["phases"])
+
+    def records(self, trial: str = "t", attempt: int = 1) -> list[dict[str, Any]]:
+        import json
+
+        text = self.storage.read(f"study/trials/{trial}/attempt-{attempt}/records.jsonl") or b""
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], dict[str, Any]]:
+    """(folder of prepared data, fingerprints, what a spec says of it): two data sets with one tokenizer."""
+    home = tmp_path_factory.mktemp("shared")
+    tokenizer: dict[str, Any] = {"kind": "wordpiece", "size": 160}
+    data, fingerprints = {}, {}
+    for name, seed in (("corpus", 1), ("other", 2)):
+        (home / f"{name}.txt").write_text("\n\n".join(wordy_documents(160, seed=seed)))
+        value = {"kind": "files", "train": str(home / f"{name}.txt"), "tokenizer": tokenizer, "length": 32}
+        data[name] = {**value, "evaluate": 12}
+        corpus = prepare(Files.model_validate(data[name]), str(home / "data"))
+        fingerprints[f"data:{name}"] = corpus.fingerprint
+        tokenizer = {"kind": "pretrained", "name": str(home / "data" / corpus.fingerprint / "tokenizer")}
+    return home / "data", fingerprints, data
+
+
+@pytest.fixture
+def new_lab(
+    prepared: tuple[Path, dict[str, str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Lab]:
+    """Makes labs with empty stores over the shared data."""
+
+    def make() -> Lab:
+        root = tmp_path_factory.mktemp("lab")
+        (root / "data").symlink_to(prepared[0])
+        return Lab(root, prepared[1], prepared[2])
+
+    return make
+
+
+@pytest.fixture
+def lab(new_lab: Callable[[], Lab]) -> Lab:
+    return new_lab()
+
+
+def model(family: str = "bert", **more: Any) -> dict[str, Any]:
+    return {"family": family, **TINY, **more}
+
+
+def phase(train: str | tuple[str, ...], terms: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    names = (train,) if isinstance(train, str) else train
+    return {
+        "train": dict.fromkeys(names, "full"),
+        "terms": dict(terms),
+        "budget": {"steps": 8},
+        "batch": 8,
+        "optimizer": {"lr": 5e-3, "warmup": 0.1},
+        **more,
+    }
+
+
+def hard(of: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "cross_entropy", "of": of, **more}
+
+
+def flow(source: str, to: str, kind: str = "forward_kl", **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "from": source, "to": to, "tau_squared": False, **more}
+
+
+def distillation(**models: Any) -> dict[str, Any]:
+    """A teacher is trained, then a student from it: the smallest trial in which everything happens."""
+    return {
+        "models": {"teacher": model(), "student": model(), **models},
+        "phases": {
+            "teach": phase("teacher", {"teacher_hard": hard("teacher")}),
+            "distil": phase(
+                "student",
+                {"student_hard": hard("student"), "teacher_to_student": flow("teacher", "student", temperature=2)},
+            ),
+        },
+    }

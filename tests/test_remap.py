@@ -1,0 +1,154 @@
+"""Remaps: plans by shape, what a plan copies, and what it does to the function."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+from trainables import models
+from trainables.remap import RemapError, apply, check, depth_plan, layers_prefix, measure
+from trainables.spec import Depth, Model
+
+DEPTHS = get_args(Depth)
+PLANS: dict[str, dict[tuple[int, int], tuple[int | None, ...]]] = {  # (source, target) layers -> plan
+    "copy_last": {(2, 2): (0, 1), (2, 4): (0, 1, 1, 1), (4, 2): (0, 1), (1, 3): (0, 0, 0)},
+    "stack": {(2, 2): (0, 1), (2, 4): (0, 1, 0, 1), (2, 5): (0, 1, 0, 1, 0), (4, 2): (0, 1), (1, 3): (0, 0, 0)},
+    "interpolate": {(2, 2): (0, 1), (2, 4): (0, 0, 1, 1), (2, 3): (0, 0, 1), (4, 2): (0, 2), (6, 4): (0, 1, 3, 4)},
+    "every_other": {(2, 1): (0,), (3, 2): (0, 2), (4, 2): (0, 2), (12, 6): (0, 2, 4, 6, 8, 10), (1, 1): (0,)},
+    "first": {(2, 2): (0, 1), (2, 4): (0, 1, None, None), (4, 2): (0, 1)},
+    "random": {(2, 2): (None, None), (2, 3): (None, None, None)},
+}
+
+
+def net_of(family: str, layers: int, *, name: str = "m", width: int = 16, inner: int = 24, vocab_size: int = 40) -> Any:
+    shape = Model(family=family, layers=layers, width=width, heads=2, inner=inner, dropout=0)
+    return models.build(shape, name=name, seed=0, vocab_size=vocab_size, special_ids={"pad_token_id": 0}, length=16)
+
+
+def layer_of(net: Any, name: str) -> tuple[int, str] | None:
+    prefix = layers_prefix(net)
+    if not name.startswith(prefix):
+        return None
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    return int(index), rest
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+def test_every_depth_has_plans_here() -> None:
+    assert set(DEPTHS) == set(PLANS)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_plan_names_a_source_layer_for_each_target_layer(depth: Any) -> None:
+    for (num_source, num_target), expected in PLANS[depth].items():
+        assert depth_plan(depth, num_source, num_target) == expected
+    for num_source in range(1, 7):
+        for num_target in range(1, 7):
+            try:
+                plan = depth_plan(depth, num_source, num_target)
+            except RemapError:
+                assert depth == "every_other"
+                continue
+            assert len(plan) == num_target
+            assert all(layer is None or 0 <= layer < num_source for layer in plan)
+
+
+def test_every_other_says_how_many_layers_it_needs() -> None:
+    with pytest.raises(RemapError, match="at least 5 source layers for 3; there are 4"):
+        depth_plan("every_other", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"width": 32}, "hidden_size; source has 16, target 32"), ({"vocab_size": 41}, "vocab_size; source has 40")],
+)
+def test_shapes_that_differ_beside_depth_are_refused_by_name(change: dict[str, int], message: str) -> None:
+    with pytest.raises(RemapError, match=message):
+        check("stack", net_of("bert", 1).config, net_of("bert", 2, **change).config)
+
+
+def test_families_that_differ_are_refused() -> None:
+    with pytest.raises(RemapError, match="equal model_type; source has bert, target modernbert"):
+        check("stack", net_of("bert", 1).config, net_of("modernbert", 2).config)
+
+
+def test_an_inner_width_that_differs_is_refused_and_both_tensors_are_named() -> None:
+    source, target = net_of("bert", 1), net_of("bert", 2, inner=48)
+    with pytest.raises(RemapError, match=r"layer\.0\.intermediate.*cannot become .*\(48, 16\)"):
+        apply(source, target, depth_plan("stack", 1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------- copying
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apply_copies_what_the_plan_says_and_everything_around(family: str, depth: Any) -> None:
+    num_source, num_target = (3, 2) if depth == "every_other" else (2, 3)
+    source, target = net_of(family, num_source, name="s"), net_of(family, num_target, name="t")
+    for net, shift in ((source, 1.0), (target, 2.0)):  # so that no two tensors are equal by chance, norms included
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(shift * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    ours = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    plan = depth_plan(depth, num_source, num_target)
+    apply(source, target, plan)
+    copied = 0
+    for name, tensor in target.state_dict().items():
+        at = layer_of(target, name)
+        layer = None if at is None else plan[at[0]]
+        wanted = name if at is None else None if layer is None else f"{layers_prefix(source)}{layer}.{at[1]}"
+        if wanted is not None and wanted not in ours:  # ModernBERT's first layer has no attention norm
+            assert family == "modernbert" and wanted.endswith("0.attn_norm.weight"), wanted
+            wanted = None
+        assert torch.equal(tensor, before[name] if wanted is None else ours[wanted]), (name, wanted)
+        copied += wanted is not None
+    assert copied > 0
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_source_that_shares_no_memory_with_its_copy_stays_as_it_is(family: str) -> None:
+    source, target = net_of(family, 1), net_of(family, 2)
+    apply(source, target, depth_plan("stack", 1, 2))
+    theirs = {tensor.data_ptr() for tensor in target.state_dict().values()}
+    assert theirs.isdisjoint(tensor.data_ptr() for tensor in source.state_dict().values())
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_identity_plan_is_exact_and_leaves_both_models_alone(family: str) -> None:
+    source, target = net_of(family, 2, name="s"), net_of(family, 2, name="t")
+    before = [parameter.clone() for parameter in target.parameters()]
+    found = measure(source, target, depth_plan("copy_last", 2, 2))
+    assert found.verdict == "exact" and found.difference < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(before, target.parameters(), strict=True))
+    assert next(target.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("depth", ["stack", "copy_last", "interpolate"])
+def test_growing_a_post_norm_encoder_by_copies_is_lossy(depth: Any) -> None:
+    source, target = net_of("bert", 2), net_of("bert", 4)
+    with torch.no_grad():  # far from the small weights of the start, at which every layer is almost nothing
+        for parameter in source.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10)
+    assert measure(source, target, depth_plan(depth, 2, 4)).verdict == "lossy"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_growing_a_pre_norm_decoder_by_layers_that_add_nothing_is_exact(family: str) -> None:
+    source, target = net_of(family, 2, name="s"), net_of(family, 3, name="t")
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if name.startswith(f"{layers_prefix(target)}2.") and name.split(".")[-2] in ("c_proj", "o_proj", "down_proj"):
+                parameter.zero_()
+    assert measure(source, target, depth_plan("first", 2, 3)).verdict == "exact"
