@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,8 +58,8 @@ class Agenda:
     _exhausted: bool = False  # the space holds nothing new
     _asked: set[int] = field(default_factory=set)  # points that the sampler knows as running
     _told: set[int] = field(default_factory=set)  # points whose outcome the sampler knows
-    _count: Counter[str] = field(default_factory=Counter)
-    _counted: int = -1
+    _uses: Counter[str] = field(default_factory=Counter)  # planned trials by phase key
+    _expected: Counter[str] | None = None  # the same for all arms, untuned
 
     def __post_init__(self) -> None:
         self._home = self.storage.sub(self.study.folder)
@@ -152,7 +152,7 @@ class Agenda:
 
     def _teacher_of(self, planned: Planned) -> Planned | None:
         """The trial of an upstream phase that must run first; `planned` itself where one is running; None: go."""
-        own = self._continuous(planned)
+        own = self._own(planned)
         for instance in planned.upstream:
             key = planned.keys[instance]
             if self._store.find(key) is not None or instance in own:
@@ -165,34 +165,34 @@ class Agenda:
             first = self._teacher_of(teacher)
             if first is teacher:
                 return planned
-            self._planned[teacher.id] = teacher
+            self._add(teacher)
             return first or teacher
         return None
 
-    def _continuous(self, planned: Planned) -> set[str]:
-        """Phases reached by a continuous parameter, or by no other trial: they belong to their trial."""
-        alone = {name for name in planned.upstream if self._uses[planned.keys[name]] < 2}
+    def _own(self, planned: Planned) -> set[str]:
+        """Phases that belong to their trial: reached by a continuous parameter, or needed by no other planned trial."""
         if planned.arm is None and planned.kind == "trial":
-            ranges = [name for name in planned.params if not isinstance(self.study.vary.get(name), Choice)]
-            touched = {path.split(".")[1] for path in ranges if path.startswith("phases.")}
-            models = {path.split(".")[1] for path in ranges if path.startswith("models.")}
-            return {
-                name
-                for name in planned.upstream
-                if touched & set(planned.spec.upto(name.partition("[")[0]).phases)
-                or models & set(planned.spec.upto(name.partition("[")[0]).models)
-            }
-        return alone
+            ranges = [name.split(".") for name in planned.params if not isinstance(self.study.vary.get(name), Choice)]
+            found = set()
+            for name in planned.upstream:
+                needs = planned.spec.upto(name.partition("[")[0])
+                parts: dict[str, Collection[str]] = {"phases": needs.phases, "models": needs.models}
+                if any(path[0] in parts and path[1] in parts[path[0]] for path in ranges):
+                    found.add(name)
+            return found
+        return {name for name in planned.upstream if self._num_uses(planned.keys[name]) < 2}
 
-    @property
-    def _uses(self) -> Counter[str]:
-        """How many planned trials need each phase, as far as is known."""
-        if len(self._planned) != self._counted:
-            self._count = Counter(
-                key for p in self._planned.values() if p.kind != "teacher" for key in set(p.keys.values())
-            )
-            self._counted = len(self._planned)
-        return self._count
+    def _num_uses(self, key: str) -> int:
+        """How many trials need a phase: of those planned by now, or of all arms before they are tuned."""
+        if self._expected is None:
+            arms = [planned for arm in self.study.arms for planned in self._arm(arm, {})]
+            self._expected = Counter(key for planned in arms for key in set(planned.keys.values()))
+        return max(self._expected[key], self._uses[key])
+
+    def _add(self, planned: Planned) -> None:
+        if planned.id not in self._planned:
+            self._planned[planned.id] = planned
+            self._uses.update(set(planned.keys.values()) if planned.kind != "teacher" else ())
 
     def _wanted(self, *, asking: bool = True) -> Iterator[Planned]:
         """Every trial of the study that can be named by now, in the order in which they are worth running."""
@@ -219,7 +219,7 @@ class Agenda:
         if key not in self._cache:
             self._cache[key] = made = make()
             for planned in made:
-                self._planned.setdefault(planned.id, planned)
+                self._add(planned)
         return self._cache[key]
 
     # --------------------------------------------------------------------------------------------------- tuning
@@ -318,7 +318,7 @@ class Agenda:
         spec = self.study.spec(point=params, seed=SEARCH_SEED)
         point = _Point(number, dict(params), self._plan(spec, "trial", f"p{number:03d}", None, params))
         if number >= 0:
-            self._planned.setdefault(point.trial.id, point.trial)
+            self._add(point.trial)
         return point
 
     def _spare(self) -> Iterator[Planned]:

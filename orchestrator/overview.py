@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from orchestrator.agenda import Agenda
 from orchestrator.messages import StudyError
-from orchestrator.plan import Planned
+from orchestrator.plan import Planned, strata
 from orchestrator.statistics import detectable_in_sd
 from orchestrator.study import Choice, Study
 from trainables import models, remap
@@ -81,19 +81,15 @@ def _existing(data: Any, storage: Storage) -> Corpus:
 
 
 def _shapes(study: Study) -> list[TrialSpec]:
-    """One trial for each set of models that an arm or an end of a range brings."""
+    """One trial for each set of models that an arm, or an end of a range at any sizes, brings."""
     specs = [study.spec(seed=0), *(study.spec(arm=arm, seed=0) for arm in study.arms)]
-    for name, axis in study.vary.items():
-        for end in axis.ends():
-            point: dict[str, Any] = {name: end}
-            todo = [name]
-            while todo:
-                for other, labels in study.vary[todo.pop()].when.items():
-                    point[other] = labels[0]
-                    todo.append(other)
-            ordered = {key: point[key] for key in study.vary if key in point}
-            if not study.is_excluded(ordered):
-                specs.append(study.spec(point=ordered, seed=0))
+    for sizes in strata(study):
+        for name, axis in study.vary.items():
+            for end in axis.ends():
+                wanted = {**sizes, **study.point_at(name, end)}
+                point = {key: wanted[key] for key in study.vary if key in wanted}
+                if not study.is_excluded(point):
+                    specs.append(study.spec(point=point, seed=0))
     distinct = {digest(s.model_dump(mode="json", include={"models", "data", "phases"})): s for s in specs}
     return list(distinct.values())
 

@@ -223,6 +223,15 @@ class Study(Value):
     def is_active(self, axis: str, point: Mapping[str, Any]) -> bool:
         return all(point.get(other) in labels for other, labels in self.vary[axis].when.items())
 
+    def point_at(self, name: str, end: Any) -> dict[str, Any]:
+        """A point that holds this end of an axis, and what the axis' conditions ask for."""
+        wanted, todo = {name: end}, [name]
+        while todo:
+            for other, labels in self.vary[todo.pop()].when.items():
+                wanted[other] = labels[0]
+                todo.append(other)
+        return {key: wanted[key] for key in self.vary if key in wanted}
+
     def is_excluded(self, point: Mapping[str, Any]) -> bool:
         return any(all(point.get(axis) == label for axis, label in rule.items()) for rule in self.exclude)
 

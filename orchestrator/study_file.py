@@ -50,7 +50,7 @@ def load_study(
         )
     profile = profile or default
     for path, value in (profiles.get(profile) or {}).items() if profile else ():
-        set_path(raw, path, value, f"{file}:{line_of(lines, 'profiles', str(profile), path)}: profile {profile!r}")
+        _set_in_file(raw, path, value, f"{file}:{line_of(lines, 'profiles', str(profile), path)}: profile {profile!r}")
     fixed: dict[str, Any] = {}
     for override in overrides:
         path, _, text = override.partition("=")
@@ -64,7 +64,7 @@ def load_study(
         if path.startswith("trial."):
             fixed[path.removeprefix("trial.")] = value
             (raw.get("vary") or {}).pop(path.removeprefix("trial."), None)
-        set_path(raw, path, value, f"--set {path}")
+        _set_in_file(raw, path, value, f"--set {path}")
     if seeds is not None:
         raw["seeds"] = seeds
     if points is not None:
@@ -89,6 +89,25 @@ def load_study(
         raise StudyError(explain(error, cls, file, "trial" if cls is TrialSpec else "", lines)) from None
     _check(study, lines)
     return study
+
+
+def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Sets a path that starts at the file. Axes and the entries of an arm are named by paths themselves; null takes an
+    axis, an arm or a claim away."""
+    top, _, rest = path.partition(".")
+    if top not in ("vary", "arms", "claims") or not rest:
+        set_path(raw, path, value, where)
+        return
+    entries = raw.setdefault(top, {})
+    name, _, inside = rest.partition(".") if top != "vary" else (rest, "", "")
+    if inside and top == "arms":
+        entries.setdefault(name, {})[inside] = value
+    elif inside:
+        set_path(raw, path, value, where)
+    elif value is None:
+        entries.pop(name, None)
+    else:
+        entries[name] = value
 
 
 def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -235,7 +254,7 @@ def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
 def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> None:
     for name in study.vary:
         for end in study.vary[name].ends():
-            point = _with_conditions(study, name, end)
+            point = study.point_at(name, end)
             try:
                 study.spec(point=point, seed=0)
             except StudyError as error:
@@ -250,16 +269,6 @@ def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> No
                 point[name] = end
         if not study.is_excluded(point):
             study.spec(point=point, seed=0)
-
-
-def _with_conditions(study: Study, name: str, end: Any) -> dict[str, Any]:
-    """A point that holds this end and what its conditions ask for, in the order of the file."""
-    wanted, todo = {name: end}, [name]
-    while todo:
-        for other, labels in study.vary[todo.pop()].when.items():
-            wanted[other] = labels[0]
-            todo.append(other)
-    return {key: wanted[key] for key in study.vary if key in wanted}
 
 
 def _early_stopping_only_where_curves_keep_their_shape(study: Study, lines: Lines) -> None:
