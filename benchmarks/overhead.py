@@ -11,7 +11,8 @@ want a driver function and a worker each; ours takes one for each slot.
 Definitions. *Steady*: from the end of both slots' first trials to the end of the last, so without the start of Ray, of
 processes and imports. *Wall per trial*: steady time / trials that ended in it. *Slot time per trial*: that times two
 slots, what one slot spends on one trial. *Own compute*: median of `run_trial` in this process, by itself, warm.
-*Overhead* = slot time - own compute; contention between slots and driver for cores therefore counts as overhead.
+*Overhead* = slot time - own compute; contention between slots and driver for cores therefore counts as overhead. *All /
+trials*: from the command's start to its exit, by the number of trials. *Busy*: cores that others use, before each side.
 
 Not shown: several workers to a trial, GPUs, several nodes, the cost of early stopping, checkpoints of real models; for
 theirs the restart of trials, a tracker, or a memoised phase, none of which it does here.
@@ -146,6 +147,18 @@ def plain_tuner(study_file: str, folder: str, num: int) -> None:
     (Path(folder) / "times.json").write_text(json.dumps(list(Clock.times.values())))
 
 
+def busy_cores(seconds: float = 2.0) -> float:
+    """How many cores other programs keep busy before a side begins (Linux)."""
+
+    def idle() -> float:
+        fields = Path("/proc/stat").read_text().split()
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+
+    before = idle()
+    time.sleep(seconds)
+    return (os.cpu_count() or 1) - (idle() - before) / seconds
+
+
 def wall_per_trial(times: list[tuple[float, float]]) -> float:
     """Seconds in steady state: after the first trial of each slot."""
     in_order = sorted(times)
@@ -176,17 +189,19 @@ def main() -> None:
         file.write_text(STUDY.format(text=text, seeds=arguments.trials, cpus=cpus))
         compute = own_compute(str(file), f"{scratch}/own", 20)
         print(f"own compute of a trial: {compute:.3f} s")
-        print(f"{'':22}{'wall/trial':>11}{'slot time':>11}{'overhead':>10}{'all/trials':>12}   load   (s per trial)")
+        print(f"{'':22}{'wall/trial':>11}{'slot time':>11}{'overhead':>10}{'all/trials':>12}   busy   (s per trial)")
         steady: dict[str, list[float]] = {"ours": [], "Tuner + TorchTrainer": []}
         for i in range(arguments.rounds):
             for side in sorted(steady, reverse=i % 2 == 0):  # ours first in even rounds
-                folder, began, load = f"{scratch}/{i}-{side[:4]}", time.time(), os.getloadavg()[0]
+                time.sleep(5)  # what the other side leaves behind ends
+                busy = busy_cores()
+                folder, began = f"{scratch}/{i}-{side[:4]}", time.time()
                 num = arguments.plain_trials
                 times = ours(str(file), folder) if side == "ours" else theirs(str(file), folder, num)
                 wall, whole = wall_per_trial(times), (time.time() - began) / len(times)
                 steady[side].append(wall)
                 slot = SLOTS * wall
-                print(f"{side:22}{wall:11.3f}{slot:11.3f}{slot - compute:10.3f}{whole:12.3f}   {load:.1f}", flush=True)
+                print(f"{side:22}{wall:11.3f}{slot:11.3f}{slot - compute:10.3f}{whole:12.3f}   {busy:.1f}", flush=True)
         mine, plain = (statistics.median(values) for values in steady.values())
         overhead = SLOTS * mine - compute
         print(

@@ -100,14 +100,13 @@ def mean_text(values: Sequence[float]) -> str:
     return fixed(mean, places) + (f" ± {fixed(half, places)}" if math.isfinite(half) else "")
 
 
+STRUCTURE = ("models", "phases", "terms", "optimizer", "budget")  # words of a path that a reader can do without
+
+
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> as many of its last parts as tell it from the others, two at least."""
-    parts = {path: path.split(".") for path in paths}
-    names = {}
-    for path, own in parts.items():
-        size = next((n for n in range(2, len(own)) if sum(p[-n:] == own[-n:] for p in parts.values()) == 1), len(own))
-        names[path] = " ".join(own[-size:])
-    return names
+    """Path -> its telling parts: `phases.teach.budget.steps` is read as `teach steps`; the whole path where two collide."""
+    names = {path: " ".join(part for part in path.split(".") if part not in STRUCTURE) for path in paths}
+    return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
 
 
 def setting(value: Any) -> str:

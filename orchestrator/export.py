@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.messages import StudyError
+from orchestrator.results import open_storage
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
 from orchestrator.sweep import add_study_arguments
 from trainables import models
+from trainables.data import DataError
 from trainables.data.corpus import open_corpus
 from trainables.store import Corrupt, PhaseStore, Storage
 
@@ -56,7 +58,7 @@ def export(
     """Weights (safetensors), config and tokenizer. Raises StudyError where there is nothing to write, or no place."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StudyError(f"--to {to}: is there already and not empty")
-    storage = Storage(uri)
+    storage = open_storage(uri)
     store = PhaseStore(storage)
     row = _trial(study, storage, arm, trial)
     model = model or study.objective.model
@@ -67,10 +69,16 @@ def export(
     last = _published(store, row["phases"][trained[-1]]["key"])
     try:
         net = models.restore(last.configs[model], store.weights(last.key, model))
-    except Corrupt as error:
+    except (Corrupt, models.ModelError) as error:
         raise StudyError(f"{error}; run the sweep again to rebuild it") from None
-    net.save_pretrained(str(to))
-    open_corpus(storage.sub("data").uri, row["data"]).tokenizer.save_pretrained(str(to))
+    try:
+        tokenizer = open_corpus(storage.sub("data").uri, row["data"]).tokenizer
+        net.save_pretrained(str(to))
+        tokenizer.save_pretrained(str(to))
+    except DataError as error:
+        raise StudyError(f"{error}; run the sweep again to rebuild it") from None
+    except OSError as error:
+        raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {trained[-1]}) -> {to}")
 
 
@@ -96,7 +104,11 @@ def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -
             raise StudyError(f"no arm {arm!r}; valid: {', '.join(study.arms)}")
         if name is None:
             raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
-        of_point = [row for row in ended.values() if row["point"] == name and row["kind"] in ("trial", "confirm")]
+        of_point = [
+            row
+            for row in ended.values()
+            if row["point"] == name and row["kind"] in ("trial", "confirm") and agenda.is_planned(row["trial"])
+        ]
         of_point.sort(
             key=lambda row: (
                 (row["kind"] != "confirm", row["seed"]) if arm is None else (row["kind"] != "trial", row["seed"])

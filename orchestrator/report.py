@@ -39,7 +39,6 @@ from orchestrator.statistics import Comparison, lower_is_better
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
 from trainables.spec import TrialSpec
-from trainables.store import Storage
 
 __all__ = ["Report", "main", "make_report", "point_scores"]
 
@@ -340,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         study = load_study(given.study, given.profile, given.set)
-        storage = Storage(given.storage)
+        storage = results.open_storage(given.storage)
         tables = results.read(storage, study.folder)
         if tables is None:
             where = f"{given.storage.rstrip('/')}/{study.folder}"

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.messages import StudyError
 from trainables.store import Storage
 
 RESULTS = pa.schema(
@@ -84,6 +85,17 @@ RECORD = (
 class Tables:
     results: pd.DataFrame
     trials: pd.DataFrame
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage that a person named. Raises StudyError where there is no such kind, or no way to it."""
+    storage = Storage(uri)
+    try:
+        storage.list()
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StudyError(f"--storage {uri}: cannot be read ({reason}); give a folder or URI that can") from None
+    return storage
 
 
 def read_records(storage: Storage, trial: str) -> list[dict[str, Any]]:

@@ -15,29 +15,35 @@ from trainables.spec import Fraction, Name, Positive, TrialSpec, Value, by_key
 # --------------------------------------------------------------------------------------------------------- its values
 
 
-def _labelled(value: Any) -> Any:
+def labelled(value: Any) -> Any:
     """A list of choices becomes label -> value; a label is what the report prints."""
     if isinstance(value, list):
-        return {_label(v): v for v in value}
+        return {label_of(v): v for v in value}
     if isinstance(value, Mapping):
         return {str(k): v for k, v in value.items()}
     return value
 
 
-def _label(value: Any) -> str:
+def label_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+Label = Annotated[str, BeforeValidator(label_of)]
 
 
 class _Axis(Value):
     when: dict[
-        str, Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(v)] if not isinstance(v, list) else v)]
+        str,
+        Annotated[
+            tuple[str, ...], BeforeValidator(lambda v: [label_of(x) for x in (v if isinstance(v, list) else [v])])
+        ],
     ] = {}
 
 
 class Choice(_Axis):
     """One of several labelled values. Where the axis is no path of the trial, each value is a mapping path -> value."""
 
-    choice: Annotated[dict[str, Any], BeforeValidator(_labelled), Field(min_length=1)]
+    choice: Annotated[dict[str, Any], BeforeValidator(labelled), Field(min_length=1)]
 
     def ends(self) -> tuple[Any, ...]:
         return tuple(self.choice)
@@ -163,7 +169,7 @@ class Study(Value):
     question: str
     trial: dict[str, Any]
     vary: dict[str, Axis] = {}
-    exclude: tuple[dict[str, str], ...] = ()
+    exclude: tuple[Annotated[dict[str, Label], Field(min_length=1)], ...] = ()
     search: Search | None = None
     tune: Tune | None = None
     arms: dict[Name, dict[str, Any]] = {}
@@ -212,6 +218,8 @@ class Study(Value):
             set_path(raw, path, value, where)
         for path, value in self.fixed.items():
             set_path(raw, path, value, f"--set trial.{path}")
+        if "seed" in raw:
+            raise StudyError(f"{where}: seed: belongs to no trial, arm or axis; valid: seeds: N")
         try:
             return TrialSpec.model_validate({**raw, "seed": seed})
         except ValidationError as error:

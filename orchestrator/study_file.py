@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from orchestrator.messages import Lines, StudyError, explain, line_of, nearest, set_path, without_place
-from orchestrator.study import Choice, Claim, Objective, Study
+from orchestrator.study import Choice, Claim, Objective, Study, label_of, labelled
 from trainables.spec import Masking, TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
@@ -57,18 +58,14 @@ def load_study(
         if not path or "=" not in override:
             raise StudyError(f"--set {override!r}: must be path=value, e.g. trial.phases.distil.budget.steps=200")
         value = _parse_value(text, override)
-        if path.split(".")[0] not in KEYS:
-            raise StudyError(
-                f"--set {path}: paths start at the file{nearest(path.split('.')[0], KEYS)}; valid: {', '.join(KEYS)}"
-            )
         if path.startswith("trial."):
             fixed[path.removeprefix("trial.")] = value
-            (raw.get("vary") or {}).pop(path.removeprefix("trial."), None)
+            _take_out(raw, path.removeprefix("trial."), lambda choice, given=value: choice == given)  # type: ignore[misc]
         _set_in_file(raw, path, value, f"--set {path}")
     if seeds is not None:
         raw["seeds"] = seeds
     if points is not None:
-        if not raw.get("search"):
+        if not isinstance(raw.get("search"), dict):
             raise StudyError(f"{file}: --points needs a `search` in the file")
         raw["search"] = {**raw["search"], "points": points}
     stem = Path(file).stem
@@ -83,6 +80,10 @@ def load_study(
                 "fixed": fixed,
             }
         )
+        if "seed" in study.trial:
+            raise StudyError(
+                f"{file}:{line_of(lines, 'trial', 'seed')}: trial.seed: is not for a file; valid: seeds: N"
+            )
         TrialSpec.model_validate({**study.trial, "seed": 0})
     except ValidationError as error:
         cls = Study if error.title == "Study" else TrialSpec
@@ -95,19 +96,52 @@ def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None
     """Sets a path that starts at the file. Axes and the entries of an arm are named by paths themselves; null takes an
     axis, an arm or a claim away."""
     top, _, rest = path.partition(".")
+    if top not in KEYS:
+        raise StudyError(f"{where}: {path}: paths start at the file{nearest(top, KEYS)}; valid: {', '.join(KEYS)}")
     if top not in ("vary", "arms", "claims") or not rest:
         set_path(raw, path, value, where)
         return
-    entries = raw.setdefault(top, {})
+    entries = raw[top] = raw.get(top) or {}
+    if not isinstance(entries, dict):
+        raise StudyError(f"{where}: {path}: {top} has no parts")
     name, _, inside = rest.partition(".") if top != "vary" else (rest, "", "")
     if inside and top == "arms":
-        entries.setdefault(name, {})[inside] = value
+        entries[name] = {**(entries.get(name) or {}), inside: value}
     elif inside:
         set_path(raw, path, value, where)
     elif value is None:
         entries.pop(name, None)
     else:
         entries[name] = value
+
+
+def _take_out(raw: dict[str, Any], path: str, is_it: Callable[[Any], bool]) -> None:
+    """Takes a varied path whose value is now given out of `vary`, and decides what was said about its choices:
+    conditions that hold fall away, those that do not take their axis along, and exclusions likewise."""
+    vary = raw.get("vary")
+    if not isinstance(vary, dict) or path not in vary:
+        return
+    axis = vary.pop(path)
+    choices = labelled(axis.get("choice")) if isinstance(axis, dict) else None
+    labels = {label for label, choice in choices.items() if is_it(choice)} if isinstance(choices, dict) else set()
+    gone = []
+    for name, other in vary.items():
+        when = other.get("when") if isinstance(other, dict) else None
+        if isinstance(when, dict) and path in when:
+            wanted = when.pop(path)
+            if not labels & {label_of(one) for one in (wanted if isinstance(wanted, list) else [wanted])}:
+                gone.append(name)
+    for name in gone:
+        _take_out(raw, name, lambda _: False)
+    rules = raw.get("exclude")
+    if isinstance(rules, list):
+        raw["exclude"] = [
+            rule for rule in rules if not isinstance(rule, dict) or (_still_holds(rule, path, labels) and rule)
+        ]
+
+
+def _still_holds(rule: dict[str, Any], path: str, labels: set[str]) -> bool:
+    return path not in rule or label_of(rule.pop(path)) in labels
 
 
 def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -123,25 +157,42 @@ def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     except OSError as error:
         raise StudyError(f"{file}: {error.strerror}") from None
     try:
-        for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
+        for event in _yaml().parse(io.StringIO(text)):
             line = event.start_mark.line + 1
             if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):
                 raise StudyError(f"{file}:{line}: tag {str(event.tag)!r} refused; a study is plain data")
             if getattr(event, "anchor", None) is not None:
                 raise StudyError(f"{file}:{line}: anchors and aliases are refused; use profiles, arms or vary")
-        value = YAML(typ="rt", pure=True).load(text)
+            if getattr(event, "value", None) == "<<":
+                raise StudyError(f"{file}:{line}: merge keys are refused; use profiles, arms or vary")
+        value = _yaml().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem or error.context).split())
         raise StudyError(f"{file}:{mark.line + 1 if mark else 1}: malformed YAML: {problem}") from None
     except YAMLError as error:
         raise StudyError(f"{file}: malformed YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise StudyError(f"{file}: malformed YAML: nested too deeply") from None
     if value is None:
         raise StudyError(f"{file}: is empty; a study needs at least question, trial and objective")
     if not isinstance(value, dict):
         raise StudyError(f"{file}:1: a study is a mapping; found {type(value).__name__}")
     lines: dict[tuple[str, ...], int] = {}
     return _plain(value, (), lines), lines
+
+
+class _Constructor(RoundTripConstructor):  # type: ignore[misc]
+    """Dates stay text: a study has none, and one that does not exist would raise."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", RoundTripConstructor.construct_scalar)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt", pure=True)
+    yaml.Constructor = _Constructor
+    return yaml
 
 
 def _plain(value: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
@@ -159,8 +210,8 @@ def _plain(value: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -
 
 def _parse_value(text: str, override: str) -> Any:
     try:
-        return _plain(YAML(typ="rt", pure=True).load(text), (), {})
-    except YAMLError:
+        return _plain(_yaml().load(text), (), {})
+    except (YAMLError, RecursionError):
         raise StudyError(f"--set {override!r}: the value is not YAML") from None
 
 
@@ -179,7 +230,11 @@ def _check(study: Study, lines: Lines) -> None:
             ) from None
     for path in study.tune.grid if study.tune else ():
         for value in study.tune.grid[path]:  # type: ignore[union-attr]
-            study.spec(seed=0, tuned={path: value})
+            try:
+                study.spec(seed=0, tuned={path: value})
+            except StudyError as error:
+                at = f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid"
+                raise StudyError(f"{at} at {value!r}: {without_place(error)}") from None
     base = TrialSpec.model_validate({**study.trial, "seed": 0})
     _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
     for name, claim in study.claims.items():
@@ -268,7 +323,10 @@ def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> No
             if study.is_active(name, point):
                 point[name] = end
         if not study.is_excluded(point):
-            study.spec(point=point, seed=0)
+            try:
+                study.spec(point=point, seed=0)
+            except StudyError as error:
+                raise StudyError(f"{study.file}:{line_of(lines, 'vary')}: vary: {error}; exclude it") from None
 
 
 def _early_stopping_only_where_curves_keep_their_shape(study: Study, lines: Lines) -> None:

@@ -88,8 +88,9 @@ def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
     from orchestrator.agenda import Agenda
     from orchestrator.overview import print_plan
     from orchestrator.plan import Identity
+    from orchestrator.results import open_storage
 
-    agenda = Agenda(study, Identity(None), Storage(arguments.storage), retry_failed=arguments.retry_failed)
+    agenda = Agenda(study, Identity(None), open_storage(arguments.storage), retry_failed=arguments.retry_failed)
     print_plan(agenda, None)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,8 +138,6 @@ class Lab:
         return Ran(self, spec, self.records(trial, attempt), end["phases"])
 
     def records(self, trial: str = "t", attempt: int = 1) -> list[dict[str, Any]]:
-        import json
-
         text = self.storage.read(f"study/trials/{trial}/attempt-{attempt}/records.jsonl") or b""
         return [json.loads(line) for line in text.splitlines()]
 
@@ -159,7 +158,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return home / "data", fingerprints, data
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_lab(
     prepared: tuple[Path, dict[str, str], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[], Lab]:

@@ -99,16 +99,11 @@ def test_initial_weights_depend_on_seed_and_name_and_on_nothing_else(family: str
     first = build(model)
     torch.manual_seed(2)
     build(shape("bert", layers=3), name="other")
-    torch.rand(7)
-    before = torch.get_rng_state()
     again = build(model)
     assert equal(first, again)
-    if init.std != "family":  # transformers' constructors draw; what is drawn here must not
-        models.initialise(again, init, name="m", seed=0)
-        state = torch.get_rng_state()
-        models.initialise(again, init, name="m", seed=0)
-        assert torch.equal(torch.get_rng_state(), state)
-    assert before.shape == torch.get_rng_state().shape
+    state = torch.get_rng_state()
+    models.initialise(again, init, name="m", seed=0)
+    assert equal(first, again) and torch.equal(torch.get_rng_state(), state)  # no one else's draws are touched
     assert not equal(first, build(model, seed=1))
     assert not equal(first, build(model, name="n"))
 
@@ -136,7 +131,9 @@ def test_the_familys_rule_is_that_of_transformers(family: str) -> None:
     reference = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
         if tensor.ndim >= 2:
-            assert tensor.std().item() == pytest.approx(reference[name].std().item(), rel=0.05), name
+            assert tensor.std().item() == pytest.approx(reference[name].std().item(), rel=4 / tensor.numel() ** 0.5), (
+                name
+            )
         else:
             assert torch.equal(tensor, reference[name]), name
 
@@ -157,7 +154,7 @@ def test_sinusoids_take_the_place_of_drawn_positions_and_are_refused_where_there
     scale = drawn.std().item() / models.sinusoids(LENGTH, 32).std().item()
     torch.testing.assert_close(table.detach(), models.sinusoids(LENGTH, 32) * scale)
     build(shape("gpt2", init=Random(positions="sinusoid")))
-    with pytest.raises(ModelError, match="modernbert.*no learned positions"):
+    with pytest.raises(ModelError, match=r"modernbert.*no learned positions"):
         build(shape("modernbert", init=Random(positions="sinusoid")))
 
 
@@ -224,7 +221,7 @@ def test_what_is_stored_is_restored_bit_by_bit(family: str) -> None:
     again = models.restore(config, weights).eval()
     assert equal(net, again)
     assert torch.equal(net(input_ids=some_ids()).logits, again(input_ids=some_ids()).logits)
-    assert models.plain_config(again.config) == config
+    assert json.loads(json.dumps(models.plain_config(again.config))) == config
     assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]  # what was tied is tied
 
 

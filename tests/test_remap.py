@@ -94,7 +94,9 @@ def test_apply_copies_what_the_plan_says_and_everything_around(family: str, dept
     for net, shift in ((source, 1.0), (target, 2.0)):  # so that no two tensors are equal by chance, norms included
         with torch.no_grad():
             for parameter in net.parameters():
-                parameter.add_(shift * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+                parameter.add_(
+                    shift * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+                )
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     ours = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     plan = depth_plan(depth, num_source, num_target)
@@ -149,6 +151,10 @@ def test_growing_a_pre_norm_decoder_by_layers_that_add_nothing_is_exact(family: 
     source, target = net_of(family, 2, name="s"), net_of(family, 3, name="t")
     with torch.no_grad():
         for name, parameter in target.named_parameters():
-            if name.startswith(f"{layers_prefix(target)}2.") and name.split(".")[-2] in ("c_proj", "o_proj", "down_proj"):
+            if name.startswith(f"{layers_prefix(target)}2.") and name.split(".")[-2] in (
+                "c_proj",
+                "o_proj",
+                "down_proj",
+            ):
                 parameter.zero_()
     assert measure(source, target, depth_plan("first", 2, 3)).verdict == "exact"

@@ -192,7 +192,7 @@ def train_phase(run: Run, instance: Instance) -> Published:
     evaluate_at = {_step_of(fraction, total): fraction for fraction in spec.evaluate}
     started = last_checkpoint = time.monotonic()
     if progress.records:
-        run.emit(progress.records)
+        run.emit(list(progress.records))
     elif 0 in evaluate_at and progress.step == 0:
         _look(phase, evaluate_at[0])
         started = time.monotonic()

@@ -24,7 +24,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Value(BaseModel):
     """A frozen value; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True, allow_inf_nan=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ data

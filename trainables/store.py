@@ -89,8 +89,8 @@ class Storage:
             found = fs.ls(path, detail=False, refresh=True) if not self.is_local else fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        names = {str(item).rstrip("/").rsplit("/", 1)[-1] for item in found}
-        return sorted(n for n in names if not n.startswith(".") and n != path.rsplit("/", 1)[-1])
+        inside = {str(item).rstrip("/") for item in found} - {path}  # object stores may list the folder itself
+        return sorted(name for item in inside if not (name := item.rsplit("/", 1)[-1]).startswith("."))
 
     def delete(self, name: str) -> None:
         fs, path = self._at(name)
@@ -249,7 +249,7 @@ def load_checkpoint(storage: Storage, folders: Iterable[str], key: str) -> dict[
             if content is None or hashlib.sha256(content).hexdigest() != pointer["sha256"]:
                 raise ValueError("checksum differs")
             best = torch.load(io.BytesIO(content), weights_only=True)
-        except (ValueError, KeyError, RuntimeError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
             log.warning("checkpoint in %s passed over: %s", folder, error)
     return best
 
