@@ -187,7 +187,7 @@ def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Map
     for instance in instances(base):
         name = str(instance)
         phase = base.phases[instance.phase]
-        stream = next(iter(streams_of(base, instance).values()))
+        stream = streams_of(base, instance)[phase.pace]
         steps = num_steps(
             phase, length=corpora[stream.data].train.length, num_sequences=len(corpora[stream.data].train)
         )

@@ -1,7 +1,7 @@
 """The one training loop: a phase, whatever its models, streams and terms. Knows no paper, no tracker and no Ray.
 
-All randomness is a function of (seed, purpose, step), so a checkpoint holds no generator state, and neither micro-batches
-nor other models change a draw.
+All randomness is a function of (seed, purpose, step), so a checkpoint holds no generator state and other models change no
+draw. Only dropout depends on how a batch is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _begin(run: Run, instance: Instance) -> _Phase:
     """Models, optimizer and, where the phase was interrupted, the state in which it was."""
     spec, at = run.spec.phases[instance.phase], run.at
     streams = {n: _Stream(n, s, run.corpora[s.data]) for n, s in streams_of(run.spec, instance).items()}
-    train = next(iter(streams.values())).corpus.train
+    train = streams[spec.pace].corpus.train
     nets = {name: make(run, instance.phase, name).to(at.device) for name in run.spec.models_of(instance.phase)}
     for name, net in nets.items():
         net.train(name in spec.train).requires_grad_(name in spec.train)

@@ -62,7 +62,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     if inner is not None:
         fields[inner] = model.inner or 4 * model.width
     if hasattr(config, "max_position_embeddings"):
-        fields["max_position_embeddings"] = max(length, 8)
+        fields["max_position_embeddings"] = max(length, 8) + _position_offset(config)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
         if hasattr(config, key):
             fields[key] = special_ids.get(key)
@@ -78,6 +78,13 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
             raise ModelError(f"a {model.family} config has no field {key!r}")
         fields[key] = value
     return AutoConfig.for_model(model.family, **fields)
+
+
+def _position_offset(config: Any) -> int:
+    """Rows of the position table that no position uses: RoBERTa and its kin count on from the padding index."""
+    with torch.device("meta"):
+        table = _positions(skeleton(config))
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def _dropouts(config: Any) -> Iterator[str]:
@@ -118,7 +125,6 @@ def _load(model: Model, vocab_size: int) -> Any:
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -150,7 +156,7 @@ def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
 def skeleton(config: Any) -> Any:
     """A language model of this config with weights of no meaning (none at all on the meta device)."""
     auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
-    return auto.from_config(config, attn_implementation="sdpa")
+    return auto.from_config(config)
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
@@ -262,10 +268,13 @@ def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Logits at flat positions b*T+t only, [N, V]: the head never sees the others.
 
     Between trunk and head stands a hook that keeps the wanted positions, so that any family's own head code runs as it
-    is. Heads of language models act on each position by itself; the parity test holds every family to that.
+    is. Heads of language models act on each position by itself; the parity test holds every family to that. The few
+    families whose forward goes around their trunk (OPT) give all logits, and the wanted ones are taken afterwards.
     """
     with _only(net.base_model, positions_N):  # type: ignore[arg-type]
-        return net(input_ids=ids_BT, **_no_cache(net)).logits[0]  # type: ignore[no-any-return]
+        logits_BTV: Tensor = net(input_ids=ids_BT, **_no_cache(net)).logits
+    whole = logits_BTV.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
+    return logits_BTV.flatten(0, 1).index_select(0, positions_N) if whole else logits_BTV[0]
 
 
 def _no_cache(net: nn.Module) -> dict[str, bool]:

@@ -24,7 +24,7 @@ from trainables.spec import (
     parse_start,
 )
 
-SHARED_SEED = 0  # of phases that say `seed: shared`
+SHARED_SEED = -1  # of phases that say `seed: shared`
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def seed_of(spec: TrialSpec, phase: str) -> int:
 
 
 def num_steps(phase: Phase, *, length: int, num_sequences: int) -> int:
-    """Optimizer steps of the budget. `length`, `num_sequences`: of the first stream's training data."""
+    """Optimizer steps of the budget. `length`, `num_sequences`: of the training data of the stream that sets the pace."""
     match phase.budget:
         case Steps(steps=steps):
             return steps

@@ -301,7 +301,7 @@ class Tokens(Value):
 
 
 class Epochs(Value):
-    """Of the first stream, rounded up to whole batches."""
+    """Of the stream that sets the pace, rounded up to whole batches."""
 
     epochs: Positive
 
@@ -361,6 +361,11 @@ class Phase(Value):
     keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # weights are kept at these fractions too: `phase@0.5`
     each: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
 
+    @property
+    def pace(self) -> str:
+        """The stream that a budget of tokens or epochs counts: `main`, or the first by name."""
+        return "main" if "main" in self.streams else min(self.streams)
+
     def optimizer_of(self, model: str) -> Optimizer:
         return self.optimizer.get(model) or self.optimizer["all"]
 
@@ -417,6 +422,8 @@ def is_off(weight: Weight) -> bool:
     match weight:
         case OffWhenBetter():
             return False
+        case Step(at=0):
+            return weight.end == 0
         case Linear() | Cosine() | Step():
             return weight.start == weight.end == 0
         case _:
