@@ -33,6 +33,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainables.loop import Alone
+
 SLOTS = 2
 STUDY = """\
 question: What does a trial cost that does nothing?
@@ -54,10 +56,8 @@ slot: {{cpus: {cpus}}}
 """
 
 
-class Listener:
+class Listener(Alone):
     """A session of one process that hands the objective's records on."""
-
-    rank, world = 0, 1
 
     def __init__(self, tell: Any = None) -> None:
         self.tell = tell

@@ -42,15 +42,16 @@ from trainables.spec import ForwardKL, Masking, Model
 from trainables.trial import fresh
 
 SHAPES = {"4x256": [(4, 256)], "4x256 + 2x128": [(4, 256), (2, 128)]}
+WARM = [(1, 4)]  # a step of it brings in what transformers and torch import late, some 100 MiB
 HEADS = ("sparse", "rows", "full")
 VOCAB, BATCH, LENGTH = 30_522, 16, 128
 SPECIAL = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 FLOW = ForwardKL.model_validate({"kind": "forward_kl", "from": "a", "to": "b", "tau_squared": False})
 
 
-def make(shape: str, family: str) -> list[Any]:
+def make(shape: list[tuple[int, int]], family: str) -> list[Any]:
     made = []
-    for layers, width in SHAPES[shape]:
+    for layers, width in shape:
         model = Model(family=family, layers=layers, width=width, dropout=0)
         name = f"{layers}x{width}"
         made.append(
@@ -120,7 +121,7 @@ def check_parity(nets: list[Any]) -> str:
 
 
 def timed(shape: str, family: str, steps: int) -> None:
-    nets = make(shape, family)
+    nets = make(SHAPES[shape], family)
     print(f"{shape}: parity: {check_parity(nets)}")
     optimizer = adamw(nets)
     seconds: dict[str, list[float]] = {head: [] for head in HEADS}
@@ -137,9 +138,12 @@ def timed(shape: str, family: str, steps: int) -> None:
 
 def above_start(shape: str, family: str, head: str, steps: int) -> float:
     """Bytes, in this fresh process."""
+    warm = make(WARM, family)
+    step("sparse", warm, adamw(warm), batch(0))
+    del warm
     fresh(0, 1)  # also resets the high-water mark
     before = peak_memory("cpu")
-    nets = make(shape, family)
+    nets = make(SHAPES[shape], family)
     optimizer = adamw(nets)
     for number in range(steps):
         step(head, nets, optimizer, batch(number))

@@ -118,7 +118,12 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus]) -> None:
                     )
             if isinstance(model.init, Remap):
                 remap.check(model.init.depth, configs[model.init.from_], configs[name])
-        for phase in spec.phases.values():
+        for phase_name, phase in spec.phases.items():
+            if phase.batch % study.slot.workers:
+                raise StudyError(
+                    f"{at}trial.phases.{phase_name}.batch: {phase.batch} cannot be shared by slot.workers {study.slot.workers}; "
+                    f"valid: a multiple of it"
+                )
             for term in phase.terms.values():
                 for name in reads(term):
                     models.check_stream(configs[name], phase.streams[term.on].corruption, name)
@@ -344,7 +349,8 @@ def _cost(agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], 
         last[instance] = cost
         size += sum(4 * _params(planned.spec, m, corpora) for m in phase.train) * (1 + len(phase.keep))
     extra = study.search.points if study.search else 0
-    extra += 2 * study.confirm.seeds if study.confirm else 0
+    if study.confirm and not any(p.kind == "confirm" for p in trials):
+        extra += 2 * study.confirm.seeds
     extra -= sum(1 for p in trials if p.arm is None and p.kind == "trial")
     if last and extra > 0:
         seconds += extra * sum(last.values())
@@ -361,10 +367,10 @@ def _cost(agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], 
     elif not flops_known:
         lines.append("too large to be timed on this machine; device-hours show after the first phases")
     else:
-        slots = num_slots or max(1, int((os.cpu_count() or 1) // study.slot.cpus))
+        slots = num_slots or max(1, int((os.cpu_count() or 1) // (study.slot.cpus * study.slot.workers)))
         lines.append(
             f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / slots)} on {slots} slots of "
-            f"{study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu (steps timed here)"
+            f"{study.slot.workers} x ({study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu) (steps timed here)"
         )
     free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
     lines.append(

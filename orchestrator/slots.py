@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +25,11 @@ from ray.tune.search import Searcher
 from orchestrator.agenda import Agenda, objective
 from orchestrator.study import Slot, Study
 from trainables.attempt import Job, run
+from trainables.loop import Alone
 
+GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
+CLOSE = {"job": "close"}
+SPARE_CPUS = 1  # for the slots themselves
 RETRIES = 3  # of a trial whose process or node was lost
 CHATTER = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own files are the record
@@ -34,24 +39,43 @@ CHATTER = {
     "TUNE_RESULT_BUFFER_LENGTH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of a study starts where its command was given
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # with the default of 2 s a lost worker is noticed late
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
 def start_ray(address: str | None, slot: Slot) -> int:
-    """Connects, or starts Ray on this machine; returns how many slots there are. Everything binds to loopback."""
+    """Connects, or starts Ray on this machine; returns how many slots there are. Everything binds to loopback.
+
+    A slot of several workers is a process of its own beside them; it hardly computes, and on this machine it does not
+    take a core from them.
+    """
     os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if slot.workers > 1:
+        common["runtime_env"] = {"worker_process_setup_hook": _set_address}
     if address is None:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False,
-                 num_cpus=None)  # fmt: skip
+        spare = SPARE_CPUS if slot.workers > 1 else 0
+        num_cpus = len(os.sched_getaffinity(0)) + spare
+        # the dashboard serves the state API, without which a stopped group of workers is never freed
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=slot.workers > 1, dashboard_host="127.0.0.1", **common
+        )
     else:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        ray.init(address=address, **common)
     have = ray.cluster_resources()
-    num = int(have.get("CPU", 0) // slot.cpus)
+    cpus = have.get("CPU", 0) - (SPARE_CPUS if address is None and slot.workers > 1 else 0)
+    num = int(cpus // (slot.cpus * slot.workers))
     if slot.gpus:
-        num = min(num, int(have.get("GPU", 0) / slot.gpus + 1e-6))
+        num = min(num, int(have.get("GPU", 0) / (slot.gpus * slot.workers) + 1e-6))
     return num
+
+
+def _set_address() -> None:
+    """Ray Train's cleaner asks for "the" Ray of a machine; with several there it would free nothing, or the wrong one."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def stop_ray() -> None:
@@ -78,7 +102,7 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
     source = _Source(agenda, provenance, num_slots)
     try:
         tune.Tuner(
-            tune.with_resources(_in_slot, {"cpu": study.slot.cpus, "gpu": study.slot.gpus}),
+            tune.with_resources(_in_slot, _resources(study.slot)),
             tune_config=tune.TuneConfig(
                 search_alg=source,
                 scheduler=scheduler,
@@ -96,6 +120,12 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        agenda.storage.delete(f"{study.folder}/{GROUPS}")
+
+
+def _resources(slot: Slot) -> dict[str, float]:
+    """What Tune reserves for a slot; the workers of a group are reserved by Ray Train."""
+    return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"cpu": SPARE_CPUS / 100}
 
 
 # ------------------------------------------------------------------------------------------------------- in the driver
@@ -108,11 +138,20 @@ class _Source(Searcher):  # type: ignore[misc]
         super().__init__()
         self.agenda, self.provenance, self.num_slots = agenda, provenance, num_slots
         self.live: dict[str, str] = {}  # Tune's trial id -> ours
+        self.num_closed = 0
 
     def suggest(self, trial_id: str) -> Any:
         if len(self.live) >= self.num_slots:
             return None
         planned = self.agenda.next()
+        if (
+            planned is None
+            and not self.live
+            and self.num_closed < self.num_slots
+            and self.agenda.study.slot.workers > 1
+        ):
+            self.num_closed += 1  # kept workers go home by themselves; left alone they delay Ray's end
+            return CLOSE
         if planned is None:
             return None if self.live else Searcher.FINISHED
         self.agenda.start(planned, now())
@@ -131,13 +170,21 @@ class _Source(Searcher):  # type: ignore[misc]
             checkpoint_at_reports=watched,
             provenance=self.provenance,
         )
-        return {"job": json.dumps(asdict(job)), "watched": watched, "study": study.model_dump_json() if watched else ""}
+        return {
+            "job": json.dumps(asdict(job)),
+            "watched": watched,
+            "study": study.model_dump_json() if watched else "",
+            "slot": study.slot.model_dump_json(),
+        }
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        self.agenda.progress(self.live[trial_id], json.loads(result["records"]))
+        if trial_id in self.live:
+            self.agenda.progress(self.live[trial_id], json.loads(result["records"]))
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        trial = self.live.pop(trial_id)
+        trial = self.live.pop(trial_id, None)
+        if trial is None:
+            return
         if result is not None and "end" in result:
             end = json.loads(result["end"])
         elif error:
@@ -195,10 +242,8 @@ def now() -> int:
 # ------------------------------------------------------------------------------------------------------- in the slot
 
 
-class _TuneSession:
+class _TuneSession(Alone):
     """What a one-worker trial speaks to. A stop by the scheduler surfaces as SystemExit inside `report`."""
-
-    rank, world = 0, 1
 
     def __init__(self, study: Study | None) -> None:
         self.study = study
@@ -218,6 +263,25 @@ class _TuneSession:
 
 
 def _in_slot(config: dict[str, Any]) -> None:
-    study = Study.model_validate_json(config["study"]) if config["study"] else None
-    end = run(Job(**json.loads(config["job"])), _TuneSession(study))
-    tune.report({"records": "[]", "end": json.dumps(end)})
+    """Runs one trial: here, or on the group of workers that this process keeps."""
+    if config == CLOSE:
+        from trainables.worker import close
+
+        close()
+        tune.report({"records": "[]"})
+        return
+    session = _TuneSession(Study.model_validate_json(config["study"]) if config["study"] else None)
+    slot = Slot.model_validate_json(config["slot"])
+    job = Job(**json.loads(config["job"]))
+    if slot.workers == 1:
+        tune.report({"records": "[]", "end": json.dumps(run(job, session))})
+        return
+    from trainables.worker import group
+
+    own = group(slot.workers, slot.cpus, slot.gpus, f"{job.storage}/{job.folder}/{GROUPS}")
+    with closing(own.run(job)) as messages:  # a stop by the scheduler leaves the block, and thereby stops all ranks
+        for message in messages:
+            if "end" in message:
+                tune.report({"records": "[]", "end": message["end"]})
+            else:
+                session.report(json.loads(message["records"]))

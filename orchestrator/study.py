@@ -152,9 +152,9 @@ class Limits(Value):
 
 
 class Slot(Value):
-    """What one trial gets. Several workers to a trial are not built yet."""
+    """What one trial gets: `workers` processes that share each batch, each with so many CPUs and GPUs."""
 
-    workers: Literal[1] = 1
+    workers: PositiveInt = 1
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trainables.data.prepare import prepare
-from trainables.loop import Surroundings
+from trainables.loop import Alone, Surroundings
 from trainables.phases import Instance, phase_key
 from trainables.spec import Files, TrialSpec
 from trainables.store import PhaseStore, Storage
@@ -52,12 +52,10 @@ class Stopped(Exception):
 
 
 @dataclass
-class Listener:
+class Listener(Alone):
     """A session that collects what is reported, and ends the trial where it is told to."""
 
     stop_at: tuple[str, float] | None = None  # phase, progress
-    rank: int = 0
-    world: int = 1
     reports: list[list[dict[str, Any]]] = field(default_factory=list)
 
     def report(self, records: list[dict[str, Any]]) -> None:

@@ -72,15 +72,20 @@ def test_there_is_something_to_look_at() -> None:
 # ------------------------------------------------------------------------------------------------------------- imports
 
 
-@pytest.mark.parametrize("package", ["orchestrator", "mlflow", "optuna", "ray"])
+@pytest.mark.parametrize("package", ["orchestrator", "mlflow", "optuna", "ray.tune"])
 def test_trainables_knows_nothing_of_there_being_more_than_one_trial(package: str) -> None:
     assert not [module for module in importers(package) if module.startswith("trainables")]
+
+
+def test_a_trial_runs_without_ray_and_only_its_workers_know_ray_train() -> None:
+    assert {module for module in importers("ray") if module.startswith("trainables")} == {"trainables.worker"}
+    assert "trainables.worker" not in reaches("trainables.attempt")
 
 
 @pytest.mark.parametrize(
     ("package", "only"),
     [
-        ("ray", "orchestrator.slots"),
+        ("ray.train", "trainables.worker"),
         ("ray.tune", "orchestrator.slots"),
         ("optuna", "orchestrator.search"),
         ("mlflow", "orchestrator.tracking"),
@@ -100,6 +105,7 @@ TIERS = (  # each may import those before it, never those after it; what is not 
     {"trainables.loop"},
     {"trainables.trial"},
     {"trainables.attempt"},
+    {"trainables.worker"},
     {"orchestrator.study"},
     {"orchestrator.plan", "orchestrator.results", "orchestrator.tracking", "orchestrator.claims"},
     {"orchestrator.search", "orchestrator.report"},

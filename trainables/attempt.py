@@ -44,11 +44,12 @@ def run(job: Job, session: Session) -> dict[str, Any]:
     storage = Storage(job.storage)
     home = f"{job.folder}/trials/{job.trial}"
     earlier = sorted((f for f in storage.list(home) if f.startswith("attempt-")), key=lambda f: int(f[8:]))
-    number = int(earlier[-1][8:]) + 1 if earlier else 1
+    number, earlier = session.agree((int(earlier[-1][8:]) + 1 if earlier else 1, earlier))
     end: dict[str, Any] = {"status": "ended", "reason": None, "attempts": number, "node": socket.gethostname()}
     started = {"node": end["node"], "device": job.device}
-    storage.write(f"{home}/attempt-{number}/attempt.json", as_json(started))  # it counts, however early it dies
-    with _logged(storage, f"{home}/log.txt") as text:
+    if session.rank == 0:
+        storage.write(f"{home}/attempt-{number}/attempt.json", as_json(started))  # it counts, however early it dies
+    with _logged(storage, f"{home}/log.txt" if session.rank == 0 else None) as text:
         log.info("attempt %d of trial %s on %s, %s", number, job.trial, end["node"], job.device)
         try:
             spec = TrialSpec.model_validate_json(job.spec)
@@ -80,7 +81,7 @@ def run(job: Job, session: Session) -> dict[str, Any]:
 
 
 @contextmanager
-def _logged(storage: Storage, name: str) -> Any:
+def _logged(storage: Storage, name: str | None) -> Any:
     """Everything logged meanwhile is appended to the trial's log, also when the attempt is stopped from outside."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
@@ -94,7 +95,8 @@ def _logged(storage: Storage, name: str) -> Any:
     finally:
         root.removeHandler(handler)
         log.setLevel(level)
-        storage.write(name, (storage.read(name) or b"") + text.getvalue().encode())
+        if name is not None:
+            storage.write(name, (storage.read(name) or b"") + text.getvalue().encode())
 
 
 def versions(device: str) -> dict[str, str]:

@@ -26,12 +26,16 @@ def evaluate(
     *,
     device: str,
     autocast: Callable[[], Any] = nullcontext,
+    session: Any = None,
 ) -> dict[str, float]:
     """`mlm_loss` (nats) and `mlm_accuracy` (x 100), or `lm_…` for a next-token stream, over supervised positions."""
     was_training = net.training
     net.eval()
+    rank, world = (session.rank, session.world) if session else (0, 1)
     total = correct = count = 0.0
-    for batch in evaluation_batches(corpus, split, corruption, batch=ROWS):
+    for i, batch in enumerate(evaluation_batches(corpus, split, corruption, batch=ROWS)):
+        if i % world != rank:
+            continue
         labels_N = batch.labels_N.to(device)
         with autocast():
             logits_NV = logits_at(net, batch.ids_BT.to(device), batch.positions_N.to(device)).float()
@@ -39,5 +43,7 @@ def evaluate(
         correct += (logits_NV.argmax(-1) == labels_N).sum().item()
         count += len(labels_N)
     net.train(was_training)
+    if session:
+        total, correct, count = session.total([total, correct, count])
     kind = "lm" if corruption is None else "mlm"
     return {f"{kind}_loss": total / count, f"{kind}_accuracy": 100 * correct / count}

@@ -11,12 +11,13 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainables import models, remap
@@ -62,7 +63,25 @@ class Session(Protocol):
     world: int
 
     def report(self, records: list[Record]) -> None:
-        """Takes the records of one evaluation. May end the trial by raising."""
+        """Takes the records of one evaluation, of all ranks alike. May end the trial by raising, on all ranks."""
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; all ranks must come here. A barrier, too."""
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over ranks; all ranks must come here."""
+
+
+class Alone:
+    """One process."""
+
+    rank, world = 0, 1
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    def total(self, values: list[float]) -> list[float]:
+        return values
 
 
 class Diverged(Exception):
@@ -151,7 +170,7 @@ class _Progress:
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # weights kept on the way
     latched: dict[str, bool] = field(default_factory=dict)  # off-switches that have switched off
     flops_of: dict[str, float] = field(default_factory=dict)  # per sequence, by the terms that are live
-    sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record
+    sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record, over all ranks
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -182,6 +201,8 @@ class _Phase:
     total: int  # optimizer steps
     progress: _Progress
     micro: int  # sequences of one forward
+    wrapped: Mapping[str, Any]  # what is trained, as it is called: over several ranks in DistributedDataParallel
+    local: dict[str, Tensor]  # sums of each term on this rank since they were last added up
 
 
 def train_phase(run: Run, instance: Instance) -> Published:
@@ -198,16 +219,19 @@ def train_phase(run: Run, instance: Instance) -> Published:
         started = time.monotonic()
     while progress.step < total:
         _step(phase)
-        if progress.step % CHECK_EVERY == 0:
-            _check_finite(phase)
+        is_check = progress.step % CHECK_EVERY == 0
+        if is_check:
+            _add_up(phase)
         for fraction in spec.keep:
             if progress.step == _step_of(fraction, total) and run.session.rank == 0:
                 for name in spec.train:
                     weights = models.weights_of(phase.nets[name])
                     progress.files[f"{name}@{fraction:g}"] = run.store.put_weights(key, weights)
         is_due = time.monotonic() - last_checkpoint > at.checkpoint_seconds
+        if run.session.world > 1:  # the ranks' clocks differ, and asking costs
+            is_due = is_check and run.session.agree(is_due)
         if progress.step in evaluate_at or is_due:
-            _check_finite(phase)
+            _add_up(phase)
             progress.seconds += time.monotonic() - started  # without evaluation and checkpoints
             if progress.step in evaluate_at:
                 _look(phase, evaluate_at[progress.step])
@@ -215,16 +239,21 @@ def train_phase(run: Run, instance: Instance) -> Published:
                 _checkpoint(phase)
                 last_checkpoint = time.monotonic()
             started = time.monotonic()
+    published = run.session.agree(_publish(phase, key) if run.session.rank == 0 else None)
+    return published  # type: ignore[no-any-return]
+
+
+def _publish(phase: _Phase, key: str) -> Published:
+    """Weights and records into the store; the optimizer's state goes."""
+    run, spec, progress, at = phase.run, phase.spec, phase.progress, phase.run.at
+    files = {name: run.store.put_weights(key, models.weights_of(phase.nets[name])) for name in spec.train}
     published = Published(
         key=key,
-        files={
-            **progress.files,
-            **{n: run.store.put_weights(key, models.weights_of(phase.nets[n])) for n in spec.train},
-        },
+        files={**progress.files, **files},
         configs={name: models.plain_config(phase.nets[name].config) for name in spec.train},
         records=tuple(progress.records),
         cost={
-            "steps": total,
+            "steps": phase.total,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "device_seconds": progress.seconds * run.session.world,
@@ -254,6 +283,7 @@ def _begin(run: Run, instance: Instance) -> _Phase:
         for term in spec.terms.values():
             if name in reads(term):
                 models.check_stream(net.config, streams[term.on].spec.corruption, name)
+    wrapped = {name: _wrap(nets[name], at.device) if run.session.world > 1 else nets[name] for name in spec.train}
     optimizer = _optimizer(spec, nets)
     total = num_steps(spec, length=train.length, num_sequences=len(train))
     progress = _Progress()
@@ -264,9 +294,16 @@ def _begin(run: Run, instance: Instance) -> _Phase:
         optimizer.load_state_dict(saved.pop("optimizer"))
         progress = _Progress(**{key: value for key, value in saved.items() if key != "key"})
     log.info("phase %s: from step %d of %d (%s)", instance, progress.step, total, run.key(instance))
-    micro = min(spec.batch, at.micro_batch or spec.batch)
+    if spec.batch % run.session.world:
+        raise ValueError(f"phase {instance}: a batch of {spec.batch} cannot be shared by {run.session.world} workers")
+    micro = min(spec.batch // run.session.world, at.micro_batch or spec.batch)
     seed = seed_of(run.spec, instance.phase)
-    return _Phase(run, instance, spec, seed, streams, nets, optimizer, total, progress, micro)
+    return _Phase(run, instance, spec, seed, streams, nets, optimizer, total, progress, micro, wrapped, {})
+
+
+def _wrap(net: Any, device: str) -> Any:
+    """Gradients of a trained model are averaged over ranks while the backward runs; frozen ones stay as they are."""
+    return DistributedDataParallel(net, device_ids=[torch.cuda.current_device()] if device.startswith("cuda") else None)
 
 
 def _optimizer(spec: Phase, nets: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -315,33 +352,42 @@ def _step(phase: _Phase) -> None:
             torch.nn.utils.clip_grad_norm_(phase.nets[name].parameters(), clip)
     phase.optimizer.step()
     phase.optimizer.zero_grad(set_to_none=True)
-    for name, value in sums.items():
-        progress.sums[name] = progress.sums.get(name, 0.0) + value  # type: ignore[assignment]  # a tensor until looked at
+    for (
+        name,
+        value,
+    ) in sums.items():  # in double precision sums of floats are exact, so it is equal when they are added up
+        phase.local[name] = phase.local[name] + value if name in phase.local else value
         progress.counts[name] = progress.counts.get(name, 0) + len(batches[spec.terms[name].on].labels_N)
     progress.tokens += sum(batch.ids_BT.numel() for batch in batches.values())  # packed: no padding
     progress.step += 1
 
 
 def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str, MaskedBatch]) -> dict[str, Tensor]:
-    """Gradients of one step, over micro-batches. Each model runs once per stream. Returns each term's sum, detached."""
-    spec, device = phase.spec, phase.run.at.device
+    """Gradients of one step, over micro-batches of this rank's share. Each model runs once per stream.
+
+    Returns each term's sum over the share, detached. Gradients are averaged over ranks by whoever wraps the models, so
+    the loss, divided by the positions of the *global* batch, is multiplied by their number.
+    """
+    spec, device, session = phase.spec, phase.run.at.device, phase.run.session
+    share = spec.batch // session.world
+    first, last = session.rank * share, (session.rank + 1) * share
     live = {name: term for name, term in spec.terms.items() if weights[name]}
     sums: dict[str, Tensor] = {}
-    for low in range(0, spec.batch, phase.micro):
-        high = min(low + phase.micro, spec.batch)
+    for low in range(first, last, phase.micro):
+        high = min(low + phase.micro, last)
         parts = {
             name: MaskedBatch(*(tensor.to(device) for tensor in slice_batch(batch, low, high)))
             for name, batch in batches.items()
         }
-        with _counting(phase.progress, live, high - low):
+        with _counting(phase.progress, live, high - low, session.world), _synchronised(phase, high == last):
             logits = _forward(phase, live, parts, low)
             loss = torch.zeros((), device=device)
             for name, term in live.items():
                 value = _value(term, logits, parts[term.on].labels_N)
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
                 loss = loss + weights[name] * value / len(batches[term.on].labels_N)
             if live:  # else every weight is zero just now
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss * session.world).backward()  # type: ignore[no-untyped-call]
     return sums
 
 
@@ -360,7 +406,9 @@ def _forward(
                 where = (str(phase.instance), model, term.on, phase.progress.step, low)
                 torch.manual_seed(random_stream(phase.seed, "dropout", *where))
             with torch.set_grad_enabled(trained), autocast():
-                logits[model, term.on] = models.logits_at(phase.nets[model], part.ids_BT, part.positions_N)
+                logits[model, term.on] = models.logits_at(
+                    phase.nets[model], part.ids_BT, part.positions_N, through=phase.wrapped.get(model)
+                )
     return logits
 
 
@@ -371,8 +419,18 @@ def _value(term: Term, logits: Mapping[tuple[str, str], Tensor], labels_N: Tenso
 
 
 @contextmanager
-def _counting(progress: _Progress, live: Mapping[str, Term], rows: int) -> Iterator[None]:
-    """Adds the FLOPs of a micro-batch: counted once for each set of live terms, then multiplied."""
+def _synchronised(phase: _Phase, is_last: bool) -> Iterator[None]:
+    """Ranks exchange gradients once a step, with the last micro-batch."""
+    with ExitStack() as stack:
+        if phase.run.session.world > 1 and not is_last:
+            for wrapped in phase.wrapped.values():
+                stack.enter_context(wrapped.no_sync())
+        yield
+
+
+@contextmanager
+def _counting(progress: _Progress, live: Mapping[str, Term], rows: int, world: int) -> Iterator[None]:
+    """Adds the FLOPs of a micro-batch, over all ranks: counted once for each set of live terms, then multiplied."""
     which = ",".join(sorted(live))
     if which in progress.flops_of:
         yield
@@ -380,7 +438,7 @@ def _counting(progress: _Progress, live: Mapping[str, Term], rows: int) -> Itera
         with FlopCounterMode(display=False) as counter:
             yield
         progress.flops_of[which] = counter.get_total_flops() / rows
-    progress.flops += progress.flops_of[which] * rows
+    progress.flops += progress.flops_of[which] * rows * world
 
 
 # ----------------------------------------------------------------------------------------------------- looking, keeping
@@ -424,13 +482,8 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
 
     for name, term in spec.terms.items():
         if progress.counts.get(name):
-            add(
-                target(term),
-                phase.streams[term.on].spec.data,
-                "train",
-                name,
-                progress.sums[name] / progress.counts[name],
-            )
+            mean = progress.sums[name] / progress.counts[name]
+            add(target(term), phase.streams[term.on].spec.data, "train", name, mean)
     progress.sums, progress.counts = {}, {}
     losses: dict[tuple[str, str], float] = {}
     for model in spec.train:
@@ -443,12 +496,9 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
                     add(model, stream.spec.data, split, metric, value)
                 if split == "dev":
                     losses[model, name] = _loss(found)
-                    if not math.isfinite(
-                        losses[model, name]
-                    ):  # the last update broke what the train loss still saw whole
-                        raise Diverged(
-                            f"phase {phase.instance}: the dev loss of {model} is {_loss(found)} at step {progress.step}"
-                        )
+                    if not math.isfinite(_loss(found)):  # the last update broke what the train loss still saw whole
+                        what = f"the dev loss of {model} is {_loss(found)} at step {progress.step}"
+                        raise Diverged(f"phase {phase.instance}: {what}")
     machine = {"peak_memory": peak_memory(phase.run.at.device)}
     if progress.seconds > 0:
         machine["tokens_per_second"] = progress.tokens / progress.seconds
@@ -460,7 +510,13 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
 def _evaluate(phase: _Phase, model: str, stream: _Stream, split: Any) -> dict[str, float]:
     at = phase.run
     return evaluate(
-        phase.nets[model], stream.corpus, split, stream.spec.corruption, device=at.at.device, autocast=at.autocast
+        phase.nets[model],
+        stream.corpus,
+        split,
+        stream.spec.corruption,
+        device=at.at.device,
+        autocast=at.autocast,
+        session=at.session,
     )
 
 
@@ -468,12 +524,15 @@ def _loss(found: Mapping[str, float]) -> float:
     return next(value for metric, value in found.items() if metric.endswith("_loss"))
 
 
-def _check_finite(phase: _Phase) -> None:
-    for name, total in phase.progress.sums.items():
-        value = float(total)
+def _add_up(phase: _Phase) -> None:
+    """Takes the terms' sums off the devices and over all ranks. Raises Diverged, on all ranks alike."""
+    names = sorted(phase.spec.terms)
+    sums = phase.run.session.total([float(phase.local.get(name, 0.0)) for name in names])
+    for name, value in zip(names, sums, strict=True):
         if not math.isfinite(value):
             raise Diverged(f"phase {phase.instance}: {name} is {value} by step {phase.progress.step}")
-        phase.progress.sums[name] = value  # off the device
+        phase.progress.sums[name] = phase.progress.sums.get(name, 0.0) + value
+    phase.local.clear()
 
 
 def _checkpoint(phase: _Phase) -> None:

@@ -264,15 +264,15 @@ def sinusoids(length: int, width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
-    """Logits at flat positions b*T+t only, [N, V]: the head never sees the others.
+def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: nn.Module | None = None) -> Tensor:
+    """Logits at flat positions b*T+t only, [N, V]: the head never sees the others. `through`: what wraps `net`, if any.
 
     Between trunk and head stands a hook that keeps the wanted positions, so that any family's own head code runs as it
     is. Heads of language models act on each position by itself; the parity test holds every family to that. The few
     families whose forward goes around their trunk (OPT) give all logits, and the wanted ones are taken afterwards.
     """
     with _only(net.base_model, positions_N):  # type: ignore[arg-type]
-        logits_BTV: Tensor = net(input_ids=ids_BT, **_no_cache(net)).logits
+        logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_no_cache(net)).logits
     whole = logits_BTV.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
     return logits_BTV.flatten(0, 1).index_select(0, positions_N) if whole else logits_BTV[0]
 

@@ -61,7 +61,7 @@ def run_trial(spec: TrialSpec, fingerprints: Mapping[str, str], at: Surroundings
     run = Run(spec, fingerprints, corpora, PhaseStore(at.storage), at, session, emit)
     done: dict[Instance, Published] = {}
     for instance in instances(spec):
-        published = run.store.find(run.key(instance))
+        published = session.agree(run.store.find(run.key(instance)))
         if published is None:
             done |= _train_healing(run, instance)
         else:
@@ -90,7 +90,9 @@ def _train_healing(run: Run, instance: Instance) -> dict[Instance, Published]:
             if damage.key in damaged:  # training it again did not help
                 raise
             damaged.add(damage.key)
-            run.store.set_aside(damage.key, damage.why)
+            if run.session.rank == 0:
+                run.store.set_aside(damage.key, damage.why)
+            run.session.agree(None)
         for upstream in instances(run.spec.upto(instance.phase)):
-            if upstream.phase != instance.phase and run.store.find(run.key(upstream)) is None:
+            if upstream.phase != instance.phase and run.session.agree(run.store.find(run.key(upstream))) is None:
                 done |= _train_healing(run, upstream)

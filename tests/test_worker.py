@@ -1,0 +1,90 @@
+"""Several workers on one trial: the same numbers as one, stops and failures that leave a working group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import Lab, Ran, flow, hard, model, phase
+
+from trainables.loop import Surroundings
+from trainables.spec import TrialSpec
+from trainables.store import Storage
+from trainables.trial import run_trial
+from trainables.worker import _GroupSession
+
+pytestmark = pytest.mark.slow  # every process imports torch and transformers
+
+
+class _Silent(_GroupSession):
+    """Ranks that agree and add up as those of a group do, with nobody who listens."""
+
+    def report(self, records: list[dict[str, Any]]) -> None:
+        self.agree(len(records))
+
+
+def _rank(
+    rank: int, world: int, port: int, root: str, spec: str, fingerprints: dict[str, str], micro: int | None
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    at = Surroundings(storage=Storage(root), folder="study/trials/t/attempt-1", trial="t", micro_batch=micro)
+    run_trial(TrialSpec.model_validate_json(spec), fingerprints, at, _Silent(None, 1, rank, world))
+    dist.destroy_process_group()
+
+
+def _on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None) -> Ran:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, str(lab.root), spec.model_dump_json(), dict(lab.fingerprints), micro)
+    mp.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
+    return Ran(lab, spec, lab.records(), {})
+
+
+CO_TRAINING = {
+    "models": {"big": model(layers=2), "small": model(), "frozen": model("modernbert")},
+    "phases": {
+        "teach": phase("frozen", {"hard": hard("frozen")}),
+        "both": phase(
+            ("big", "small"),
+            {
+                "big_hard": hard("big"),
+                "small_hard": hard("small"),
+                "big_to_small": flow("big", "small"),
+                "small_to_big": flow("small", "big", "jeffreys", weight={"kind": "linear", "start": 0, "end": 2}),
+                "frozen_to_small": flow("frozen", "small", "reverse_kl", temperature=2, weight={"kind": "off_when_better", "weight": 1}),
+            },
+            keep=[0.5],
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_two_workers_give_the_numbers_of_one(new_lab: Callable[[], Lab], micro: int | None) -> None:
+    one_lab, two_lab = new_lab(), new_lab()
+    spec = one_lab.spec(CO_TRAINING)
+    one, two = one_lab.run(spec), _on_ranks(two_lab, two_lab.spec(CO_TRAINING), 2, micro)
+    assert one.values.keys() == two.values.keys()
+    for key, value in one.values.items():
+        assert two.values[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
+    for name in ("big", "small"):
+        ours, theirs = one.weights("both", name), two.weights("both", name)
+        for path, tensor in ours.items():
+            torch.testing.assert_close(theirs[path], tensor, rtol=2e-3, atol=2e-4)
+    costs = {(r["phase"], r["progress"]): r["flops"] for r in one.records}
+    assert {(r["phase"], r["progress"]): r["flops"] for r in two.records} == pytest.approx(costs)
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused(new_lab: Callable[[], Lab]) -> None:
+    lab = new_lab()
+    spec = lab.spec(CO_TRAINING, {"phases.teach.batch": 7})
+    with pytest.raises(Exception, match="a batch of 7 cannot be shared by 2 workers"):
+        _on_ranks(lab, spec, 2)
