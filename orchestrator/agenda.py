@@ -6,9 +6,9 @@ was running from `trials/<id>/trial.json` without an end; nothing else is rememb
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -52,9 +52,9 @@ class Agenda:
     records: dict[str, Records] = field(default_factory=dict)
     spared: set[str] = field(default_factory=set)
     _planned: dict[str, Planned] = field(default_factory=dict)
-    _provisional: dict[str, Planned] = field(default_factory=dict)  # for the printed plan only
     _cache: dict[tuple[Any, ...], list[Planned]] = field(default_factory=dict)
-    _points: list[_Point] = field(default_factory=list)
+    _points: list[_Point] = field(default_factory=list)  # by number
+    _numbers: set[int] = field(default_factory=set)  # of all points ever begun, those set aside included
     _exhausted: bool = False  # the space holds nothing new
     _asked: set[int] = field(default_factory=set)  # points that the sampler knows as running
     _told: set[int] = field(default_factory=set)  # points whose outcome the sampler knows
@@ -80,9 +80,10 @@ class Agenda:
             if end is not None and not (self.retry_failed and end["status"] == "failed"):
                 self.rows[trial] = end
                 self.records[trial] = read_records(self._home, trial)
-        for trial, start in sorted(begun.items(), key=lambda item: item[1]["point"]):
-            if start["kind"] == "trial" and start["arm"] is None:
-                self._take_up_point(trial, start)
+        points = {trial: int(s["point"][1:]) for trial, s in begun.items() if s["kind"] == "trial" and s["arm"] is None}
+        self._numbers = set(points.values())
+        for trial in sorted(points, key=points.__getitem__):
+            self._take_up_point(trial, begun[trial])
         for trial, start in begun.items():
             if trial not in self.rows:
                 self.rows[trial] = {**start, "status": "running"}
@@ -123,9 +124,9 @@ class Agenda:
                 case Choice():
                     inside = value in axis.choice
                 case FloatRange():
-                    inside = axis.float_[0] <= value <= axis.float_[1]
+                    inside = isinstance(value, int | float) and axis.float_[0] <= value <= axis.float_[1]
                 case IntRange():
-                    inside = axis.int_[0] <= value <= axis.int_[1]
+                    inside = isinstance(value, int) and value in range(axis.int_[0], axis.int_[1] + 1, axis.step)
             if not inside:
                 return False
             seen[name] = value
@@ -155,11 +156,13 @@ class Agenda:
         own = self._own(planned)
         for instance in planned.upstream:
             key = planned.keys[instance]
-            if self._store.find(key) is not None or instance in own:
+            if self._store.find(key) is not None:
+                continue
+            if any(key in other.keys.values() for other in self.running.values()):
+                return planned  # as a teacher, or in a trial that had it for itself when it began
+            if instance in own:
                 continue
             teacher = self.identity.teacher(self.study, planned, instance)
-            if teacher.id in self.running:
-                return planned
             if self._is_over(teacher):  # it failed, or its files were lost: the trial trains the phase itself
                 continue
             first = self._teacher_of(teacher)
@@ -185,7 +188,7 @@ class Agenda:
     def _num_uses(self, key: str) -> int:
         """How many trials need a phase: of those planned by now, or of all arms before they are tuned."""
         if self._expected is None:
-            arms = [planned for arm in self.study.arms for planned in self._arm(arm, {})]
+            arms = [planned for arm in self.study.arms for planned in self._untuned(arm)]
             self._expected = Counter(key for planned in arms for key in set(planned.keys.values()))
         return max(self._expected[key], self._uses[key])
 
@@ -211,6 +214,13 @@ class Agenda:
             for seed in range(self.study.seeds)
         ]
 
+    def _untuned(self, arm: str) -> list[Planned]:
+        """Stand-ins for the trials of an arm that is still being tuned; they are not planned."""
+        key = ("untuned", arm)
+        if key not in self._cache:
+            self._cache[key] = self._arm(arm, {})
+        return self._cache[key]
+
     def _plan(self, spec: Any, kind: Kind, point: str, arm: str | None, params: Mapping[str, Any]) -> Planned:
         return self.identity.plan(self.study, spec, kind, point, arm, params)
 
@@ -225,17 +235,18 @@ class Agenda:
     # --------------------------------------------------------------------------------------------------- tuning
 
     def subjects(self) -> list[tuple[str, dict[str, str]]]:
-        """What is tuned: each arm, and each baseline arm at each combination of sizes."""
-        found = [(arm, dict[str, str]()) for arm in self.study.arms]
-        baselines = {self.study.objective.minus, self.study.confirm.against if self.study.confirm else None} - {None}
-        if self.study.search and baselines:
-            found += [(str(arm), s) for arm in sorted(map(str, baselines)) for s in strata(self.study) if s]
-        return found if self.study.tune else [subject for subject in found if subject[1]]
+        """What is tuned: each arm, and each baseline arm at each combination of sizes. Without a grid, the baselines."""
+        minus, confirm = self.study.objective.minus, self.study.confirm
+        names = sorted({arm for arm in (minus, confirm and confirm.against) if arm}) if self.study.search else []
+        baselines = [(arm, s) for arm in names for s in strata(self.study) if s or arm == minus]
+        if self.study.tune is None:
+            return baselines
+        return [*((arm, {}) for arm in self.study.arms), *(subject for subject in baselines if subject[1])]
 
     def _race(self, arm: str, stratum: Mapping[str, str]) -> tuple[list[Planned], dict[str, Any] | None]:
         """The trials of an arm's grid so far, and its tuned value once that is known (None: not yet)."""
         if self.study.tune is None:
-            if not stratum:
+            if (arm, stratum) not in self.subjects():
                 return [], {}
             only = self._of(("tune", arm, _frozen(stratum), None), partial(self._tuning, arm, stratum, {}))
             return only, {} if self._is_over(only[0]) else None
@@ -279,13 +290,17 @@ class Agenda:
         for point in self._points:
             yield point.trial
         while asking and len(self._points) < self.study.search.points and not self._exhausted:
-            number = max((p.number for p in self._points), default=-1) + 1
+            waiting = sum(p.trial.id not in self.running and not self._is_over(p.trial) for p in self._points)
+            if waiting > len(self.running):
+                return  # for their teachers: what is asked meanwhile is asked in ignorance
+            number = next(n for n in itertools.count() if n not in self._numbers)
             params = self._sampler.ask(number, self._is_new)
             if params is None:
                 self._exhausted = True
                 break
             point = self._point(number, params)
-            self._points.append(point)
+            self._points = sorted([*self._points, point], key=lambda p: p.number)
+            self._numbers.add(number)
             self._asked.add(number)
             yield point.trial
         complete = self._exhausted or len(self._points) >= self.study.search.points
@@ -323,17 +338,18 @@ class Agenda:
 
     def _spare(self) -> Iterator[Planned]:
         """Some of the stopped points go on to the end, drawn at random, to see whether stopping was right."""
-        stopped = [p for p in self._points if self.rows[p.trial.id]["status"] == "stopped"]
-        already = [p for p in self._points if self.rows[p.trial.id].get("spared")]
-        wanted = max(MIN_SPARED, math.ceil(SPARED_SHARE * (len(stopped) + len(already)))) - len(already)
         assert self.study.search is not None
-        drawn = random.Random(random_stream(self.study.search.seed, "spared")).sample(
-            stopped, min(max(0, wanted), len(stopped))
-        )
-        self.spared |= {point.trial.id for point in drawn}
+        seed = self.study.search.seed
+        stopped = [p for p in self._points if self._is_stopped(p) or self.rows[p.trial.id].get("spared")]
+        wanted = max(MIN_SPARED, math.ceil(SPARED_SHARE * len(stopped)))
+        drawn = sorted(stopped, key=lambda p: random_stream(seed, "spared", p.number))[:wanted]
+        self.spared |= {point.trial.id for point in drawn if self._is_stopped(point)}
         for point in self._points:
             if point.trial.id in self.spared:
                 yield point.trial
+
+    def _is_stopped(self, point: _Point) -> bool:
+        return self.rows[point.trial.id]["status"] == "stopped" or point.trial.id in self.spared
 
     def winner(self) -> _Point | None:
         """The best of the points that ran to their end."""
@@ -396,8 +412,12 @@ class Agenda:
         }  # fmt: skip
         if planned.id in self.rows and self.rows[planned.id].get("started"):
             row["started"] = self.rows[planned.id]["started"]
-        spec = {"spec": planned.spec.model_dump(mode="json"), "fingerprints": self.identity.of(planned.spec)}
-        self._home.write(f"trials/{planned.id}/trial.json", as_json({**row, **spec}))
+        what = {
+            "spec": planned.spec.model_dump(mode="json"),
+            "fingerprints": self.identity.of(planned.spec),
+            "keys": dict(planned.keys),
+        }
+        self._home.write(f"trials/{planned.id}/trial.json", as_json({**row, **what}))
         self.rows[planned.id] = row
         self.running[planned.id] = planned
         self._tell(planned.id)
@@ -433,7 +453,12 @@ class Agenda:
         self._tell(trial)
 
     def row(self, trial: str) -> Row:
-        return {"study": self.study.folder, **self.rows[trial], "planned": trial in self._planned}
+        """As the table has it. Point, arm and kind are those of the study as it is now, not as it was when the trial ran."""
+        row = {"study": self.study.folder, **self.rows[trial], "planned": self.is_planned(trial)}
+        if trial in self._planned:
+            now = self._planned[trial]
+            row |= {"kind": now.kind, "point": now.point, "arm": now.arm, "params": dict(now.params)}
+        return row
 
     def _tell(self, trial: str) -> None:
         for listener in self.listeners:
@@ -449,21 +474,24 @@ class Agenda:
         """The trials that can be named by now (a search's later points and the confirmation cannot)."""
         for _ in self._wanted(asking=False):
             pass
-        for arm in self.study.arms:  # an arm that is still being tuned will have this many trials
-            if self._race(arm, {})[1] is None:
-                for planned in self._arm(arm, {}):
-                    self._provisional.setdefault(planned.id, planned)
-        return [*self._planned.values(), *(p for i, p in self._provisional.items() if i not in self._planned)]
+        tuning = [arm for arm in self.study.arms if self._race(arm, {})[1] is None]
+        later = (planned for arm in tuning for planned in self._untuned(arm))  # they will be so many
+        return [*self._planned.values(), *(planned for planned in later if planned.id not in self._planned)]
 
     def is_planned(self, trial: str) -> bool:
-        return trial in self._planned
+        if trial in self._planned:
+            return True
+        start = self._begun.get(trial, {})  # a teacher of before, whose phase is still read
+        return start.get("kind") == "teacher" and self._uses[[*start.get("keys", {"": ""}).values()][-1]] > 0
 
     def is_complete(self) -> bool:
-        """Whether nothing is left to run. Asks no new point."""
-        points = self.study.search.points if self.study.search else 0
-        if len(self._points) < points and not self._exhausted:
+        """Whether nothing is left to run. May ask the next point, to know whether there is one."""
+        if not all(self._is_over(planned) for planned in self._wanted(asking=False)):
             return False
-        return all(self._is_over(planned) for planned in self._wanted(asking=False))
+        points = self.study.search.points if self.study.search else 0
+        if len(self._points) >= points or self._exhausted:
+            return True
+        return not self.closed and not self.running and self.next() is None
 
     def num_left(self) -> int:
         """Trials still to come, as far as is known; teachers not counted."""

@@ -312,8 +312,8 @@ def _memory(base: TrialSpec, corpora: Mapping[str, Corpus]) -> list[str]:
                 parts["optimizer"] += 2 * size
                 parts["activations"] += 4.0 * phase.batch * length * config.hidden_size * config.num_hidden_layers * 30
         total = sum(parts.values())
-        shown = ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items())
-        best = max(best, (total, f"phase {name}: about {_bytes(total)} at the full batch ({shown}); estimate"))
+        shown = ", ".join(f"{part} {bytes_text(size)}" for part, size in parts.items())
+        best = max(best, (total, f"phase {name}: about {bytes_text(total)} at the full batch ({shown}); estimate"))
     return [best[1]]
 
 
@@ -374,7 +374,7 @@ def _cost(agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], 
         )
     free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
     lines.append(
-        f"about {_bytes(size)} of weights to be written" + (f", {_bytes(free)} free" if free is not None else "")
+        f"about {bytes_text(size)} of weights to be written" + (f", {bytes_text(free)} free" if free is not None else "")
     )
     if study.limits.minutes:
         lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")
@@ -439,7 +439,7 @@ def _power(study: Study) -> list[str]:
     ]
 
 
-def _bytes(size: float) -> str:
+def bytes_text(size: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,9 @@ class Tables:
 
 
 def open_storage(uri: str) -> Storage:
-    """The storage that a person named. Raises StudyError where there is no such kind, or no way to it."""
-    storage = Storage(uri)
+    """The storage that a person named, as a place that slots find from wherever they run. Raises StudyError where there
+    is no such kind, or no way to it."""
+    storage = Storage(uri if "://" in uri else os.path.abspath(uri))
     try:
         storage.list()
     except (ValueError, ImportError, OSError) as error:

@@ -7,6 +7,7 @@ seeded by (study seed, number), so that an answer depends only on what was known
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +29,8 @@ STATES = {
     "failed": TrialState.FAIL,
 }
 TRIES = 50  # questions before a space counts as used up
+INSISTS = 10  # questions after which TPE, whose favourite may be excluded, is replaced by a random draw
+LISTED = 10_000  # combinations: of so few, those that a sampler does not come upon are taken from a list
 
 
 def space_of(study: Study) -> dict[str, BaseDistribution]:
@@ -62,6 +65,7 @@ class Sampler:
     _optuna: optuna.Study = field(init=False)
     _numbers: dict[int, int] = field(default_factory=dict)  # our number -> Optuna's
     _space: dict[str, BaseDistribution] = field(init=False)
+    _left: list[dict[str, Any]] | None = None  # of all combinations, those not asked yet
 
     def __post_init__(self) -> None:
         self._space = space_of(self.study)
@@ -84,14 +88,11 @@ class Sampler:
         """The point's params (labels for choices), or None where the space holds nothing new."""
         assert self.study.search is not None
         if self.study.search.sampler == "grid":
-            params = next((p for p in self._grid() if is_new(p)), None)
-            if params is not None:
-                self.add(number, params, "running", None)
-            return params
+            return self._of_the_list(number, is_new)
         for attempt in range(TRIES):
             self._optuna.sampler = self._sampler(number, attempt)
             trial = self._optuna.ask()
-            params = {}
+            params: dict[str, Any] = {}
             for name, axis in self.study.vary.items():
                 if self.study.is_active(name, params):
                     params[name] = _suggest(trial, name, axis)
@@ -99,12 +100,28 @@ class Sampler:
                 self._numbers[number] = trial.number
                 return params
             self._optuna.tell(trial, state=TrialState.FAIL)
+        is_list = all(isinstance(axis, Choice) for axis in self.study.vary.values())
+        return self._of_the_list(number, is_new) if is_list and self._size() <= LISTED else None
+
+    def _of_the_list(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
+        """The next of all combinations. What is refused once is refused for good."""
+        if self._left is None:
+            self._left = self._grid()
+        while self._left:
+            if is_new(self._left[0]):
+                params = self._left.pop(0)
+                self.add(number, params, "running", None)
+                return params
+            self._left.pop(0)
         return None
+
+    def _size(self) -> int:
+        return math.prod(len(axis.ends()) for axis in self.study.vary.values())
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         assert self.study.search is not None
         seed = random_stream(self.study.search.seed, "search", number, attempt) % 2**32
-        if self.study.search.sampler == "random":
+        if self.study.search.sampler == "random" or attempt >= INSISTS:
             return optuna.samplers.RandomSampler(seed=seed)
         startup = min(10, max(4, self.study.search.points // 3))
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
@@ -123,6 +140,8 @@ class Sampler:
 
     def importance(self) -> tuple[str, dict[str, float]] | None:
         """(evaluator, importance by axis) over completed points, or None where Optuna can say nothing."""
+        if sum(trial.state == TrialState.COMPLETE for trial in self._optuna.get_trials(deepcopy=False)) < 2:
+            return None
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         try:
             found = optuna.importance.get_param_importances(self._optuna, evaluator=evaluator)

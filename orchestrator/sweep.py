@@ -14,6 +14,7 @@ import fcntl
 import importlib.metadata
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first trial, or while the report is written
+        print("\ninterrupted; nothing that finished is lost. The same command again goes on")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,9 +104,10 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
     from orchestrator.overview import print_plan
     from orchestrator.plan import Identity
     from orchestrator.progress import Progress
+    from orchestrator.results import open_storage
     from orchestrator.tracking import Mirror
 
-    storage = Storage(arguments.storage)
+    storage = open_storage(arguments.storage)
     home = storage.sub(study.folder)
     _check_storage(arguments.storage)
     with _only_driver(home):
@@ -117,7 +122,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         mirror = Mirror(
             arguments.tracking_uri or _default_tracking(storage), study.folder, tags={"question": study.question}
         )
-        progress = Progress(agenda, arguments.storage)
+        progress = Progress(agenda, storage.uri)
         agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
         interrupted = False
         try:
@@ -210,12 +215,12 @@ def _headline(markdown: str) -> str:
 
 
 def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
-    yield arguments.study
+    yield shlex.quote(arguments.study)
     for name in ("profile", "points", "seeds", "address", "storage", "tracking_uri"):
         value = getattr(arguments, name)
         if value is not None and (name, value) != ("storage", "./runs"):
-            yield f"--{name.replace('_', '-')} {value}"
-    yield from (f"--set '{override}'" for override in arguments.set)
+            yield f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+    yield from (f"--set {shlex.quote(override)}" for override in arguments.set)
 
 
 def _default_tracking(storage: Storage) -> str:

@@ -261,7 +261,7 @@ def test_a_duplicate_key_is_refused(refused: Refused, text: str) -> None:
     ("objective=", ["objective"]),
     ("claims=[1]", ["claims"]),
     ("limits.minutes=-1", ["limits.minutes", "greater than 0"]),
-    ("slot.workers=2", ["slot.workers"]),
+    ("slot.workers=0", ["slot.workers"]),
     ("slot.cpus=0", ["slot.cpus"]),
     ("slot.gpus=-1", ["slot.gpus"]),
     ("trial.precision=fp8", ["trial.precision", "'fp32' or 'bf16'"]),
@@ -328,17 +328,15 @@ def test_a_missing_field_is_named_by_its_path(refused: Refused, old: str, path: 
     ("points: 4", "search.points"),
     ("{steps: 20}", "trial.phases.distil.budget.steps"),
     ("{steps: 40}", "trial.phases.teach.budget.steps"),
-    ("layers: 2", "trial.models.student.layers"),
+    ("layers: 2", "trial.models.student"),
     ("alone, seeds: 3", "confirm.seeds"),
 ])  # fmt: skip
 def test_trials_seeds_and_steps_are_counted_from_one(refused: Refused, value: str, old: str, path: str) -> None:
-    if path.endswith("layers") and value == "":
-        pytest.skip("null is what a pretrained model has")
     number = next(part for part in ("20", "40", "4", "3", "2") if old.replace("\nvary", "").rstrip("}").endswith(part))
     new = old[::-1].replace(number[::-1], value[::-1], 1)[::-1]
     text = changed(old, new)
     said = refused(text)
-    assert f": {path}: " in said and "study.yaml:" in said, said
+    assert f": {path}" in said and "study.yaml:" in said, said
 
 
 @pytest.mark.parametrize("option", ["--points", "--seeds"])

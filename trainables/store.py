@@ -92,6 +92,11 @@ class Storage:
         inside = {str(item).rstrip("/") for item in found} - {path}  # object stores may list the folder itself
         return sorted(name for item in inside if not (name := item.rsplit("/", 1)[-1]).startswith("."))
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, or of all files below a folder."""
+        fs, path = self._at(name)
+        return int(fs.du(path)) if fs.exists(path) else 0
+
     def delete(self, name: str) -> None:
         fs, path = self._at(name)
         if fs.exists(path):

@@ -1,0 +1,121 @@
+"""What is exported is an ordinary Hugging Face folder that gives the logits of the stored weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Lab, Listener, distillation
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from orchestrator import export
+from orchestrator.agenda import Agenda
+from orchestrator.plan import Identity
+from orchestrator.study_file import load_study
+from trainables import models
+from trainables.attempt import Job, run
+from trainables.data.corpus import open_corpus
+
+SOFT = "phases.distil.terms.teacher_to_student.weight"
+
+
+@pytest.fixture
+def file(lab: Lab, tmp_path: Path) -> Path:
+    """A study of two arms, run to its end in this process."""
+    raw = {
+        "question": "?",
+        "trial": {"data": {"corpus": lab.data["corpus"]}, **distillation()},
+        "objective": {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"},
+        "arms": {"alone": {SOFT: 0}, "taught": {}},
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(raw))
+    study = load_study(path)
+    agenda = Agenda(study, Identity(str(lab.root / "data")), lab.storage)
+    while (planned := agenda.next()) is not None:
+        agenda.start(planned, 1)
+        found: dict[str, Any] = agenda.identity.of(planned.spec)
+        job = Job(planned.id, planned.spec.model_dump_json(), found, lab.storage.uri, "mine", 1, "cpu", False, {})
+        agenda.end(planned.id, run(job, Listener()), 2)
+    return path
+
+
+def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Path, lab: Lab, tmp_path: Path) -> None:
+    to = tmp_path / "student"
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught"]) == 0
+    net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
+    corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab() and (to / "model.safetensors").exists()
+    agenda = Agenda(load_study(file), Identity(None), lab.storage)
+    row = next(row for row in agenda.rows.values() if row["arm"] == "taught")
+    key = row["phases"]["distil"]["key"]
+    published = lab.store.find(key)
+    assert published is not None
+    stored = models.restore(published.configs["student"], lab.store.weights(key, "student")).eval()
+    ids = corpus.dev.rows(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arm", "nobody"], "no arm 'nobody'; valid: alone, taught"),
+        (["--trial", "123"], "no ended trial '123'"),
+        (["--arm", "alone", "--model", "teacher"], "trains no model 'teacher'; valid: student"),
+        ([], "no winner"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    file: Path, lab: Lab, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "to"
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1 and not to.exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(
+    file: Path, lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(tmp_path), "--arm", "alone"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["place", "storage", "data", "weights", "phase"])
+def test_what_is_missing_or_damaged_is_said_without_a_traceback(
+    file: Path, lab: Lab, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], new_lab: Any
+) -> None:
+    to, storage = tmp_path / "to", lab.storage.uri
+    if what == "place":
+        to = file / "below-a-file"
+    elif what == "storage":
+        storage = "gopher://x/y"
+    elif what == "data":
+        (lab.root / "data").unlink()  # a link: others share it
+    else:
+        for path in lab.root.glob("phases/*/*.safetensors" if what == "weights" else "phases/*/phase.json"):
+            path.write_bytes(path.read_bytes()[:100])
+    assert export.main([str(file), "--storage", storage, "--to", str(to), "--arm", "taught"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert not to.exists()
+
+
+def test_what_an_edited_file_no_longer_plans_is_not_taken_for_the_arm(file: Path, lab: Lab, tmp_path: Path) -> None:
+    """Its trial is still there under the arm's name."""
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"arms": {**raw["arms"], "taught": {SOFT: 3}}}))
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(tmp_path / "to"), "--arm", "taught"]) == 2
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_trial_by_its_id_and_another_model(file: Path, lab: Lab, tmp_path: Path) -> None:
+    rows = Agenda(load_study(file), Identity(None), lab.storage).rows
+    trial = next(trial for trial, row in rows.items() if row["arm"] == "taught")
+    given = ["--trial", trial, "--model", "teacher", "--storage", lab.storage.uri]
+    assert export.main([str(file), "--to", str(tmp_path / "to"), *given]) == 0
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "to").config.num_hidden_layers == 1

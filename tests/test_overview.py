@@ -1,0 +1,139 @@
+"""The printed plan: what is reused and what runs, what the losses come to, what remaps do; and it writes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Lab, Listener, distillation
+
+from orchestrator.agenda import Agenda
+from orchestrator.messages import StudyError
+from orchestrator.overview import bytes_text, print_plan
+from orchestrator.plan import Identity
+from orchestrator.study_file import load_study
+from trainables.attempt import Job, run
+
+SOFT = "phases.distil.terms.teacher_to_student"
+
+
+@pytest.fixture
+def plan(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, list[str]]]:
+    """Prints the plan of a study with some keys changed; returns its lines by heading."""
+
+    def make(run_it: bool = False, trial: Mapping[str, Any] | None = None, **keys: Any) -> dict[str, list[str]]:
+        raw = {
+            "question": "?",
+            "trial": {"data": {"corpus": lab.data["corpus"]}, **distillation(), **(trial or {})},
+            "objective": {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"},
+            "arms": {"alone": {f"{SOFT}.weight": 0}, "taught": {}},
+            "seeds": 1,
+        } | keys
+        file = tmp_path / "mine.yaml"
+        file.write_text(json.dumps(raw))
+        study = load_study(file)
+        agenda = Agenda(study, Identity(None), lab.storage)
+        before = sorted(str(path) for path in lab.root.rglob("*"))
+        print_plan(agenda, None)
+        assert sorted(str(path) for path in lab.root.rglob("*")) == before
+        while run_it and (planned := agenda.next()) is not None:
+            agenda.start(planned, 1)
+            found: dict[str, Any] = agenda.identity.of(planned.spec)
+            job = Job(planned.id, planned.spec.model_dump_json(), found, lab.storage.uri, "mine", 1, "cpu", False, {})
+            agenda.end(planned.id, run(job, Listener()), 2)
+        lines: dict[str, list[str]] = {}
+        head = ""
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("  "):
+                head = line[2:10].strip() or head
+                lines.setdefault(head, []).append(line[10:])
+        return lines
+
+    return make
+
+
+def test_what_an_edit_changes_is_counted(plan: Callable[..., dict[str, list[str]]]) -> None:
+    first = plan(run_it=True)
+    assert first["trials"][0] == "2 arms x 1 seeds" and first["trials"][1].startswith("0 reused, 2 to run")
+    assert plan()["trials"][1].startswith("2 reused, 0 to run") and plan()["cost"][0] == "nothing to train"
+    more = plan(seeds=2, arms={"alone": {f"{SOFT}.weight": 0}, "taught": {}, "strong": {f"{SOFT}.weight": 4}})
+    assert more["trials"][1].startswith("+1 arm, +1 seed: 2 reused, 4 to run")
+    fewer = plan(arms={"alone": {f"{SOFT}.weight": 0}})
+    assert fewer["trials"][1].startswith("1 reused, 0 to run") and fewer["trials"][1].endswith("1 set aside")
+    assert any("1 to have, 1 in the store" in line for line in plan()["phases"])
+
+
+def test_coefficients_are_those_that_the_loss_comes_to(plan: Callable[..., dict[str, list[str]]]) -> None:
+    trial = distillation()
+    term = trial["phases"]["distil"]["terms"]["teacher_to_student"]
+    term |= {"temperature": 3, "tau_squared": True, "weight": {"kind": "linear", "start": 4, "end": 1}}
+    losses = plan(trial=trial)["losses"]
+    assert losses[-1] == (
+        "distil.teacher_to_student: 4 → 1 x τ²=9 x forward_kl(teacher → student) at τ=3, gradient into student only"
+    )
+    assert losses[0] == "teach.teacher_hard: 1 x cross-entropy of teacher"
+
+
+def test_remaps_stand_with_their_layers_and_a_measured_verdict(plan: Callable[..., dict[str, list[str]]]) -> None:
+    init = {"kind": "remap", "from": "teacher", "depth": "copy_last"}
+    trial = distillation()
+    trial["models"]["student"] = {**trial["models"]["student"], "init": init, "layers": 3}
+    assert plan(trial=trial)["remaps"][0].startswith(
+        "student from teacher, copy_last 1→3: layers 0 0 0; lossy (logits change by "
+    )
+    trial["models"]["student"]["layers"] = 1
+    assert "exact" in plan(trial=trial)["remaps"][0]
+
+
+def test_the_plan_says_what_the_data_are_and_shows_examples(plan: Callable[..., dict[str, list[str]]]) -> None:
+    lines = plan()
+    assert any(line.startswith("corpus: tokenizer of ") and " tokens, identity " in line for line in lines["data"])
+    assert sum("→[MASK]»" in line for line in lines["data"]) >= 1
+    assert any("parameters" in line for line in lines["models"]) and "optimizer" in lines["memory"][0]
+
+
+def test_the_parts_of_memory_add_up_to_what_is_said(plan: Callable[..., dict[str, list[str]]]) -> None:
+    line = plan()["memory"][0]
+    units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+    total, *parts = [float(size) * units[unit] for size, unit in re.findall(r"([\d.e+]+) ([KMG]?B)\b", line)]
+    assert len(parts) == 5 and total == pytest.approx(sum(parts), rel=0.01)
+    bigger = distillation()
+    bigger["models"]["student"]["layers"] = 6
+    assert "phase distil" in plan(trial=bigger)["memory"][0]
+
+
+def test_a_search_is_counted_once_before_and_after_it_ran(plan: Callable[..., dict[str, list[str]]]) -> None:
+    search = {
+        "vary": {"phases.distil.optimizer.lr": {"float": [1e-3, 1e-2]}},
+        "search": {"sampler": "random", "points": 2},
+        "confirm": {"against": "alone", "seeds": 2},
+    }
+    first = plan(run_it=True, **search)
+    assert "2 points by random over 1 factors; the winner and alone on 2 fresh seeds" in first["trials"][0]
+    assert first["trials"][2] == "early stopping: none"
+    again = plan(**search)
+    assert again["trials"][1] == "8 reused, 0 to run of those that can be named now"
+    assert again["cost"][0] == "nothing to train"
+
+
+def test_power_is_told_by_the_number_of_seeds(plan: Callable[..., dict[str, list[str]]]) -> None:
+    claim = {"claims": {"helps": {"arm": "taught", "against": "alone", "model": "student", "metric": "mlm_loss"}}}
+    assert "no claim can be decided" in plan(**claim)["power"][0]
+    assert plan(**claim, seeds=5)["power"][0].startswith("5 paired seeds detect 1.6")
+    assert "power" not in plan()
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused(plan: Callable[..., dict[str, list[str]]]) -> None:
+    with pytest.raises(StudyError, match=r"batch: 8 cannot be shared by slot.workers 3; valid: a multiple"):
+        plan(slot={"workers": 3})
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")]
+)
+def test_sizes_are_readable(size: float, text: str) -> None:
+    assert bytes_text(size) == text
