@@ -102,7 +102,7 @@ def ours(study_file: str, folder: str) -> list[tuple[float, float]]:
 
 def theirs(study_file: str, folder: str, num: int) -> list[tuple[float, float]]:
     command = [sys.executable, "-m", "benchmarks.overhead", "--plain", study_file, folder, str(num)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=240)
     return [(start, end) for start, end in json.loads((Path(folder) / "times.json").read_text())]
 
 
