@@ -266,3 +266,20 @@ def test_every_study_loads_under_each_of_its_profiles(file: Path, profile: str |
         lean = study.spec(arm=arm, seed=0).pruned()
         assert study.objective.phase in lean.phases
         assert study.objective.model in lean.phases[study.objective.phase].train
+
+
+def test_the_readmes_studies_are_studies(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    whole, more = tmp_path / "whole.yaml", tmp_path / "more.yaml"
+    whole.write_text(blocks[0])
+    more.write_text(blocks[0] + blocks[1])
+    assert list(load_study(whole).claims) == ["teacher_helps"] and len(load_study(more).vary) == 4
+
+
+def test_the_readmes_tree_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text().rpartition("## The tree")[2]
+    for module in sources():
+        folder, _, name = module.partition(".")
+        if "." not in name and name:  # what lies in losses/ and data/ stands under their names
+            assert re.search(rf"\b{name}(\.py)?\b|\b{name}/", tree), f"{folder}/{name}.py is not in the README's tree"
