@@ -374,7 +374,8 @@ def _cost(agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], 
         )
     free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
     lines.append(
-        f"about {bytes_text(size)} of weights to be written" + (f", {bytes_text(free)} free" if free is not None else "")
+        f"about {bytes_text(size)} of weights to be written"
+        + (f", {bytes_text(free)} free" if free is not None else "")
     )
     if study.limits.minutes:
         lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")

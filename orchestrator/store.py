@@ -1,7 +1,7 @@
 """What the storage holds, and what can go: phases and data by size, study and last use.
 
-    python -m orchestrator.store                 # a line for each
-    python -m orchestrator.store --prune         # deletes what no study names; asks first, unless --yes
+python -m orchestrator.store                 # a line for each
+python -m orchestrator.store --prune         # deletes what no study names; asks first, unless --yes
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Entry:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.store", description="Lists phases and data; prunes.")
-    parser.add_argument("--storage", default="./runs", metavar="URI", help="a folder or any fsspec URI (default ./runs)")
+    parser.add_argument(
+        "--storage", default="./runs", metavar="URI", help="a folder or any fsspec URI (default ./runs)"
+    )
     parser.add_argument("--prune", action="store_true", help="delete what no study names")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     arguments = parser.parse_args(argv)
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = entries(storage)
     for entry in sorted(found, key=lambda e: (e.kind, -e.size)):
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.used / 1000)) if entry.used else "never"
-        print(f"{bytes_text(entry.size):>8}  {entry.kind:6}  {entry.name:32}  {day:16}  {', '.join(sorted(entry.studies)) or '-'}")
+        print(
+            f"{bytes_text(entry.size):>8}  {entry.kind:6}  {entry.name:32}  {day:16}  {', '.join(sorted(entry.studies)) or '-'}"
+        )
     print(f"{bytes_text(sum(e.size for e in found))} in {len(found)} entries of {storage.uri}")
     if not arguments.prune:
         return 0

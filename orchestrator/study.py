@@ -247,12 +247,9 @@ class Study(Value):
         """The axes that change a model's shape: strata of the report."""
 
         def resizes(path: str) -> bool:
-            parts = path.split(".")
-            return (
-                len(parts) > 2
-                and parts[0] == "models"
-                and parts[2] in ("layers", "width", "inner", "family", "pretrained")
-            )
+            whose, _, what = path.partition(".")[2].partition(".")
+            is_size = not what or what in ("layers", "width", "inner", "family", "pretrained")
+            return path.startswith("models.") and bool(whose) and is_size
 
         return tuple(name for name in self.vary if any(resizes(path) for path in self.paths(name)))
 

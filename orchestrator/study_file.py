@@ -228,6 +228,11 @@ def _check(study: Study, lines: Lines) -> None:
             raise StudyError(
                 f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}: {without_place(error)}"
             ) from None
+    for size in study.size_axes():
+        if study.vary[size].when:
+            raise StudyError(
+                f"{study.file}:{line_of(lines, 'vary', size)}: vary.{size}: sizes cannot hang on a condition"
+            )
     for path in study.tune.grid if study.tune else ():
         for value in study.tune.grid[path]:  # type: ignore[union-attr]
             try:

@@ -443,6 +443,20 @@ def test_sizes_are_not_searched_on_the_raw_score(refused: Refused) -> None:
     assert "the biggest model would win" in said and "minus" in said and "alone, taught" in said
 
 
+def test_a_whole_model_that_varies_is_a_size_too(refused: Refused) -> None:
+    shapes = "{family: bert, layers: 1, width: 32, heads: 2}, big: {family: bert, layers: 2, width: 32, heads: 2}"
+    text = changed("vary:\n", f"vary:\n  models.student: {{choice: {{small: {shapes}}}}}\n")
+    assert "the biggest model would win" in refused(text)
+
+
+def test_sizes_cannot_hang_on_a_condition(refused: Refused) -> None:
+    text = changed("mode: min}", "mode: min, minus: alone}").replace(
+        "vary:\n", "vary:\n  precision: {choice: [fp32, bf16]}\n"
+        "  models.student.layers: {choice: [1, 2], when: {precision: bf16}}\n"
+    )  # fmt: skip
+    assert "vary.models.student.layers: sizes cannot hang on a condition" in refused(text)
+
+
 def test_two_ends_that_are_valid_alone_but_not_together_are_named(refused: Refused) -> None:
     """Heads 4 divide width 16, width 18 is divided by heads 2; 4 do not divide 18."""
     text = changed("mode: min}", "mode: min, minus: alone}").replace(

@@ -394,11 +394,10 @@ def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> dict[str, 
 @slow
 @pytest.mark.faults
 def test_a_driver_that_is_killed_loses_nothing(bench: Bench) -> None:
-    """Trials so long that each has a checkpoint (there is one every 20 s) when the driver dies. While it lives, it is
-    the only one."""
+    """Trials so long that there is a checkpoint (each 20 s) when the driver dies. While it lives, it is the only one."""
     cut = bench.folder / "cut"
     spec = load_study(write_study(bench.folder, steps=200)).spec(arm="alone", seed=0)
-    steps = round(26 / run_alone(spec, bench.folder / "timing")["phases"]["distil"]["seconds"] * 200)
+    steps = round(22 / run_alone(spec, bench.folder / "timing")["phases"]["distil"]["seconds"] * 200)
     study = write_study(bench.folder, steps=steps)
     driver = bench.start(study, storage=str(cut))
 
@@ -408,21 +407,25 @@ def test_a_driver_that_is_killed_loses_nothing(bench: Bench) -> None:
     until(lambda: attempts(cut), driver)
     second = bench.sweep(study, storage=str(cut), expect=2)
     assert "another sweep of this study is running" in second.err and second.err.count("\n") == 1
-    until(lambda: len(checkpoints()) == 2 and ended(cut), driver)
+    until(lambda: checkpoints() and ended(cut), driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     bench.end_agents()
-    running = {path.parent.parent.name for path in checkpoints()}
     before = ended(cut)
-    assert len(running) == 2 and before and not running & set(before)
+    had = attempts(cut)
+    running = set(had) - set(before)
+    saved = {path.parent.parent.name for path in checkpoints()}
+    assert before and saved and saved <= running
     said = bench.sweep(study, storage=str(cut))
     assert f"{sum(end['kind'] == 'trial' for end in before.values())} reused" in said.out
     after = tables(cut).trials.set_index("trial")
     assert set(after["status"]) == {"ended"} and after["planned"].all() and after.index.is_unique
     for trial, folders in attempts(cut).items():
-        assert folders == (["attempt-1", "attempt-2"] if trial in running else ["attempt-1"])
+        assert len(folders) == len(had.get(trial, [])) + (trial not in before), (
+            "one attempt more, but for what had ended"
+        )
         assert after.loc[trial, "attempts"] == len(folders)
-    for trial in running:
+    for trial in saved:
         log = (cut / "study" / "trials" / trial / "log.txt").read_text()
         found = re.search(rf"phase distil: from step (\d+) of {steps}", log)
         assert found and int(found[1]) > 0, "it began anew"
@@ -431,9 +434,9 @@ def test_a_driver_that_is_killed_loses_nothing(bench: Bench) -> None:
     assert {p.id for p in planned} | {row.Index for row in after.itertuples() if row.kind == "teacher"} == set(
         after.index
     )
-    run_alone(load_study(study).spec(arm="taught", seed=0), bench.folder / "plain")
-    trial = after.index[after["arm"] == "taught"].item()
-    assert trial in running and same_numbers(cut, trial, bench.folder / "plain")
+    trial = min(saved)
+    run_alone(load_study(study).spec(arm=after.loc[trial, "arm"], seed=0), bench.folder / "plain")
+    assert same_numbers(cut, trial, bench.folder / "plain")
 
 
 @slow
