@@ -389,10 +389,18 @@ def _existing_parent(storage: Storage) -> str:
     return str(path)
 
 
-def _params(spec: TrialSpec, model: str, corpora: Mapping[str, Corpus]) -> int:
+def _params(spec: TrialSpec, name: str, corpora: Mapping[str, Corpus]) -> int:
+    """Parameters of a model; each shape is made once, without memory."""
     corpus = next(iter(corpora.values()))
-    with torch.device("meta"):
-        return models.num_parameters(models.skeleton(config_of(spec.models[model], corpus, longest(spec))))
+    shape = spec.models[name].model_dump_json(exclude={"init", "dropout"}), corpus.vocab_size, longest(spec)
+    if shape not in _COUNTED:
+        with torch.device("meta"):
+            net = models.skeleton(config_of(spec.models[name], corpus, longest(spec)))
+        _COUNTED[shape] = models.num_parameters(net)
+    return _COUNTED[shape]
+
+
+_COUNTED: dict[tuple[str, int, int], int] = {}
 
 
 def _time_step(spec: TrialSpec, phase_name: str, corpora: Mapping[str, Corpus]) -> float | None:
@@ -423,11 +431,10 @@ def _time_step(spec: TrialSpec, phase_name: str, corpora: Mapping[str, Corpus]) 
             if name in phase.train:
                 loss.backward()  # type: ignore[no-untyped-call]
 
-    step()
+    step()  # warms up
     started = time.monotonic()
-    for _ in range(2):
-        step()
-    return (time.monotonic() - started) / 2
+    step()
+    return time.monotonic() - started
 
 
 def _power(study: Study) -> list[str]:

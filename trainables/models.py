@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     if inner is not None:
         fields[inner] = model.inner or 4 * model.width
     if hasattr(config, "max_position_embeddings"):
-        fields["max_position_embeddings"] = max(length, 8) + _position_offset(config)
+        fields["max_position_embeddings"] = max(length, 8) + _position_offset(model.family)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
         if hasattr(config, key):
             fields[key] = special_ids.get(key)
@@ -80,10 +81,11 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     return AutoConfig.for_model(model.family, **fields)
 
 
-def _position_offset(config: Any) -> int:
+@cache
+def _position_offset(family: str) -> int:
     """Rows of the position table that no position uses: RoBERTa and its kin count on from the padding index."""
     with torch.device("meta"):
-        table = _positions(skeleton(config))
+        table = _positions(skeleton(AutoConfig.for_model(family)))
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
