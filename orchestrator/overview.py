@@ -37,7 +37,8 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
     study = agenda.study
     base = study.spec(seed=0)
     with _corpora(base, agenda.storage) as corpora:
-        for spec in _shapes(study):
+        shapes = _shapes(study)
+        for spec in shapes:
             check(study, spec, {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data})
         trials = agenda.known()
         print(f"\n{study.folder}: {study.question}\n")
@@ -46,7 +47,7 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
             ("phases", _phases(agenda, trials, base, corpora)),
             ("models", _models(study, base, corpora)),
             ("losses", _losses(base)),
-            ("remaps", _remaps(study)),
+            ("remaps", _remaps(shapes)),
             ("data", _data(base, corpora)),
             ("memory", _memory(base, corpora)),
             ("cost", _cost(agenda, trials, corpora, num_slots)),
@@ -240,10 +241,10 @@ def _coefficient(term: Term) -> str:
     return f"{weight}{factor} x {term.kind}({term.from_} → {term.to}) at τ={term.temperature:g}, gradient into {term.to} only"
 
 
-def _remaps(study: Study) -> list[str]:
+def _remaps(shapes: list[TrialSpec]) -> list[str]:
     """Each remap that a trial can ask for, measured on narrow models of the same family and depth."""
     seen: dict[tuple[Any, ...], str] = {}
-    for spec in _shapes(study):
+    for spec in shapes:
         for name, model in spec.pruned().models.items():
             if not isinstance(model.init, Remap):
                 continue

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,12 +223,8 @@ def _check(study: Study, lines: Lines) -> None:
     _every_condition_names_a_choice(study, lines)
     _every_end_of_every_range_is_a_valid_trial(study, lines)
     for arm in study.arms:
-        try:
+        with _blamed_on(f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}"):
             study.spec(arm=arm, seed=0)
-        except StudyError as error:
-            raise StudyError(
-                f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}: {without_place(error)}"
-            ) from None
     for size in study.size_axes():
         if study.vary[size].when:
             raise StudyError(
@@ -235,11 +232,8 @@ def _check(study: Study, lines: Lines) -> None:
             )
     for path in study.tune.grid if study.tune else ():
         for value in study.tune.grid[path]:  # type: ignore[union-attr]
-            try:
+            with _blamed_on(f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid at {value!r}"):
                 study.spec(seed=0, tuned={path: value})
-            except StudyError as error:
-                at = f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid"
-                raise StudyError(f"{at} at {value!r}: {without_place(error)}") from None
     base = TrialSpec.model_validate({**study.trial, "seed": 0})
     _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
     for name, claim in study.claims.items():
@@ -281,6 +275,15 @@ def _check(study: Study, lines: Lines) -> None:
                 )
 
 
+@contextmanager
+def _blamed_on(place: str) -> Iterator[None]:
+    """What is wrong with a trial is said of the place in the file that brought it about."""
+    try:
+        yield
+    except StudyError as error:
+        raise StudyError(f"{place}: {without_place(error)}") from None
+
+
 def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
     seen: list[str] = []
     for name, axis in study.vary.items():
@@ -315,12 +318,8 @@ def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> No
     for name in study.vary:
         for end in study.vary[name].ends():
             point = study.point_at(name, end)
-            try:
+            with _blamed_on(f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name} at {end!r}"):
                 study.spec(point=point, seed=0)
-            except StudyError as error:
-                raise StudyError(
-                    f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name} at {end!r}: {without_place(error)}"
-                ) from None
     combinations = itertools.product(*([(name, end) for end in axis.ends()] for name, axis in study.vary.items()))
     for combination in itertools.islice(combinations, 512):
         point = {}

@@ -168,13 +168,13 @@ def _finish(
     from orchestrator import results
     from orchestrator.report import make_report
 
-    tables = results.tables(study.folder, agenda.all_rows(), agenda.records)
+    rows = agenda.all_rows()
+    tables = results.tables(study.folder, rows, agenda.records)
     results.write(tables, home, "")
     evaluator, importance = agenda.importance() or ("", None)
     report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())
-    rows = agenda.all_rows()
     for row in rows:
         mirror.put(row, agenda.records.get(row["trial"], []))
     artifacts = (
