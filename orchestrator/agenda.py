@@ -7,7 +7,6 @@ was running from `trials/<id>/trial.json` without an end; nothing else is rememb
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,16 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from orchestrator import outcomes
 from orchestrator.messages import StudyError
+from orchestrator.outcomes import Records, Row
 from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Kind, Planned, strata
-from orchestrator.results import read_records
 from orchestrator.search import Sampler, State
 from orchestrator.study import Choice, FloatRange, IntRange, Study
 from trainables.spec import random_stream
-from trainables.store import PhaseStore, Storage, as_json
+from trainables.store import PhaseStore, Storage
 
-Row = dict[str, Any]  # a row of the trials table
-Records = list[dict[str, Any]]
+EARLY = "early stopping"  # the reason of a point that the scheduler stopped
 MIN_SPARED, SPARED_SHARE = 3, 0.1  # of the stopped points, run to the end to see whether stopping was right
 
 
@@ -45,7 +44,8 @@ class Agenda:
     identity: Identity
     storage: Storage
     retry_failed: bool = False
-    closed: str | None = None  # why nothing new is started: the time limit, an interrupt
+    closed: str | None = None  # why nothing new is started: a limit, an interrupt, a full disk
+    broken: bool = False  # closed by a fault that a person must mend
     rows: dict[str, Row] = field(default_factory=dict)  # by trial id: all that this study knows of
     running: dict[str, Planned] = field(default_factory=dict)
     listeners: list[Callable[[Row, Records], None]] = field(default_factory=list)
@@ -58,6 +58,8 @@ class Agenda:
     _exhausted: bool = False  # the space holds nothing new
     _asked: set[int] = field(default_factory=set)  # points that the sampler knows as running
     _told: set[int] = field(default_factory=set)  # points whose outcome the sampler knows
+    _forgotten: set[str] = field(default_factory=set)  # points whose checkpoints nobody needs any more
+    _stopped: dict[str, int] = field(default_factory=dict)  # bytes of checkpoints of points that were stopped early
     _uses: Counter[str] = field(default_factory=Counter)  # planned trials by phase key
     _expected: Counter[str] | None = None  # the same for all arms, untuned
 
@@ -73,13 +75,13 @@ class Agenda:
         """Ends and beginnings of earlier runs; points that the file still admits keep their numbers."""
         begun: dict[str, Row] = {}
         for trial in self._home.list("trials"):
-            start, end = (self._json(f"trials/{trial}/{name}.json") for name in ("trial", "end"))
+            start = outcomes.read_start(self._home, trial)
             if start is None:
                 continue
             begun[trial] = start
-            if end is not None and not (self.retry_failed and end["status"] == "failed"):
-                self.rows[trial] = end
-                self.records[trial] = read_records(self._home, trial)
+            over = outcomes.read_end(self._home, trial)
+            if over is not None and not (self.retry_failed and _may_be_tried_again(over[0])):
+                self.rows[trial], self.records[trial] = over
         points = {trial: int(s["point"][1:]) for trial, s in begun.items() if s["kind"] == "trial" and s["arm"] is None}
         self._numbers = set(points.values())
         for trial in sorted(points, key=points.__getitem__):
@@ -88,13 +90,6 @@ class Agenda:
             if trial not in self.rows:
                 self.rows[trial] = {**start, "status": "running"}
         self._begun = begun
-
-    def _json(self, name: str) -> Any:
-        text = self._home.read(name)
-        try:
-            return None if text is None else json.loads(text)
-        except ValueError:
-            return None  # half-written: as if it were not there, and the trial goes on
 
     def _take_up_point(self, trial: str, start: Row) -> None:
         if self._sampler is None or not self._is_in_space(start["params"]):
@@ -344,12 +339,16 @@ class Agenda:
         wanted = max(MIN_SPARED, math.ceil(SPARED_SHARE * len(stopped)))
         drawn = sorted(stopped, key=lambda p: random_stream(seed, "spared", p.number))[:wanted]
         self.spared |= {point.trial.id for point in drawn if self._is_stopped(point)}
+        for trial in {p.trial.id for p in stopped} - {p.trial.id for p in drawn} - self._forgotten:
+            self._forgotten.add(trial)
+            outcomes.forget_checkpoints(self._home, trial)
         for point in self._points:
             if point.trial.id in self.spared:
                 yield point.trial
 
     def _is_stopped(self, point: _Point) -> bool:
-        return self.rows[point.trial.id]["status"] == "stopped" or point.trial.id in self.spared
+        row = self.rows[point.trial.id]
+        return (row["status"] == "stopped" and row["reason"] == EARLY) or point.trial.id in self.spared
 
     def winner(self) -> _Point | None:
         """The best of the points that ran to their end."""
@@ -417,7 +416,7 @@ class Agenda:
             "fingerprints": self.identity.of(planned.spec),
             "keys": dict(planned.keys),
         }
-        self._home.write(f"trials/{planned.id}/trial.json", as_json({**row, **what}))
+        outcomes.write_start(self._home, planned.id, {**row, **what})
         self.rows[planned.id] = row
         self.running[planned.id] = planned
         self._tell(planned.id)
@@ -430,12 +429,12 @@ class Agenda:
 
     def end(self, trial: str, end: Mapping[str, Any], now: int) -> None:
         """The one place where a trial gets its outcome. The file first, everything else after it."""
-        planned = self.running.pop(trial)
+        planned = self.running[trial]
         phases = end.get("phases", {})
         upstream = [phases[name] for name in planned.upstream if name in phases]
         row = {
             **self.rows[trial],
-            **{key: end.get(key) for key in ("status", "reason", "attempts", "node", "last_lines")},
+            **{key: end.get(key) for key in ("status", "reason", "attempts", "faults", "node", "last_lines")},
             "ended": now,
             "phases": phases,
             "upstream_flops": sum(phase["flops"] for phase in upstream),
@@ -444,13 +443,33 @@ class Agenda:
         }
         if trial in self.spared:
             row["spared"] = True
-            self.spared.discard(trial)
-        self._home.write(f"trials/{trial}/end.json", as_json(row))
+        self.records[trial] = outcomes.write_end(self._home, trial, row)
         self.rows[trial] = row
-        self.records[trial] = read_records(self._home, trial)
+        self.spared.discard(trial)
+        del self.running[trial]
+        if row["reason"] == EARLY:  # it may be spared, and then goes on
+            self._keep_room(trial)
+        elif row["status"] != "ended":
+            outcomes.forget_checkpoints(self._home, trial)
         if self._sampler is not None and self.study.objective.minus is None:
             self._tell_the_past()
         self._tell(trial)
+
+    def leave(self, trial: str) -> None:
+        """It stopped running without an outcome, and goes on at the next start."""
+        del self.running[trial]
+        self._tell(trial)
+
+    def _keep_room(self, trial: str) -> None:
+        """Checkpoints of points that were stopped early may take half of the room; the oldest go first."""
+        room = self.study.limits.checkpoint_gb
+        if room is None:
+            return
+        self._stopped[trial] = outcomes.checkpoint_bytes(self._home, trial)
+        while sum(self._stopped.values()) > room / 2 * 1e9:
+            oldest = next(iter(self._stopped))
+            del self._stopped[oldest]
+            outcomes.forget_checkpoints(self._home, oldest)
 
     def row(self, trial: str) -> Row:
         """As the table has it. Point, arm and kind are those of the study as it is now, not as it was when the trial ran."""
@@ -493,6 +512,17 @@ class Agenda:
             return True
         return not self.closed and not self.running and self.next() is None
 
+    def nothing_follows(self) -> bool:
+        """Whether all that will ever run is running: then a slot that is idle now stays so. False where one cannot know."""
+        search = self.study.search
+        if search and (search.stop_early or not (self._exhausted or len(self._points) >= search.points)):
+            return False
+        if self.study.confirm and not any(p.kind == "confirm" for p in self._planned.values()):
+            return False
+        if any(self._race(arm, stratum)[1] is None for arm, stratum in self.subjects()):
+            return False
+        return all(self._is_over(p) or p.id in self.running for p in self._wanted(asking=False))
+
     def num_left(self) -> int:
         """Trials still to come, as far as is known; teachers not counted."""
         known = [p for p in self.known() if p.kind != "teacher"]
@@ -505,6 +535,11 @@ class Agenda:
 
     def importance(self) -> tuple[str, dict[str, float]] | None:
         return self._sampler.importance() if self._sampler else None
+
+
+def _may_be_tried_again(row: Row) -> bool:
+    """Failed, or stopped by a person: `--retry-failed` says that it shall run again."""
+    return bool(row["status"] == "failed" or (row["status"] == "stopped" and row["reason"] != EARLY))
 
 
 def objective(study: Study, records: Records) -> float | None:

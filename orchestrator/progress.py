@@ -26,22 +26,21 @@ class Progress:
         self.slots = num_slots
         self.started = time.monotonic()
         self.finished_before = self._count("ended", "stopped", "failed")
-        self._say(f"{num_slots} slots; Ctrl-C ends cleanly")
+        self.say(f"{num_slots} slots; Ctrl-C ends cleanly")
 
     def on_trial(self, row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         if row["status"] == "failed" and row["ended"]:
             log = f"{self.storage}/{self.agenda.study.folder}/trials/{row['trial']}/log.txt"
-            self._say(f"failed: {_name(row)}: {row['reason']}\n        {log}")
+            self.say(f"failed: {_name(row)}: {row['reason']}\n        {log}")
             for line in row.get("last_lines") or ():
-                self._say(f"        | {line}")
+                self.say(f"        | {line}")
+        elif row["status"] == "running" and row["trial"] not in self.agenda.running:
+            self.say(f"left: {_name(row)} goes on at the next start, from its checkpoint")
         elif row["status"] in ("ended", "stopped") and row["ended"] and not self.out.isatty():
-            self._say(f"{row['status']}: {_name(row)}{self._result(row)}")
+            lost = f"; {row['faults']} attempts before were lost to the machine" if row.get("faults") else ""
+            self.say(f"{row['status']}: {_name(row)}{self._result(row)}{lost}")
 
     def tick(self) -> None:
-        limit = self.agenda.study.limits.minutes
-        if limit and time.monotonic() - self.started > 60 * limit and not self.agenda.closed:
-            self.agenda.closed = f"the limit of {limit:g} minutes came: nothing new was started"
-            self._say(self.agenda.closed)
         if time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             line = self._line()
@@ -51,7 +50,7 @@ class Progress:
     def done(self) -> None:
         if self.out.isatty():
             self.out.write("\r\x1b[2K")
-        self._say(self._line())
+        self.say(self._line())
 
     def _line(self) -> str:
         running, failed = len(self.agenda.running), self._count("failed")
@@ -82,7 +81,7 @@ class Progress:
             else f": {self.agenda.study.objective.metric} {value:.4f} on dev"
         )
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.out.write(f"{chr(13) + chr(27) + '[2K' if self.out.isatty() else ''}{text}\n")
         self.out.flush()
 

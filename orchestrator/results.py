@@ -102,12 +102,16 @@ def open_storage(uri: str) -> Storage:
 
 def read_records(storage: Storage, trial: str) -> list[dict[str, Any]]:
     """What the trial's last attempt has written; an attempt begins with what the one before it had kept."""
+    return parse_records(records_file(storage, trial))
+
+
+def records_file(storage: Storage, trial: str) -> bytes:
     attempts = sorted((f for f in storage.list(f"trials/{trial}") if f.startswith("attempt-")), key=_number)
     for attempt in reversed(attempts):
         text = storage.read(f"trials/{trial}/{attempt}/records.jsonl")
         if text is not None:
-            return parse_records(text)
-    return []
+            return text
+    return b""
 
 
 def parse_records(text: bytes) -> list[dict[str, Any]]:

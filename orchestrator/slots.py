@@ -7,8 +7,6 @@ what runs next comes from the agenda, and what ended goes back to it.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import tempfile
 import time
@@ -21,65 +19,18 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
+from ray.tune.trainable.function_trainable import wrap_function
 
-from orchestrator.agenda import Agenda, objective
+from orchestrator.agenda import EARLY, Agenda, objective
 from orchestrator.study import Slot, Study
 from trainables.attempt import Job, run
 from trainables.loop import Alone
+from trainables.notice import listen
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
-CLOSE = {"job": "close"}
-SPARE_CPUS = 1  # for the slots themselves
+SLOT_CPUS = 0.01  # of a slot whose workers are processes of their own
 RETRIES = 3  # of a trial whose process or node was lost
-CHATTER = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own files are the record
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody reads Tune's snapshots
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the sweep
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only searched points have an objective
-    "TUNE_RESULT_BUFFER_LENGTH": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of a study starts where its command was given
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # with the default of 2 s a lost worker is noticed late
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-
-def start_ray(address: str | None, slot: Slot) -> int:
-    """Connects, or starts Ray on this machine; returns how many slots there are. Everything binds to loopback.
-
-    A slot of several workers is a process of its own beside them; it hardly computes, and on this machine it does not
-    take a core from them.
-    """
-    os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    if slot.workers > 1:
-        common["runtime_env"] = {"worker_process_setup_hook": _set_address}
-    if address is None:
-        spare = SPARE_CPUS if slot.workers > 1 else 0
-        num_cpus = len(os.sched_getaffinity(0)) + spare
-        # the dashboard serves the state API, without which a stopped group of workers is never freed
-        ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=slot.workers > 1, dashboard_host="127.0.0.1", **common
-        )
-    else:
-        ray.init(address=address, **common)
-    have = ray.cluster_resources()
-    cpus = have.get("CPU", 0) - (SPARE_CPUS if address is None and slot.workers > 1 else 0)
-    num = int(cpus // (slot.cpus * slot.workers))
-    if slot.gpus:
-        num = min(num, int(have.get("GPU", 0) / (slot.gpus * slot.workers) + 1e-6))
-    return num
-
-
-def _set_address() -> None:
-    """Ray Train's cleaner asks for "the" Ray of a machine; with several there it would free nothing, or the wrong one."""
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-
-
-def stop_ray() -> None:
-    ray.shutdown()
+NODES_SECONDS = 10.0  # between looks at whether there still is a node
 
 
 def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any], on_tick: Callable[[], None]) -> None:
@@ -102,7 +53,7 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
     source = _Source(agenda, provenance, num_slots)
     try:
         tune.Tuner(
-            tune.with_resources(_in_slot, _resources(study.slot)),
+            tune.with_resources(_Slot, _resources(study.slot)),
             tune_config=tune.TuneConfig(
                 search_alg=source,
                 scheduler=scheduler,
@@ -125,7 +76,7 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
 
 def _resources(slot: Slot) -> dict[str, float]:
     """What Tune reserves for a slot; the workers of a group are reserved by Ray Train."""
-    return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"cpu": SPARE_CPUS / 100}
+    return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"cpu": SLOT_CPUS}
 
 
 # ------------------------------------------------------------------------------------------------------- in the driver
@@ -138,27 +89,23 @@ class _Source(Searcher):  # type: ignore[misc]
         super().__init__()
         self.agenda, self.provenance, self.num_slots = agenda, provenance, num_slots
         self.live: dict[str, str] = {}  # Tune's trial id -> ours
-        self.num_closed = 0
 
     def suggest(self, trial_id: str) -> Any:
         if len(self.live) >= self.num_slots:
             return None
         planned = self.agenda.next()
-        if (
-            planned is None
-            and not self.live
-            and self.num_closed < self.num_slots
-            and self.agenda.study.slot.workers > 1
-        ):
-            self.num_closed += 1  # kept workers go home by themselves; left alone they delay Ray's end
-            return CLOSE
-        if planned is None:
+        if planned is None:  # a slot that nothing will need any more is released while others still run
+            return Searcher.FINISHED if not self.live or self.agenda.nothing_follows() else None
+        try:
+            self.agenda.start(planned, now())
+        except OSError as error:
+            self._cannot_write(error)
             return None if self.live else Searcher.FINISHED
-        self.agenda.start(planned, now())
         self.live[trial_id] = planned.id
         study = self.agenda.study
         is_point = planned.kind == "trial" and planned.arm is None
         watched = bool(study.search and study.search.stop_early and is_point and planned.id not in self.agenda.spared)
+        limits = study.limits
         job = Job(
             trial=planned.id,
             spec=planned.spec.model_dump_json(),
@@ -169,6 +116,9 @@ class _Source(Searcher):  # type: ignore[misc]
             device="cuda" if study.slot.gpus else "cpu",
             checkpoint_at_reports=watched,
             provenance=self.provenance,
+            checkpoint_seconds=limits.checkpoint_seconds,
+            checkpoint_bytes=self._room(),
+            hang_seconds=60 * limits.hang_minutes,
         )
         return {
             "job": json.dumps(asdict(job)),
@@ -176,6 +126,14 @@ class _Source(Searcher):  # type: ignore[misc]
             "study": study.model_dump_json() if watched else "",
             "slot": study.slot.model_dump_json(),
         }
+
+    def _room(self) -> int | None:
+        """For a running trial's checkpoints; points that were stopped early keep theirs in the other half."""
+        study = self.agenda.study
+        if study.limits.checkpoint_gb is None:
+            return None
+        part = 0.5 if study.search and study.search.stop_early else 1.0
+        return int(part * study.limits.checkpoint_gb * 1e9 / self.num_slots)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if trial_id in self.live:
@@ -188,15 +146,26 @@ class _Source(Searcher):  # type: ignore[misc]
         if result is not None and "end" in result:
             end = json.loads(result["end"])
         elif error:
-            end = {
-                "status": "failed",
-                "reason": f"lost its process {RETRIES + 1} times",
-                "attempts": RETRIES + 1,
-                "node": None,
-            }
+            reason = f"its process was lost {RETRIES + 1} times"
+            end = {"status": "failed", "reason": reason, "attempts": RETRIES + 1, "faults": RETRIES + 1, "node": None}
         else:
-            end = {"status": "stopped", "reason": "early stopping", "attempts": 1, "node": None}
-        self.agenda.end(trial, end, now())
+            end = {"status": "stopped", "reason": EARLY, "attempts": 1, "node": None}
+        if end["status"] == "left":
+            if end["reason"].startswith("storage"):
+                self._cannot_write(OSError(end["reason"]))
+            self.agenda.leave(trial)
+            return
+        try:
+            self.agenda.end(trial, end, now())
+        except OSError as failed:
+            self._cannot_write(failed)
+            self.agenda.leave(trial)
+
+    def _cannot_write(self, error: OSError) -> None:
+        """Nobody is to blame but the storage: what runs may try, nothing new is started."""
+        why = str(error.strerror or error).removeprefix("storage: ")
+        self.agenda.broken = True
+        self.agenda.closed = self.agenda.closed or f"the storage cannot be written ({why}): nothing new was started"
 
     def __getstate__(self) -> dict[str, Any]:  # Tune pickles what it is given, for snapshots that nobody reads
         return {}
@@ -212,13 +181,19 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     """Lets the driver look around once a turn of Tune's loop."""
 
     def __init__(self, source: _Source, on_tick: Callable[[], None]) -> None:
-        self.source, self.on_tick = source, on_tick
+        self.source, self.on_tick, self.looked = source, on_tick, time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.on_tick()
+        if time.monotonic() - self.looked > NODES_SECONDS:
+            self.looked = time.monotonic()
+            if not any(node["Alive"] for node in ray.nodes()):  # Tune would wait for ever
+                agenda = self.source.agenda
+                agenda.closed, agenda.broken = "Ray's last node is gone", True
+                raise KeyboardInterrupt
 
 
 class _OnlyPoints(AsyncHyperBandScheduler):  # type: ignore[misc]
@@ -264,17 +239,14 @@ class _TuneSession(Alone):
 
 def _in_slot(config: dict[str, Any]) -> None:
     """Runs one trial: here, or on the group of workers that this process keeps."""
-    if config == CLOSE:
-        from trainables.worker import close
-
-        close()
-        tune.report({"records": "[]"})
-        return
     session = _TuneSession(Study.model_validate_json(config["study"]) if config["study"] else None)
     slot = Slot.model_validate_json(config["slot"])
     job = Job(**json.loads(config["job"]))
     if slot.workers == 1:
-        tune.report({"records": "[]", "end": json.dumps(run(job, session))})
+        end = run(job, session)
+        if end["reason"] == "terminated":  # another process takes it up
+            raise RuntimeError(f"trial {job.trial}: this process was told to end (SIGTERM); its checkpoint is written")
+        _report_end(end)
         return
     from trainables.worker import group
 
@@ -282,6 +254,28 @@ def _in_slot(config: dict[str, Any]) -> None:
     with closing(own.run(job)) as messages:  # a stop by the scheduler leaves the block, and thereby stops all ranks
         for message in messages:
             if "end" in message:
-                tune.report({"records": "[]", "end": message["end"]})
+                _report_end(json.loads(message["end"]))
             else:
                 session.report(json.loads(message["records"]))
+
+
+def _report_end(end: dict[str, Any]) -> None:
+    if (end["status"], end["reason"]) == ("left", "stop"):
+        end = {**end, "status": "stopped", "reason": "stopped by hand"}
+    tune.report({"records": "[]", "end": json.dumps(end)})
+
+
+class _Slot(wrap_function(_in_slot)):  # type: ignore[misc]
+    """A process that runs one trial after another; what it keeps between them ends with it."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        super().setup(config)
+        listen()
+
+    def cleanup(self) -> None:
+        try:
+            super().cleanup()
+        finally:
+            from trainables.worker import close
+
+            close()

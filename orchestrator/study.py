@@ -148,7 +148,12 @@ class Claim(Value):
 
 
 class Limits(Value):
-    minutes: Positive | None = None
+    """What a sweep may take; nothing here changes a number in the results."""
+
+    minutes: Positive | None = None  # then nothing new is started; what runs is finished
+    checkpoint_seconds: Positive = 20  # between two checkpoints of a phase
+    checkpoint_gb: Positive | None = None  # of all checkpoints together; one that does not fit is not written
+    hang_minutes: Positive = 15  # without a step, an evaluation or a record: the process is ended and the trial goes on
 
 
 class Slot(Value):

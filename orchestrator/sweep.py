@@ -2,19 +2,19 @@
 
     python -m orchestrator.sweep search_spaces/dwt.yaml
 
-Exit 0: every planned trial has an outcome, or the time limit came. 1: an arm lacks a planned seed for good, or nothing
-ended. 2: bad file or argument. 130: Ctrl-C.
+Exit 0: every planned trial has an outcome, or a limit came. 1: an arm lacks a planned seed for good, nothing ended, or
+the storage cannot be written. 2: bad file or argument. 130: Ctrl-C; 143: SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = load_study(
             arguments.study, arguments.profile, arguments.set, points=arguments.points, seeds=arguments.seeds
         )
+        if arguments.drain or arguments.stop:
+            return _request(study, arguments)
         return _plan_only(study, arguments) if arguments.dry_run else _sweep(study, arguments)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,11 +60,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow; by default sqlite in the storage (./runs/mlflow.db)"
     )
+    parser.add_argument(
+        "--tracking-later", action="store_true", help="go on where MLflow does not answer; the next start catches up"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; writes nothing")
     parser.add_argument(
         "--fresh", action="store_true", help="rename the study's folder aside and start anew; phases are kept"
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run trials again that failed or were stopped by hand"
+    )
+    parser.add_argument(
+        "--hours",
+        type=_hours,
+        metavar="H",
+        help="after so long what runs is left at a checkpoint; the report says what is to do",
+    )
+    parser.add_argument(
+        "--drain", action="store_true", help="ask the sweep that runs to finish what runs and start nothing new"
+    )
+    parser.add_argument("--stop", metavar="ID", help="ask the sweep that runs to stop one trial for good")
     return parser
 
 
@@ -88,6 +105,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _hours(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of hours above 0; got {text!r}")
+
+
+def _request(study: Study, arguments: argparse.Namespace) -> int:
+    from orchestrator.ending import request
+    from orchestrator.results import open_storage
+
+    print(request(open_storage(arguments.storage).sub(study.folder), drain=arguments.drain, stop=arguments.stop))
+    return 0
+
+
 def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
     from orchestrator.agenda import Agenda
     from orchestrator.overview import print_plan
@@ -101,6 +133,7 @@ def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
 
 def _sweep(study: Study, arguments: argparse.Namespace) -> int:
     from orchestrator.agenda import Agenda
+    from orchestrator.ending import Ending, only_driver
     from orchestrator.overview import print_plan
     from orchestrator.plan import Identity
     from orchestrator.progress import Progress
@@ -110,7 +143,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
     storage = open_storage(arguments.storage)
     home = storage.sub(study.folder)
     _check_storage(arguments.storage)
-    with _only_driver(home):
+    with only_driver(home):
         if arguments.fresh and home.list():
             aside = f"{study.folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             storage.move(study.folder, aside)
@@ -124,35 +157,60 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         )
         progress = Progress(agenda, storage.uri)
         agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
-        interrupted = False
+        ending = Ending(agenda, arguments.hours, progress.say)
         try:
-            _run(agenda, arguments.address, provenance, mirror, progress)
+            _run(agenda, arguments, provenance, mirror, progress, ending)
         except KeyboardInterrupt:
-            interrupted = True
-        return _finish(study, agenda, home, mirror, provenance, arguments, interrupted)
+            ending.signal = None if agenda.broken else ending.signal or signal.SIGINT
+        try:
+            return _finish(study, agenda, home, mirror, provenance, arguments, ending.signal)
+        except OSError as error:
+            print(f"{error.strerror or error}: tables and report could not be written to {home.uri}; nothing that finished "
+                  f"is lost. Make room there, then run the same command again", file=sys.stderr)  # fmt: skip
+            return 1
 
 
-def _run(agenda: Any, address: str | None, provenance: Row, mirror: Any, progress: Any) -> None:
+def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: Any, progress: Any, ending: Any) -> None:
     """Starts Ray only where something is left to do: the same command again trains nothing and is quick."""
     mirror_started = False
     if not agenda.is_complete():
-        from orchestrator import slots
+        from orchestrator import cluster, slots
 
         mirror.start()
         mirror_started = True
-        num_slots = slots.start_ray(address, agenda.study.slot)
+        num_slots = cluster.start_ray(arguments.address, agenda.study.slot)
         if num_slots < 1:
             raise StudyError(
                 f"no slot fits: a trial asks for {agenda.study.slot.cpus:g} cpus and {agenda.study.slot.gpus:g} gpus"
             )
-        progress.begin(num_slots)
         try:
-            slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=progress.tick)
+            _check_tracking(mirror, arguments.tracking_later)
+            progress.begin(num_slots)
+
+            def tick() -> None:
+                ending.tick()
+                progress.tick()
+
+            with ending:
+                slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick)
         finally:
             progress.done()
-            slots.stop_ray()
+            cluster.stop_ray()
     if not mirror_started:
         mirror.start()
+
+
+def _check_tracking(mirror: Any, later: bool) -> None:
+    """Where MLflow does not answer at the start, a person chooses: nothing is lost without it, and little is seen."""
+    problem = mirror.first_answer(12.0)
+    if problem is None:
+        return
+    print(problem)
+    if later:
+        return
+    if sys.stdin.isatty() and input("go on without it? The next start catches up. [y/N] ").strip().lower() == "y":
+        return
+    raise StudyError("MLflow does not answer; start it, or add --tracking-later: the next start then catches up")
 
 
 def _finish(
@@ -162,7 +220,7 @@ def _finish(
     mirror: Any,
     provenance: Row,
     arguments: argparse.Namespace,
-    interrupted: bool,
+    signal_number: int | None,
 ) -> int:
     """Tables, report, the mirror's end, and what to do next."""
     from orchestrator import results
@@ -182,21 +240,24 @@ def _finish(
         if home.is_local
         else []
     )
-    mirror.finish("stopped" if interrupted else "ended", artifacts)
-    undelivered = mirror.close(30.0)
+    mirror.finish("stopped" if signal_number or agenda.closed else "ended", artifacts)
+    undelivered = mirror.close(5.0 if signal_number == signal.SIGTERM else 30.0)
     if undelivered and mirror.problem:
         print(mirror.problem)
     command = f"python -m orchestrator.sweep {' '.join(_same_arguments(arguments))}"
-    if interrupted:
+    if signal_number:
         print(f"\ninterrupted; nothing that finished is lost. To go on: {command}")
-        return 130
+        return 128 + signal_number
     print(
         f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
     )
     if agenda.closed:
-        print(f"{agenda.closed}; to go on: {command}")
+        print(f"{agenda.closed}; {agenda.num_left()} trials are still to run. To go on: {command}")
+    if agenda.broken:
+        return 1
     planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
-    lacking = [row for row in planned if row["arm"] and row["kind"] == "trial" and row["status"] == "failed"]
+    over = ("failed", "stopped")
+    lacking = [row for row in planned if row["arm"] and row["kind"] == "trial" and row["status"] in over]
     if lacking or not any(row["status"] == "ended" for row in planned):
         for row in lacking:
             print(
@@ -216,7 +277,7 @@ def _headline(markdown: str) -> str:
 
 def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
     yield shlex.quote(arguments.study)
-    for name in ("profile", "points", "seeds", "address", "storage", "tracking_uri"):
+    for name in ("profile", "points", "seeds", "address", "storage", "tracking_uri", "hours"):
         value = getattr(arguments, name)
         if value is not None and (name, value) != ("storage", "./runs"):
             yield f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
@@ -234,22 +295,6 @@ def _check_storage(uri: str) -> None:
     except Exception as error:
         detail = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StudyError(f"--storage {uri}: cannot be written ({detail}); give a folder or URI that can") from None
-
-
-@contextlib.contextmanager
-def _only_driver(home: Storage) -> Iterator[None]:
-    """One driver to a study. The lock dies with its process, so nobody waits for a stale one (local storage only)."""
-    if not home.is_local:
-        yield
-        return
-    home.path().parent.mkdir(parents=True, exist_ok=True)
-    path = home.path().parent / f".{home.path().name}.lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StudyError(f"{home.uri}: another sweep of this study is running; wait for it or end it") from None
-        yield
 
 
 def _keep_study(study: Study, home: Storage, provenance: Row) -> None:

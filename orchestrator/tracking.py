@@ -84,6 +84,7 @@ class Mirror:
         self._end: tuple[str, list[Path]] | None = None
         self._lock = threading.Lock()  # of `_trials` between the two threads; never held over a request
         self._closing = threading.Event()
+        self._answered = threading.Event()  # once connected, or once that failed
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
         self._client: Any = None
@@ -92,6 +93,11 @@ class Mirror:
     def start(self) -> None:
         """Imports mlflow and connects in the background, which takes seconds."""
         self._thread.start()
+
+    def first_answer(self, timeout: float) -> str | None:
+        """Waits until the store answered or failed to, at most `timeout` seconds; what is wrong, or None."""
+        self._answered.wait(timeout)
+        return self.problem
 
     def put(self, trial: Row, rows: Sequence[Row]) -> None:
         """A row of `trials` and its rows of `results`: all so far, or (but for the first call) those since the last."""
@@ -153,10 +159,12 @@ class Mirror:
             try:
                 if self._client is None:
                     self._connect()
+                    self._answered.set()
                 self._round()
                 self._error = None
             except Exception as error:  # whatever it is: a mirror never fails a sweep
                 self._error, self._client = error, None
+                self._answered.set()
             if closing and (self._error is None or time.monotonic() > self._deadline):
                 return
             time.sleep(0.5) if closing else self._closing.wait(self._every)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,3 +211,13 @@ def distillation(**models: Any) -> dict[str, Any]:
             ),
         },
     }
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Any]:
+    """Starts sweeps; nothing of them may be left behind."""
+    from sweeping import Bench
+
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()

@@ -1,4 +1,4 @@
-"""What a person sees meanwhile: counts, failures with reason and log, the best so far, and the end of the time."""
+"""What a person sees meanwhile: counts, failures with reason and log, the best so far, and what was left."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from orchestrator.progress import Progress
 class _Agenda:
     """As much of an agenda as is looked at."""
 
-    def __init__(self, minutes: float | None = None) -> None:
+    def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.running: dict[str, Any] = {}
-        self.closed: str | None = None
         self.left, self.best = 0, None
         objective = SimpleNamespace(metric="mlm_loss")
-        self.study = SimpleNamespace(folder="study", limits=SimpleNamespace(minutes=minutes), objective=objective)
+        self.study = SimpleNamespace(folder="study", objective=objective)
 
     def is_planned(self, trial: str) -> bool:
         return trial != "old"
@@ -67,12 +66,22 @@ def test_a_failure_is_told_with_its_reason_its_log_and_its_last_lines(out: type[
 
 
 def test_without_a_terminal_each_end_is_a_line_and_beginnings_are_none() -> None:
-    progress = Progress(_Agenda(), "runs", written := io.StringIO())  # type: ignore[arg-type]
+    agenda = _Agenda()
+    agenda.running["abc"] = None
+    progress = Progress(agenda, "runs", written := io.StringIO())  # type: ignore[arg-type]
     progress.on_trial(row("abc", "running", ended=None), [])
     assert written.getvalue() == ""
     progress.on_trial(row("abc", "ended"), [])
     assert written.getvalue() == "ended: trial taught, seed 1 (abc): mlm_loss 3.5000 on dev\n"
     assert "\x1b" not in written.getvalue() and "\r" not in written.getvalue()
+
+
+def test_what_the_machine_took_and_what_was_left_is_told() -> None:
+    progress = Progress(_Agenda(), "runs", written := io.StringIO())  # type: ignore[arg-type]
+    progress.on_trial(row("abc", "ended", faults=2), [])
+    progress.on_trial(row("def", "running", ended=None), [])
+    assert "on dev; 2 attempts before were lost to the machine\n" in written.getvalue()
+    assert "left: trial taught, seed 1 (def) goes on at the next start, from its checkpoint\n" in written.getvalue()
 
 
 def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,20 +100,6 @@ def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.
     progress.tick()
     line = written.getvalue().rpartition("\x1b[2K")[2]
     assert line == "[01:30] 4 done · 1 running · 1 failed · best p003 -0.0123 · about 3.0 min left"
-
-
-def test_the_limit_closes_the_agenda_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    agenda, clock = _Agenda(minutes=2), [0.0]
-    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[0])
-    progress = Progress(agenda, "runs", written := io.StringIO())  # type: ignore[arg-type]
-    progress.begin(1)
-    clock[0] = 119.0
-    progress.tick()
-    assert agenda.closed is None
-    for clock[0] in (121.0, 150.0):
-        progress.tick()
-    assert agenda.closed == "the limit of 2 minutes came: nothing new was started"
-    assert written.getvalue().count("the limit of 2 minutes came") == 1
 
 
 def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

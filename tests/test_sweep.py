@@ -1,210 +1,43 @@
-"""The command itself, with a real Ray on this machine: whole sweeps, and sweeps that are cut off in the middle.
-
-Every process that a test starts carries a mark in its environment; none with that mark may be left when the test ends.
-"""
+"""The command itself: whole sweeps with a real Ray on this machine, and what it says without one."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from conftest import Listener, wordy_documents
+from conftest import Listener
+from sweeping import (
+    ROOT,
+    SMOKE,
+    Bench,
+    Said,
+    attempts,
+    ended,
+    run_alone,
+    same_numbers,
+    tables,
+    values,
+    write_study,
+)
 
 from orchestrator import results, sweep
 from orchestrator.agenda import Agenda
-from orchestrator.plan import Identity
 from orchestrator.study_file import load_study
 from trainables import attempt
-from trainables.spec import TrialSpec
-from trainables.store import Storage
 
 slow = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "search_spaces" / "smoke.yaml"
-MARK = "CODISTILL_TEST_MARK"
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Living processes with this mark: pid -> command line."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                ours = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-                if ours and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":  # a zombie is none
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")[:150]
-            except OSError:  # it has ended, or is another user's
-                continue
-    return found
-
-
-def is_agent(command_line: str) -> bool:
-    return "Agent" in command_line or "/dashboard/" in command_line or "/autoscaler/" in command_line
-
-
-@dataclass
-class Bench:
-    """A folder, and the processes that were started in it."""
-
-    folder: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    def start(self, study: Path | str, *arguments: str, storage: str | None = None, cwd: Path = ROOT) -> subprocess.Popen[str]:  # fmt: skip
-        runs = storage or str(self.folder / "runs")
-        command = [sys.executable, "-m", "orchestrator.sweep", str(study), "--storage", runs,
-                   "--tracking-uri", f"sqlite:///{self.folder}/mlflow.db", *arguments]  # fmt: skip
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, MARK: self.mark, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True)  # fmt: skip
-        self.started.append(process)
-        return process
-
-    def sweep(self, study: Path | str, *arguments: str, expect: int = 0, timeout: float = 240, **more: Any) -> Said:
-        return finish(self.start(study, *arguments, **more), expect, timeout)
-
-    def left(self, patience: float = 20) -> dict[int, str]:
-        """What still lives a little after its driver."""
-        until = time.monotonic() + patience
-        while (found := marked(self.mark)) and time.monotonic() < until:
-            time.sleep(0.2)
-        return found
-
-    def end_agents(self) -> None:
-        """After a kill nothing that trains may live on; Ray's agents, which serve nobody now, take up to a minute."""
-        until = time.monotonic() + 20
-        while any(not is_agent(line) for line in marked(self.mark).values()) and time.monotonic() < until:
-            time.sleep(0.2)
-        found = marked(self.mark)
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        alive = {pid: line for pid, line in found.items() if not is_agent(line)}
-        assert not alive, f"these outlive their driver: {alive}"
-
-    def close(self) -> None:
-        found = self.left()
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
-        for process in self.started:
-            process.kill()
-            process.communicate()
-        assert not found, f"left behind: {found}"
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-def finish(process: subprocess.Popen[str], expect: int = 0, timeout: float = 240, quiet: bool = True) -> Said:
-    out, err = process.communicate(timeout=timeout)
-    said = Said(process.returncode, out, err)
-    assert process.returncode == expect, f"exit {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
-    assert not quiet or "Traceback" not in out + err, err[-4000:]
-    return said
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-
-
-def until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert process.poll() is None, f"it ended: {process.communicate()}"
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- studies
-
-
-STUDY = """\
-question: Does the machinery hold?
-trial:
-  data: {{kind: files, train: {corpus}, tokenizer: {{kind: wordpiece, size: 160}}, length: 32, evaluate: 16}}
-  models:
-    teacher: {{family: bert, layers: 1, width: 16, heads: 2, dropout: 0.1}}
-    student: {{family: bert, layers: 1, width: 16, heads: 2, dropout: 0.1}}
-  phases:
-    teach:
-      train: {{teacher: full}}
-      budget: {{steps: 20}}
-      batch: 8
-      optimizer: {{lr: 5e-3}}
-      terms: {{teacher_hard: {{kind: cross_entropy, of: teacher}}}}
-    distil:
-      train: {{student: full}}
-      budget: {{steps: {steps}}}
-      batch: 8
-      optimizer: {{lr: 5e-3}}
-      terms:
-        student_hard: {{kind: cross_entropy, of: student}}
-        soft: {{kind: forward_kl, from: teacher, to: student, weight: 1, tau_squared: false}}
-objective: {{phase: distil, model: student, metric: mlm_loss, mode: min}}
-{rest}
-"""
-ARMS = (
-    "arms: {short: {phases.distil.budget.steps: 30}, alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 1"
-)
-
-
-def write_study(folder: Path, *, steps: int = 30, rest: str = ARMS, name: str = "study") -> Path:
-    corpus, file = folder / "corpus.txt", folder / f"{name}.yaml"
-    corpus.write_text("\n\n".join(wordy_documents(160, seed=1)))
-    file.write_text(STUDY.format(corpus=corpus, steps=steps, rest=rest))
-    return file
-
-
-def tables(storage: Path, study: str = "study") -> results.Tables:
-    found = results.read(Storage(str(storage)), study)
-    assert found is not None
-    return found
-
-
-def values(storage: Path, study: str = "study") -> dict[tuple[Any, ...], float]:
-    """Every number that the specs determine; times and memory are the machine's."""
-    frame = tables(storage, study).results
-    frame = frame[frame["split"] != "system"]
-    keys = ["trial", "phase", "model", "task", "split", "metric", "step", "progress", "tokens", "flops"]
-    return {tuple(row[key] for key in keys): row["value"] for row in frame.to_dict("records")}
-
-
-def attempts(storage: Path, study: str = "study") -> dict[str, list[str]]:
-    trials = storage / study / "trials"
-    return {t.name: sorted(a.name for a in t.glob("attempt-*")) for t in trials.iterdir()} if trials.is_dir() else {}
-
-
-def ended(storage: Path, study: str = "study") -> dict[str, dict[str, Any]]:
-    return {file.parent.name: json.loads(file.read_text()) for file in (storage / study / "trials").glob("*/end.json")}
 
 
 # ------------------------------------------------------------------------------------------------------- a whole sweep
@@ -362,139 +195,6 @@ def test_a_trial_gives_the_same_numbers_in_a_slot_that_had_others_before_as_in_a
         run_alone(found.spec(arm=arm, seed=0), plain, threads=len(os.sched_getaffinity(0)))
         trial = tables(storage).trials.query("arm == @arm")["trial"].item()
         assert same_numbers(storage, trial, plain)
-
-
-def same_numbers(storage: Path, trial: str, plain: Path) -> bool:
-    """Whether a trial of a sweep and an attempt in a plain process agree bit for bit."""
-    keys = ("phase", "model", "task", "split", "metric", "step", "progress", "tokens", "flops")
-    ours = tables(storage).results.query("trial == @trial").to_dict("records")
-    theirs = results.read_records(Storage(str(plain / "plain")), "trial")
-    one, two = (
-        {tuple(r[k] for k in keys): r["value"] for r in rows if r["split"] != "system"} for rows in (ours, theirs)
-    )
-    assert len(one) > 10 and one.keys() == two.keys()
-    return one == two
-
-
-def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> dict[str, Any]:
-    """An attempt in this process, without Ray."""
-    identity, spec = Identity(str(storage / "data")), spec.pruned()
-    job = attempt.Job(trial="trial", spec=spec.model_dump_json(), fingerprints=identity.of(spec), storage=str(storage), folder="plain",
-                      threads=threads, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
-    before = torch.get_num_threads()
-    end = attempt.run(job, Listener())
-    torch.set_num_threads(before)
-    assert end["status"] == "ended", end
-    return end
-
-
-# --------------------------------------------------------------------------------------------------------------- faults
-
-
-@slow
-@pytest.mark.faults
-def test_a_driver_that_is_killed_loses_nothing(bench: Bench) -> None:
-    """Trials so long that there is a checkpoint (each 20 s) when the driver dies. While it lives, it is the only one."""
-    cut = bench.folder / "cut"
-    spec = load_study(write_study(bench.folder, steps=200)).spec(arm="alone", seed=0)
-    steps = round(22 / run_alone(spec, bench.folder / "timing")["phases"]["distil"]["seconds"] * 200)
-    study = write_study(bench.folder, steps=steps)
-    driver = bench.start(study, storage=str(cut))
-
-    def checkpoints() -> list[Path]:
-        return list(cut.glob("study/trials/*/attempt-1/checkpoint.json"))
-
-    until(lambda: attempts(cut), driver)
-    second = bench.sweep(study, storage=str(cut), expect=2)
-    assert "another sweep of this study is running" in second.err and second.err.count("\n") == 1
-    until(lambda: checkpoints() and ended(cut), driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    bench.end_agents()
-    before = ended(cut)
-    had = attempts(cut)
-    running = set(had) - set(before)
-    saved = {path.parent.parent.name for path in checkpoints()}
-    assert before and saved and saved <= running
-    said = bench.sweep(study, storage=str(cut))
-    assert f"{sum(end['kind'] == 'trial' for end in before.values())} reused" in said.out
-    after = tables(cut).trials.set_index("trial")
-    assert set(after["status"]) == {"ended"} and after["planned"].all() and after.index.is_unique
-    for trial, folders in attempts(cut).items():
-        assert len(folders) == len(had.get(trial, [])) + (trial not in before), (
-            "one attempt more, but for what had ended"
-        )
-        assert after.loc[trial, "attempts"] == len(folders)
-    for trial in saved:
-        log = (cut / "study" / "trials" / trial / "log.txt").read_text()
-        found = re.search(rf"phase distil: from step (\d+) of {steps}", log)
-        assert found and int(found[1]) > 0, "it began anew"
-    assert before.items() <= ended(cut).items()
-    planned = Agenda(load_study(study), Identity(None), Storage(str(cut))).known()
-    assert {p.id for p in planned} | {row.Index for row in after.itertuples() if row.kind == "teacher"} == set(
-        after.index
-    )
-    trial = min(saved)
-    run_alone(load_study(study).spec(arm=after.loc[trial, "arm"], seed=0), bench.folder / "plain")
-    assert same_numbers(cut, trial, bench.folder / "plain")
-
-
-@slow
-@pytest.mark.faults
-def test_ctrl_c_ends_cleanly_and_an_edited_study_reuses_what_is_there(bench: Bench) -> None:
-    study, storage = write_study(bench.folder, steps=1500), bench.folder / "runs"
-    driver = bench.start(study)
-    until(lambda: ended(storage) and len(attempts(storage)) > len(ended(storage)), driver)
-    driver.send_signal(signal.SIGINT)
-    said = finish(driver, 130)
-    assert "interrupted" in said.out and "To go on: python -m orchestrator.sweep" in said.out
-    assert not bench.left(), "Ray outlives its driver"
-    before = ended(storage)
-    assert (storage / "study" / "report.html").exists() and before
-    numbers, folders = values(storage), attempts(storage)
-    command = said.out.split("To go on: python -m orchestrator.sweep ")[1].split("\n")[0]
-    said = finish(bench.start(study, *shlex.split(command)[1:], "--seeds", "2"))
-    assert "+1 seed" in said.out
-    after = ended(storage)
-    assert {end["status"] for end in after.values()} == {"ended"} and before.items() <= after.items()
-    assert all(attempts(storage)[trial] == folders[trial] for trial in before)
-    assert {key: value for key, value in numbers.items() if key[0] in before}.items() <= values(storage).items()
-    rows = tables(storage).trials
-    rows = rows[rows["kind"] == "trial"]
-    assert Counter(zip(rows["arm"], rows["seed"], strict=True)) == {
-        (a, s): 1 for a in ("short", "alone", "taught") for s in (0, 1)
-    }
-
-
-@slow
-@pytest.mark.faults
-def test_a_trial_that_fails_is_a_row_and_the_sweep_goes_on(bench: Bench) -> None:
-    """Also: a process that is lost is replaced, and its trial runs again."""
-    rest = "arms: {hot: {phases.distil.optimizer.lr: 1e30}, calm: {phases.distil.terms.soft.weight: 0, phases.distil.budget.steps: 3000}}\nseeds: 1"  # fmt: skip
-    study, storage = write_study(bench.folder, rest=rest), bench.folder / "runs"
-    driver = bench.start(study)
-
-    def is_calm() -> bool:
-        begun = [
-            storage / "study" / "trials" / trial / "trial.json"
-            for trial, folders in attempts(storage).items()
-            if folders
-        ]
-        return "calm" in {json.loads(file.read_text())["arm"] for file in begun}
-
-    until(lambda: is_calm() and ended(storage), driver)
-    slots = [pid for pid, command in marked(bench.mark).items() if command.startswith("ray::ImplicitFunc")]
-    assert slots
-    for pid in slots:
-        os.kill(pid, signal.SIGKILL)
-    said = finish(driver, 1, quiet=False)  # Tune tells of a lost process at length
-    rows = tables(storage).trials.set_index("arm")
-    assert rows.loc["hot", "status"] == "failed" and rows.loc["hot", "reason"].startswith("diverged: phase distil")
-    assert rows.loc["calm", "status"] == "ended" and rows.loc["calm", "attempts"] == 2
-    log = storage / "study" / "trials" / rows.loc["hot", "trial"] / "log.txt"
-    assert "diverged" in log.read_text()
-    assert f"failed: trial hot, seed 0 ({rows.loc['hot', 'trial']}): diverged" in said.out
-    assert str(log) in said.out and "arm hot lacks seed 0: diverged" in said.out
 
 
 # ---------------------------------------------------------------------------------------------- the command, without Ray

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import platform
 import socket
+import sys
 import traceback
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +19,16 @@ import torch
 import transformers
 
 from trainables.data import DataError
-from trainables.loop import Diverged, Session, Surroundings
+from trainables.loop import Diverged, Left, Session, Stopped, Surroundings, is_out_of_memory
 from trainables.models import ModelError
+from trainables.notice import Notice, watched
 from trainables.remap import RemapError
 from trainables.spec import TrialSpec
 from trainables.store import Storage, as_json, log
 from trainables.trial import run_trial
+
+LEAVE = "leave"  # a file beside the trial's attempts; its content is `stop` (for good) or `leave` (for now)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -37,47 +44,108 @@ class Job:
     device: str
     checkpoint_at_reports: bool
     provenance: Mapping[str, Any]
+    checkpoint_seconds: float = 20.0
+    checkpoint_bytes: int | None = None  # room for this trial's checkpoints
+    hang_seconds: float = 900.0
 
 
 def run(job: Job, session: Session) -> dict[str, Any]:
-    """Runs one attempt and returns its end: status, reason, attempts, node, phases, peak_memory."""
+    """Runs one attempt and returns its end: status, reason, attempts, faults, node, phases, peak_memory.
+
+    `ended` and `failed` are outcomes; so is `left` with the reason `stop`. Any other `left` is none: the trial goes on later,
+    from its checkpoint (reason: `leave`, `terminated`, or `storage: …` where nothing could be written).
+    """
     storage = Storage(job.storage)
     home = f"{job.folder}/trials/{job.trial}"
-    earlier = sorted((f for f in storage.list(home) if f.startswith("attempt-")), key=lambda f: int(f[8:]))
-    number, earlier = session.agree((int(earlier[-1][8:]) + 1 if earlier else 1, earlier))
+    names = sorted((f for f in storage.list(home) if f.startswith("attempt-")), key=lambda f: int(f[8:]))
+    number, earlier = session.agree((int(names[-1][8:]) + 1 if names else 1, [f"{home}/{name}" for name in names]))
+    folder = f"{home}/attempt-{number}"
     end: dict[str, Any] = {"status": "ended", "reason": None, "attempts": number, "node": socket.gethostname()}
-    started = {"node": end["node"], "device": job.device}
-    if session.rank == 0:
-        storage.write(f"{home}/attempt-{number}/attempt.json", as_json(started))  # it counts, however early it dies
-    with _logged(storage, f"{home}/log.txt" if session.rank == 0 else None) as text:
+    is_first = session.rank == 0
+
+    def note(status: str) -> None:
+        if is_first:
+            with suppress(OSError):  # the driver's own file is what counts
+                about = {"node": end["node"], "device": job.device, "status": status}
+                storage.write(f"{folder}/attempt.json", as_json(about))
+
+    with _logged(storage, f"{home}/log.txt" if is_first else None) as text, _stacks(storage, folder) as stacks:
         log.info("attempt %d of trial %s on %s, %s", number, job.trial, end["node"], job.device)
+        notice = Notice(storage if is_first else None, f"{home}/{LEAVE}", job.hang_seconds, stacks)
         try:
+            if is_first:
+                about = {"node": end["node"], "device": job.device}
+                storage.write(f"{folder}/attempt.json", as_json(about))  # it counts, however early it dies
+            end["faults"] = session.agree(_num_lost(storage, earlier) if is_first else 0)
             spec = TrialSpec.model_validate_json(job.spec)
             at = Surroundings(
                 storage=storage,
-                folder=f"{home}/attempt-{number}",
-                earlier=tuple(f"{home}/{name}" for name in earlier),
+                folder=folder,
+                earlier=tuple(earlier),
                 trial=job.trial,
                 device=job.device,
                 threads=job.threads,
+                checkpoint_seconds=job.checkpoint_seconds,
+                checkpoint_bytes=job.checkpoint_bytes,
                 checkpoint_at_reports=job.checkpoint_at_reports,
+                notice=notice,
                 provenance={**job.provenance, **versions(job.device), "node": end["node"]},
             )
-            end |= run_trial(spec, job.fingerprints, at, session)
+            with watched(notice):
+                end |= run_trial(spec, job.fingerprints, at, session)
             log.info("ended")
+        except Left as left:
+            end |= {"status": "left", "reason": left.asked}
+        except (SystemExit, Stopped):  # by the scheduler, inside `report`
+            note("stopped")
+            raise
         except Diverged as error:
             end |= {"status": "failed", "reason": f"diverged: {error}"}
-        except torch.OutOfMemoryError as error:
-            end |= {"status": "failed", "reason": f"out of memory: {str(error).splitlines()[0]}"}
         except (DataError, ModelError, RemapError) as error:
             end |= {"status": "failed", "reason": str(error)}
         except Exception as error:
-            end |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+            end |= _what_befell(error)
             log.error("%s", traceback.format_exc())
         if end["status"] == "failed":
             log.error("failed: %s", end["reason"])
             end["last_lines"] = text.getvalue().splitlines()[-5:]
+        if end["status"] != "left" or end["reason"] == "stop":
+            note(end["status"])
     return end
+
+
+def _what_befell(error: Exception) -> dict[str, str]:
+    """The trial's own failure, or that of the place where it writes: then the trial is not to blame, and goes on later."""
+    first = (str(error).splitlines() or [""])[0]
+    if is_out_of_memory(error):
+        return {"status": "failed", "reason": f"out of memory: {first}"}
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        return {"status": "left", "reason": f"storage: {error.strerror}"}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
+
+
+def _num_lost(storage: Storage, attempts: Sequence[str]) -> int:
+    """Attempts that ended without an outcome: killed, lost with their node, cut off, or left."""
+    return sum(b'"status"' not in (storage.read(f"{name}/attempt.json") or b"") for name in attempts)
+
+
+@contextmanager
+def _stacks(storage: Storage, folder: str) -> Iterator[Any]:
+    """Where a process that hangs writes what it was doing before it is ended: beside the attempt, if that is local."""
+    if not storage.is_local:
+        yield sys.__stderr__
+        return
+    path = storage.path(f"{folder}/hung-{os.getpid()}.txt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError:
+        yield sys.__stderr__
+        return
+    with file:
+        yield file
+    if not path.stat().st_size:
+        path.unlink()
 
 
 @contextmanager
@@ -96,7 +164,8 @@ def _logged(storage: Storage, name: str | None) -> Any:
         root.removeHandler(handler)
         log.setLevel(level)
         if name is not None:
-            storage.write(name, (storage.read(name) or b"") + text.getvalue().encode())
+            with suppress(OSError):  # a full disk has been told already
+                storage.write(name, (storage.read(name) or b"") + text.getvalue().encode())
 
 
 def versions(device: str) -> dict[str, str]:

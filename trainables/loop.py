@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,7 @@ from trainables.data.masking import MaskedBatch, slice_batch
 from trainables.evaluate import evaluate
 from trainables.losses.logits import cross_entropy, divergence
 from trainables.losses.schedules import lr_factor, weight_at
+from trainables.notice import Ask, Notice
 from trainables.phases import Instance, longest, num_steps, origin_of, phase_key, seed_of, streams_of
 from trainables.spec import (
     CrossEntropy,
@@ -88,6 +89,18 @@ class Diverged(Exception):
     """The loss is no number any more. An outcome of the trial, not a fault of the machine."""
 
 
+class Stopped(BaseException):
+    """The scheduler ended this trial, on all ranks; no error, and nothing that handles errors may take it."""
+
+
+class Left(BaseException):
+    """The trial was asked to leave, and its checkpoint is written. On all ranks; nothing that handles errors may take it."""
+
+    def __init__(self, asked: Ask) -> None:
+        super().__init__(asked)
+        self.asked = asked
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Where a trial runs: nothing here may change a number beyond float error."""
@@ -100,7 +113,9 @@ class Surroundings:
     threads: int = 1
     micro_batch: int | None = None  # sequences of one forward; halved when memory runs out
     checkpoint_seconds: float = 20.0
+    checkpoint_bytes: int | None = None  # room for the trial's checkpoints
     checkpoint_at_reports: bool = False  # a scheduler may stop the trial there
+    notice: Notice = field(default_factory=Notice)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -151,7 +166,8 @@ def make(run: Run, phase: str, name: str) -> Any:
     )
     if isinstance(model.init, Remap):
         source = make(run, phase, model.init.from_)
-        remap.apply(source, net, remap.check(model.init.depth, source.config, net.config))
+        layers = remap.check(model.init.depth, source.config, net.config, model.init.width)
+        remap.apply(source, net, layers, model.init.width)
     return net
 
 
@@ -209,38 +225,73 @@ def train_phase(run: Run, instance: Instance) -> Published:
     """Trains a phase from its start or its furthest checkpoint, and publishes it."""
     at, key = run.at, run.key(instance)
     phase = _begin(run, instance)
+    if run.session.world > 1 and at.device.startswith("cuda"):
+        _fit_micro(phase)
     progress, spec, total = phase.progress, phase.spec, phase.total
     evaluate_at = {_step_of(fraction, total): fraction for fraction in spec.evaluate}
-    started = last_checkpoint = time.monotonic()
+    pulse = _Pulse(phase)
     if progress.records:
         run.emit(list(progress.records))
     elif 0 in evaluate_at and progress.step == 0:
         _look(phase, evaluate_at[0])
-        started = time.monotonic()
+    started = time.monotonic()
     while progress.step < total:
         _step(phase)
-        is_check = progress.step % CHECK_EVERY == 0
-        if is_check:
+        if progress.step % CHECK_EVERY == 0:
             _add_up(phase)
         for fraction in spec.keep:
             if progress.step == _step_of(fraction, total) and run.session.rank == 0:
                 for name in spec.train:
                     weights = models.weights_of(phase.nets[name])
                     progress.files[f"{name}@{fraction:g}"] = run.store.put_weights(key, weights)
-        is_due = time.monotonic() - last_checkpoint > at.checkpoint_seconds
-        if run.session.world > 1:  # the ranks' clocks differ, and asking costs
-            is_due = is_check and run.session.agree(is_due)
-        if progress.step in evaluate_at or is_due:
+        is_due, asked = pulse.take()
+        if progress.step in evaluate_at or is_due or asked:
             _add_up(phase)
             progress.seconds += time.monotonic() - started  # without evaluation and checkpoints
             if progress.step in evaluate_at:
                 _look(phase, evaluate_at[progress.step])
-            if is_due:
+            if is_due or asked:
                 _checkpoint(phase)
-                last_checkpoint = time.monotonic()
+                pulse.checkpointed()
+            if asked:
+                log.info("phase %s: left at step %d of %d (%s)", instance, progress.step, total, asked)
+                raise Left(asked)
             started = time.monotonic()
     published = run.session.agree(_publish(phase, key) if run.session.rank == 0 else None)
     return published  # type: ignore[no-any-return]
+
+
+class _Pulse:
+    """After each step: whether a checkpoint is due and whether the trial is asked to leave, on all ranks alike.
+
+    The ranks' clocks differ and asking each other costs, so several ranks ask about once a second, at steps on which
+    they have agreed.
+    """
+
+    ASKS: tuple[Ask, ...] = ("stop", "leave", "terminated")  # what counts where ranks are asked different things
+
+    def __init__(self, phase: _Phase) -> None:
+        self.phase, self.saved = phase, time.monotonic()
+        self.next, self.last = phase.progress.step + 1, (phase.progress.step, time.monotonic())
+
+    def checkpointed(self) -> None:
+        self.saved = time.monotonic()
+
+    def take(self) -> tuple[bool, Ask | None]:
+        step, session, now = self.phase.progress.step, self.phase.run.session, time.monotonic()
+        asked = self.phase.run.at.notice.look()
+        is_due = now - self.saved > self.phase.run.at.checkpoint_seconds
+        if session.world == 1:
+            return is_due, asked
+        if step < self.next:
+            return False, None
+        stride = (step - self.last[0]) / max(now - self.last[1], 1e-3)  # steps of a second
+        self.last = (step, now)
+        first = float(session.rank == 0)
+        mine = [first * is_due, first * min(max(round(stride), 1), 1000), *(float(asked == ask) for ask in self.ASKS)]
+        due, stride, *asks = session.total(mine)
+        self.next = step + int(stride)
+        return due > 0, next((ask for ask, count in zip(self.ASKS, asks, strict=True) if count), None)
 
 
 def _publish(phase: _Phase, key: str) -> Published:
@@ -301,6 +352,39 @@ def _begin(run: Run, instance: Instance) -> _Phase:
     return _Phase(run, instance, spec, seed, streams, nets, optimizer, total, progress, micro, wrapped, {})
 
 
+def _fit_micro(phase: _Phase) -> None:
+    """Halves the micro-batch until a forward and backward of it fits on every rank.
+
+    One rank can do so in the middle of a step; several cannot, since the others wait for its gradients. So they find out
+    beforehand, by the first micro-batch of the next step, without the wrapper that exchanges gradients.
+    """
+    session, spec = phase.run.session, phase.spec
+    batches = {
+        n: s.batch(phase.progress.step, spec.batch, phase.seed, str(phase.instance)) for n, s in phase.streams.items()
+    }
+    alone = replace(phase, wrapped={}, progress=_Progress(step=phase.progress.step))
+    while True:
+        failed: BaseException | None = None
+        parts = {n: slice_batch(batch, 0, phase.micro).to(phase.run.at.device) for n, batch in batches.items()}
+        try:
+            logits = _forward(alone, spec.terms, parts, 0)
+            losses = [_value(term, logits, parts[term.on].labels_N) for term in spec.terms.values()]
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            del logits, losses
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = error
+        phase.optimizer.zero_grad(set_to_none=True)
+        if not session.total([float(failed is not None)])[0]:
+            return
+        if phase.micro == 1:
+            raise torch.OutOfMemoryError(str(failed) if failed else "another rank has no memory for one sequence")
+        phase.micro = max(1, phase.micro // 2)
+        log.warning("out of memory: micro-batch of %d sequences", phase.micro)
+        torch.cuda.empty_cache()
+
+
 def _wrap(net: Any, device: str) -> Any:
     """Gradients of a trained model are averaged over ranks while the backward runs; frozen ones stay as they are."""
     return DistributedDataParallel(net, device_ids=[torch.cuda.current_device()] if device.startswith("cuda") else None)
@@ -338,14 +422,14 @@ def _step(phase: _Phase) -> None:
         try:
             sums = _backward(phase, weights, batches)
             break
-        except torch.OutOfMemoryError:
-            if phase.micro == 1:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or phase.micro == 1 or phase.run.session.world > 1:
                 raise
             progress.flops = flops
             phase.micro = max(1, phase.micro // 2)
             log.warning("out of memory: micro-batch halved to %d sequences", phase.micro)
             phase.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without a device
     for name in spec.train:
         clip = spec.optimizer_of(name).clip
         if clip is not None:
@@ -375,10 +459,7 @@ def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str,
     sums: dict[str, Tensor] = {}
     for low in range(first, last, phase.micro):
         high = min(low + phase.micro, last)
-        parts = {
-            name: MaskedBatch(*(tensor.to(device) for tensor in slice_batch(batch, low, high)))
-            for name, batch in batches.items()
-        }
+        parts = {name: slice_batch(batch, low, high).to(device) for name, batch in batches.items()}
         with _counting(phase.progress, live, high - low, session.world), _synchronised(phase, high == last):
             logits = _forward(phase, live, parts, low)
             loss = torch.zeros((), device=device)
@@ -509,6 +590,7 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
 
 def _evaluate(phase: _Phase, model: str, stream: _Stream, split: Any) -> dict[str, float]:
     at = phase.run
+    at.at.notice.look()
     return evaluate(
         phase.nets[model],
         stream.corpus,
@@ -540,7 +622,13 @@ def _checkpoint(phase: _Phase) -> None:
         state = {name: getattr(phase.progress, name) for name in _Progress.__dataclass_fields__}
         state |= {"key": phase.run.key(phase.instance), "optimizer": phase.optimizer.state_dict()}
         state["models"] = {name: phase.nets[name].state_dict() for name in phase.spec.train}
-        save_checkpoint(phase.run.at.storage, phase.run.at.folder, state)
+        save_checkpoint(phase.run.at.storage, phase.run.at.folder, state, room=phase.run.at.checkpoint_bytes)
+    phase.run.at.notice.look()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, or of this machine (PyTorch's allocator for the CPU raises a RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def peak_memory(device: str) -> float:

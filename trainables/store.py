@@ -166,7 +166,7 @@ class PhaseStore:
             return None
         try:
             value = json.loads(text)
-            if value.pop("checksum") != _checksum(value):
+            if value.pop("checksum") != checksum(value):
                 raise ValueError("checksum differs")
             return Published(**{**value, "records": tuple(value["records"])})
         except (ValueError, KeyError, TypeError) as error:
@@ -185,7 +185,7 @@ class PhaseStore:
         """Makes the phase visible, unless another publication came first; returns the one that counts."""
         value = {name: getattr(phase, name) for name in Published.__dataclass_fields__}
         value["records"] = list(phase.records)
-        text = as_json({**value, "checksum": _checksum(value)})
+        text = as_json({**value, "checksum": checksum(value)})
         if self.storage.create(f"phases/{phase.key}/phase.json", text):
             return phase
         return self.find(phase.key) or phase
@@ -219,7 +219,8 @@ class Corrupt(Exception):
         self.key, self.why = key, why
 
 
-def _checksum(value: Any) -> str:
+def checksum(value: Any) -> str:
+    """Of any value that JSON can hold."""
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -227,16 +228,23 @@ def _checksum(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(storage: Storage, folder: str, state: Mapping[str, Any]) -> None:
-    """The state of a phase in progress, under `folder`; the pointer is replaced last, then older states go."""
+def save_checkpoint(storage: Storage, folder: str, state: Mapping[str, Any], *, room: int | None = None) -> bool:
+    """The state of a phase in progress, under `folder`; the pointer is replaced last, then older states go.
+
+    While one replaces another there are two. Where both do not fit into `room` bytes nothing is written; says whether it was.
+    """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
+    if room is not None and 2 * len(content) > room:
+        log.warning("no checkpoint at step %d: two of %d bytes do not fit into %d", state["step"], len(content), room)
+        return False
     file = f"checkpoint-{state['key'][:8]}-{state['step']:09d}.pt"
     storage.write(f"{folder}/{file}", content)
     pointer = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), "key": state["key"], "step": state["step"]}
     storage.write(f"{folder}/checkpoint.json", as_json(pointer))
     drop_checkpoints(storage, folder, keep=file)
+    return True
 
 
 def load_checkpoint(storage: Storage, folders: Iterable[str], key: str) -> dict[str, Any] | None:

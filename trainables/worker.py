@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -23,20 +24,19 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from trainables import ranks
 from trainables.attempt import Job, run
-from trainables.loop import Record
+from trainables.loop import Record, Stopped
+from trainables.notice import listen
 
-HANG_SECONDS = 900.0  # no word from a group for so long: a rank hangs
 RENEW_AFTER = 200  # trials: then the processes are made anew
 RESTARTS = 3  # of one job whose workers were lost
+STOPPED = {"status": "stopped", "reason": "early stopping", "attempts": 1, "node": None}
+STOP_SECONDS = 60.0  # for ranks that wait in `report` to leave the trial
 
 
-def _failed(reason: str) -> dict[str, Any]:
-    return {"status": "failed", "reason": reason, "attempts": RESTARTS + 1, "node": None}
-
-
-class Stopped(BaseException):
-    """The scheduler ended this trial; no error, and nothing that handles errors may swallow it."""
+def _failed(reason: str, faults: int) -> dict[str, Any]:
+    return {"status": "failed", "reason": reason, "attempts": faults, "faults": faults, "node": None}
 
 
 class _Mailbox:
@@ -48,16 +48,18 @@ class _Mailbox:
         self.is_over = True
         self.is_stopped = False
         self.is_closed = False
-        self.restarts = 0  # of the current job
+        self.losses = 0  # of workers in the current job
         self.workers: dict[int, Any] = {}
-        self.out: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.out: deque[dict[str, Any]] = deque()
+        self.num_emitted = self.num_heard = 0
         self.changed = asyncio.Condition()
 
     async def put(self, job: str) -> int:
         async with self.changed:
             self.number += 1
-            self.restarts = 0
-            self.job, self.is_over, self.is_stopped, self.out = job, False, False, asyncio.Queue()
+            self.losses = self.num_emitted = self.num_heard = 0
+            self.job, self.is_over, self.is_stopped = job, False, False
+            self.out.clear()
             self.changed.notify_all()
         return self.number
 
@@ -65,34 +67,52 @@ class _Mailbox:
         """The job after number `done`, or, in a group made anew, the unfinished one. None: go home."""
         self.workers[rank] = worker
         if rank == 0 and done == 0 and self.number and not self.is_over:  # its workers were lost
-            self.restarts += 1
-            if self.restarts > RESTARTS:
-                reason = f"its workers were lost {self.restarts} times"
-                await self.end(self.number, json.dumps(_failed(reason)))
+            self.losses += 1
+            if self.is_stopped:
+                await self.end(self.number, json.dumps(STOPPED))
+            elif self.losses > RESTARTS:
+                await self.end(
+                    self.number, json.dumps(_failed(f"its workers were lost {self.losses} times", self.losses))
+                )
         async with self.changed:
             await self.changed.wait_for(lambda: self.is_closed or (self.number > done and not self.is_over))
         return self.number, None if self.is_closed else self.job
 
     async def emit(self, number: int, records: str) -> bool:
-        """Hands on records; says whether the trial shall stop."""
-        if number == self.number:
-            await self.out.put({"records": records})
+        """Hands on records, and waits until the slot has heard what shall become of the trial: whether it shall stop."""
+        async with self.changed:
+            if number != self.number:
+                return True
+            self.num_emitted += 1
+            mine = self.num_emitted
+            self.out.append({"records": records})
+            self.changed.notify_all()
+            await self.changed.wait_for(lambda: self.num_heard >= mine or self.is_stopped or number != self.number)
         return self.is_stopped
 
-    async def end(self, number: int, end: str | None) -> None:
+    async def end(self, number: int, end: str) -> None:
         """A late rank cannot end the next job."""
-        if number == self.number and not self.is_over:
-            self.is_over = True
-            await self.out.put({"end": end})
+        async with self.changed:
+            if number == self.number and not self.is_over:
+                self.is_over = True
+                self.out.append({"end": end})
+                self.changed.notify_all()
 
     async def take(self, seconds: float) -> dict[str, Any] | None:
-        try:
-            return await asyncio.wait_for(self.out.get(), seconds)
-        except TimeoutError:
-            return None
+        """The next message, or None after a while. Whoever asks has done with the one before."""
+        async with self.changed:
+            self.num_heard = self.num_emitted - sum("records" in message for message in self.out)
+            self.changed.notify_all()
+            try:
+                await asyncio.wait_for(self.changed.wait_for(lambda: self.out), seconds)
+            except TimeoutError:
+                return None
+            return self.out.popleft()
 
     async def stop(self) -> None:
-        self.is_stopped = True
+        async with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
 
     async def close(self) -> None:
         async with self.changed:
@@ -154,8 +174,10 @@ def _serve(config: dict[str, Any]) -> None:
         try:
             end = run(Job(**json.loads(text)), _GroupSession(box, number, rank, world))
         except Stopped:
-            end = {"status": "stopped", "reason": "early stopping", "attempts": 1, "node": None}
-        if end["status"] == "failed":
+            end = STOPPED
+        if end["reason"] == "terminated":  # the job is unfinished, and goes on in the next group
+            raise RuntimeError("told to end (SIGTERM); the checkpoint is written, and the group is made anew")
+        if end["status"] == "failed" or (end["status"] == "left" and end["reason"].startswith("storage")):
             ray.get(box.end.remote(number, json.dumps(end)))
             raise RuntimeError(f"trial failed: {end['reason']}; the group is made anew")
         if world > 1:
@@ -165,6 +187,30 @@ def _serve(config: dict[str, Any]) -> None:
         if world > 1:
             dist.barrier()  # nobody asks for the next job before this one is closed
         done = number
+
+
+def _open_store() -> tuple[str, int]:
+    host = ray.util.get_node_ip_address()  # as Ray has it: loopback, where the sweep has started Ray
+    return host, ranks.listen(host)
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's own, whose processes also listen to SIGTERM: trials run in a thread, which cannot ask for signals."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        host, port = worker_group.execute_single(0, _open_store)  # Ray's own would listen at every address
+        world, limit = len(worker_group), timedelta(seconds=backend_config.timeout_s)
+        options = {"backend": backend_config.backend, "timeout": limit}
+        ray.get(
+            [worker_group.execute_single_async(i, ranks.join, i, world, host, port, **options) for i in range(world)]
+        )
+        worker_group.execute(listen)
+
+
+class _Torch(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
 
 
 # --------------------------------------------------------------------------------------------------------- in the slot
@@ -193,7 +239,7 @@ class Group:
         trainer = TorchTrainer(
             _serve,
             train_loop_config={"box": self._box},
-            torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo", timeout_s=int(HANG_SECONDS)),
+            torch_config=_Torch(backend="nccl" if self.gpus == 1 else "gloo"),  # NCCL refuses ranks that share a GPU
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.workers, use_gpu=bool(self.gpus), resources_per_worker=resources
             ),
@@ -212,47 +258,34 @@ class Group:
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def run(self, job: Job, *, hang_seconds: float = HANG_SECONDS) -> Generator[dict[str, Any], None, None]:
+    def run(self, job: Job) -> Generator[dict[str, Any], None, None]:
         """Runs a trial. Leaving the iteration early stops the trial on all ranks before the next one can begin."""
         ray.get(self._box.put.remote(json.dumps(asdict(job))))
-        heard, kills, is_over = time.monotonic(), 0, False
+        is_over = False
         try:
             while not is_over:
                 message = ray.get(self._box.take.remote(1.0))
+                if message is None and not self.is_alive:
+                    why = f"its workers could not be started: {''.join(self._problem)}"
+                    message = {"end": json.dumps(_failed(why, 0))}
                 if message is not None:
-                    heard = time.monotonic()
                     is_over = "end" in message
                     yield message
-                elif not self.is_alive:
-                    is_over = True
-                    yield {"end": json.dumps(_failed(f"its workers could not be started: {''.join(self._problem)}"))}
-                elif time.monotonic() - heard > hang_seconds:
-                    kills += 1
-                    if kills > RESTARTS:
-                        is_over = True
-                        yield {"end": json.dumps(_failed(f"no word for {hang_seconds:g} s, {kills} times"))}
-                        return
-                    heard = time.monotonic()
-                    self._kill()
         finally:
             self.served += 1
             if not is_over:
-                self._stop(hang_seconds)
+                self._stop()
 
-    def _kill(self) -> None:
-        """Ends the processes; Ray Train makes them anew, and they take up the unfinished job from its checkpoint."""
-        for worker in ray.get(self._box.all_workers.remote()):
-            ray.kill(worker)
-
-    def _stop(self, seconds: float) -> None:
-        """The workers see the flag at their next report, and leave together."""
+    def _stop(self) -> None:
+        """The ranks wait in `report` for this, and leave together; those that do not are ended."""
         ray.get(self._box.stop.remote())
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline:
             message = ray.get(self._box.take.remote(1.0))
             if message is not None and "end" in message:
                 return
-        self._kill()
+        for worker in ray.get(self._box.all_workers.remote()):
+            ray.kill(worker)
 
     def close(self) -> None:
         """Lets the workers go home, and waits for them."""

@@ -18,6 +18,9 @@ class MaskedBatch(NamedTuple):
     positions_N: Tensor
     labels_N: Tensor
 
+    def to(self, device: str) -> MaskedBatch:
+        return MaskedBatch(*(tensor.to(device) for tensor in self))
+
 
 def mask_batch(
     ids_BT: Tensor, *, masking: Masking, vocab_size: int, mask_id: int, special_ids: Sequence[int], seed: int

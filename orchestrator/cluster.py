@@ -1,0 +1,185 @@
+"""Ray: started on this machine, where nobody else reaches it, or joined; and how many slots there are.
+
+A Ray runs code for whoever reaches its ports. One that we start listens on loopback only and asks for a token that
+lives as long as the sweep. docs/security.md lists what listens; a test compares the list with the machine.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.messages import StudyError
+from orchestrator.study import Slot
+
+SPARE_CPUS = 1  # for the slots themselves
+CHATTER = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own files are the record
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody reads Tune's snapshots
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the sweep
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only searched points have an objective
+    "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of a study starts where its command was given
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # with the default of 2 s a lost worker is noticed late
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+ROUNDING = 1e-6  # Ray counts in ten-thousandths
+
+_before: dict[str, str | None] = {}  # what the environment was, for `stop_ray`
+
+
+def start_ray(address: str | None, slot: Slot) -> int:
+    """Starts Ray on this machine, or joins the one at `address`; returns how many slots there are.
+
+    A slot of several workers is a process of its own beside them; it hardly computes, and on this machine it does not
+    take a core from them. Raises StudyError where nothing answers, and where a Ray of ours would listen beyond loopback.
+    """
+    os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if slot.workers > 1:
+        common["runtime_env"] = {"worker_process_setup_hook": _set_address}
+    spare = SPARE_CPUS if address is None and slot.workers > 1 else 0
+    if address is None:
+        _stay_here()
+        num_cpus = len(os.sched_getaffinity(0)) + spare
+        # the dashboard serves the state API, without which a stopped group of workers is never freed
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=slot.workers > 1, dashboard_host="127.0.0.1", **common
+        )
+    else:
+        _say_the_mode(address)
+        _join(address, common)
+    nodes = [{**node, "Resources": dict(node["Resources"])} for node in ray.nodes()]
+    if spare:
+        nodes[0]["Resources"]["CPU"] -= spare
+    return num_slots(nodes, slot)
+
+
+def stop_ray() -> None:
+    """Leaves Ray, or ends the one that was started; the environment is as it was before."""
+    ray.shutdown()
+    for key, value in _before.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
+    _before.clear()
+
+
+def num_slots(nodes: Iterable[Mapping[str, Any]], slot: Slot) -> int:
+    """How many slots fit on the living nodes, as `ray.nodes()` tells of them.
+
+    A worker stays on one node and, below a whole one, on one device: 0.6 of a device fits once on each, and what is
+    left of two devices is no third. The workers of a slot may lie on several nodes.
+    """
+    per_device = int(1 / slot.gpus + ROUNDING) if slot.gpus else 0
+    places = 0
+    for node in nodes:
+        if node["Alive"]:
+            have = node["Resources"]
+            by_cpus = int(have.get("CPU", 0) / slot.cpus + ROUNDING)
+            places += min(by_cpus, int(have.get("GPU", 0)) * per_device) if slot.gpus else by_cpus
+    return places // slot.workers
+
+
+def _set_address() -> None:
+    """Ray Train's cleaner asks for "the" Ray of a machine; with several there it would free nothing, or the wrong one."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+# -------------------------------------------------------------------------------------------------------- on this machine
+
+
+def _stay_here() -> None:
+    """From here on Ray's processes, and what the workers open, listen on loopback and ask for a token of our own.
+
+    Ray decides from a node's address where its processes listen: on every address of the machine, unless that is
+    loopback. It takes the machine's own address, and `_node_ip_address="127.0.0.1"` to mean that one; the switch below,
+    whose name tells of two systems on which it is off, is what makes it take loopback.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    _set(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),  # known to this process and its children; in no file, in no command line
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        AUTOSCALER_METRIC_PORT="0",  # any free one, so that two sweeps on a machine do not meet
+        DASHBOARD_METRIC_PORT="0",
+        GLOO_SOCKET_IFNAME=loopback,
+        NCCL_SOCKET_IFNAME=loopback,
+    )
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
+    _read_mode_and_token()
+    here = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(here).is_loopback or get_authentication_mode() != AuthenticationMode.TOKEN:
+        raise StudyError(
+            f"Ray {ray.__version__} would listen at {here}, or without a token: it is not started; install Ray 2.60"
+        )
+
+
+def _set(**values: str) -> None:
+    for key, value in values.items():
+        _before.setdefault(key, os.environ.get(key))
+        os.environ[key] = value
+
+
+def _read_mode_and_token() -> None:
+    """Ray reads both when it is imported; what is set later has to be told."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+# -------------------------------------------------------------------------------------------------------------- a cluster
+
+
+def _join(address: str, common: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, ray.exceptions.AuthenticationError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudyError(
+            f"--address {address}: no Ray answers ({reason}); it must run there, and where it asks for a token, "
+            f"RAY_AUTH_MODE=token and the token must be set here too (mode here: {os.environ['RAY_AUTH_MODE']})"
+        ) from None
+
+
+def _say_the_mode(address: str) -> None:
+    """Whether a token is asked for is never left to what lies in a home directory: where the user set no mode, it is set."""
+    if os.environ.get("RAY_AUTH_MODE"):
+        return
+    mode = "token" if has_token(os.environ, Path.home()) else "disabled"
+    if mode == "disabled":
+        print(
+            f"warning: no token for the Ray at {address}: whoever reaches its ports can run code there (docs/security.md)",
+            file=sys.stderr,
+        )
+    _set(RAY_AUTH_MODE=mode)
+    _read_mode_and_token()
+
+
+def has_token(environment: Mapping[str, str], home: Path) -> bool:
+    """Whether there is a token in one of the three places where Ray looks for one."""
+    if environment.get("RAY_AUTH_TOKEN"):
+        return True
+    path = environment.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(path) if path else home / ".ray" / "auth_token"
+    try:
+        return bool(file.read_text().strip())
+    except OSError:
+        return False
