@@ -21,13 +21,13 @@ import ray
 from orchestrator.messages import StudyError
 from orchestrator.study import Slot
 
-SPARE_CPUS = 1  # for the slots themselves
 CHATTER = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own files are the record
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody reads Tune's snapshots
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the sweep
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only searched points have an objective
     "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "90",  # ranks that are stopped leave together; after 2 s their slot would be lost
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of a study starts where its command was given
@@ -42,18 +42,19 @@ _before: dict[str, str | None] = {}  # what the environment was, for `stop_ray`
 def start_ray(address: str | None, slot: Slot) -> int:
     """Starts Ray on this machine, or joins the one at `address`; returns how many slots there are.
 
-    A slot of several workers is a process of its own beside them; it hardly computes, and on this machine it does not
-    take a core from them. Raises StudyError where nothing answers, and where a Ray of ours would listen beyond loopback.
+    A slot of several workers is a process of its own beside them; it hardly computes and takes no core. Raises StudyError
+    where nothing answers, and where a Ray of ours would listen beyond loopback.
     """
     os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray would keep the whole command line, and with it a password in --tracking-uri, where its dashboard shows it
+    ray._private.utils.get_entrypoint_name = lambda: "python -m orchestrator.sweep"
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if slot.workers > 1:
         common["runtime_env"] = {"worker_process_setup_hook": _set_address}
-    spare = SPARE_CPUS if address is None and slot.workers > 1 else 0
     if address is None:
         _stay_here()
-        num_cpus = len(os.sched_getaffinity(0)) + spare
+        num_cpus = len(os.sched_getaffinity(0))
         # the dashboard serves the state API, without which a stopped group of workers is never freed
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=slot.workers > 1, dashboard_host="127.0.0.1", **common
@@ -61,10 +62,7 @@ def start_ray(address: str | None, slot: Slot) -> int:
     else:
         _say_the_mode(address)
         _join(address, common)
-    nodes = [{**node, "Resources": dict(node["Resources"])} for node in ray.nodes()]
-    if spare:
-        nodes[0]["Resources"]["CPU"] -= spare
-    return num_slots(nodes, slot)
+    return num_slots(ray.nodes(), slot)
 
 
 def stop_ray() -> None:
@@ -110,7 +108,7 @@ def _stay_here() -> None:
     whose name tells of two systems on which it is off, is what makes it take loopback.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationMode, get_authentication_mode
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     _set(
@@ -139,7 +137,7 @@ def _set(**values: str) -> None:
 
 def _read_mode_and_token() -> None:
     """Ray reads both when it is imported; what is set later has to be told."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -70,6 +70,7 @@ class Ending:
         if not self.agenda.closed and now - self._looked > LOOK_SECONDS[self._home.is_local]:
             self._looked = now
             if self._home.read(DRAIN) is not None:
+                self._home.delete(DRAIN)
                 self._close("drained: nothing new was started")
         if self._asked is not None:
             for trial in self.agenda.running.keys() - self._told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,26 @@ Lines = Mapping[tuple[str, ...], int]  # path in the file -> line
 
 class StudyError(ValueError):
     """A file or an argument that cannot be run; the message says what, where, and what would be valid."""
+
+
+def redact(text: str) -> str:
+    """A URI, or a message with some in it, without user, password, query and fragment."""
+    text = re.sub(r"(://[^\s/?#@:]+(?:(?::\d+)?/[^\s?#@]*)?)[?#]\S*", r"\1?***", text)  # no user: an @ is the query's
+    text = re.sub(r"://.*@([^\s?#]*)([?#]\S*)?", lambda m: f"://***@{m[1]}{'?***' if m[2] else ''}", text)
+    return re.sub(r"(?<=\S)[?#][^\s?#]*=\S*", "?***", text)  # a message may name the path alone
+
+
+_PASSWORD = re.compile(
+    r"://(?:[^/\s@:]*:(?!\d*/)[^\s@]*@|(?<=http://|ttps://)[^/\s@]+@)"
+)  # not host:port/path@revision
+_KEY = re.compile(
+    r"[?&][^=&\s]*(?:token|secret|passw|signature|credential|api_?key|access_?key)[^=&\s]*=[^&\s]", re.IGNORECASE
+)
+
+
+def has_secret(text: str) -> bool:
+    """Whether there is a URI in it with a password or a token."""
+    return "://" in text and bool(_PASSWORD.search(text) or _KEY.search(text))
 
 
 def set_path(raw: dict[str, Any], path: str, value: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.messages import StudyError
+from orchestrator.messages import StudyError, has_secret, redact
 from trainables.store import Storage
 
 RESULTS = pa.schema(
@@ -90,13 +91,19 @@ class Tables:
 
 def open_storage(uri: str) -> Storage:
     """The storage that a person named, as a place that slots find from wherever they run. Raises StudyError where there
-    is no such kind, or no way to it."""
+    is no such kind, or no way to it; and where the URI holds a secret: slots, their logs and Ray's files carry it."""
+    if has_secret(uri):
+        kind = re.sub(r"\W", "_", uri.partition("://")[0]).upper()
+        raise StudyError(
+            f"--storage {redact(uri)}: a URI that slots and logs carry takes no password; give it in the environment, "
+            f"as FSSPEC_{kind}_PASSWORD (FSSPEC_<PROTOCOL>_<ARGUMENT>), or in the service's own way (AWS_SECRET_ACCESS_KEY)"
+        )
     storage = Storage(uri if "://" in uri else os.path.abspath(uri))
     try:
         storage.list()
     except (ValueError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(f"--storage {uri}: cannot be read ({reason}); give a folder or URI that can") from None
+        reason = redact(str(error).strip().splitlines()[0])
+        raise StudyError(f"--storage {redact(uri)}: cannot be read ({reason}); give a folder or URI that can") from None
     return storage
 
 

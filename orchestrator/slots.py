@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.trainable.function_trainable import wrap_function
@@ -28,13 +29,14 @@ from trainables.loop import Alone
 from trainables.notice import listen
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
-SLOT_CPUS = 0.01  # of a slot whose workers are processes of their own
 RETRIES = 3  # of a trial whose process or node was lost
 NODES_SECONDS = 10.0  # between looks at whether there still is a node
 
 
 def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any], on_tick: Callable[[], None]) -> None:
     """Runs until the agenda has nothing more and nothing is running. Raises KeyboardInterrupt on Ctrl-C."""
+    # Tune hands these on by way of command lines, which everybody sees: slots have them from their machine
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update([n for n in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in n])
     study = agenda.study
     scratch = tempfile.mkdtemp(prefix="codistill-tune-")
     early = study.search.stop_early if study.search else None
@@ -76,7 +78,7 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
 
 def _resources(slot: Slot) -> dict[str, float]:
     """What Tune reserves for a slot; the workers of a group are reserved by Ray Train."""
-    return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"cpu": SLOT_CPUS}
+    return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"memory": 1}
 
 
 # ------------------------------------------------------------------------------------------------------- in the driver
@@ -145,6 +147,10 @@ class _Source(Searcher):  # type: ignore[misc]
             return
         if result is not None and "end" in result:
             end = json.loads(result["end"])
+        elif error and not has_node():
+            self.no_node()
+            self.agenda.leave(trial)
+            return
         elif error:
             reason = f"its process was lost {RETRIES + 1} times"
             end = {"status": "failed", "reason": reason, "attempts": RETRIES + 1, "faults": RETRIES + 1, "node": None}
@@ -166,6 +172,9 @@ class _Source(Searcher):  # type: ignore[misc]
         why = str(error.strerror or error).removeprefix("storage: ")
         self.agenda.broken = True
         self.agenda.closed = self.agenda.closed or f"the storage cannot be written ({why}): nothing new was started"
+
+    def no_node(self) -> None:
+        self.agenda.closed, self.agenda.broken = "Ray's last node is gone: nothing new was started", True
 
     def __getstate__(self) -> dict[str, Any]:  # Tune pickles what it is given, for snapshots that nobody reads
         return {}
@@ -190,9 +199,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self.on_tick()
         if time.monotonic() - self.looked > NODES_SECONDS:
             self.looked = time.monotonic()
-            if not any(node["Alive"] for node in ray.nodes()):  # Tune would wait for ever
-                agenda = self.source.agenda
-                agenda.closed, agenda.broken = "Ray's last node is gone", True
+            if not has_node():  # Tune would wait for ever
+                self.source.no_node()
                 raise KeyboardInterrupt
 
 
@@ -207,6 +215,10 @@ class _OnlyPoints(AsyncHyperBandScheduler):  # type: ignore[misc]
     def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
         if trial.config.get("watched"):
             super().on_trial_complete(controller, trial, result)
+
+
+def has_node() -> bool:
+    return any(node["Alive"] for node in ray.nodes())
 
 
 def now() -> int:

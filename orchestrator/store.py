@@ -14,7 +14,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.messages import StudyError
 from orchestrator.overview import bytes_text
+from orchestrator.results import open_storage
 from trainables.store import Storage
 
 HOUR_MS = 3_600_000  # what is younger may belong to a sweep that is running
@@ -39,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prune", action="store_true", help="delete what no study names")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     arguments = parser.parse_args(argv)
-    storage = Storage(arguments.storage)
+    try:
+        storage = open_storage(arguments.storage)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     found = entries(storage)
     for entry in sorted(found, key=lambda e: (e.kind, -e.size)):
         day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.used / 1000)) if entry.used else "never"

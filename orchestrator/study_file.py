@@ -18,7 +18,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from orchestrator.messages import Lines, StudyError, explain, line_of, nearest, set_path, without_place
+from orchestrator.messages import (
+    Lines,
+    StudyError,
+    explain,
+    has_secret,
+    line_of,
+    nearest,
+    redact,
+    set_path,
+    without_place,
+)
 from orchestrator.study import Choice, Claim, Objective, Study, label_of, labelled
 from trainables.spec import Masking, TrialSpec
 
@@ -63,6 +73,7 @@ def load_study(
             fixed[path.removeprefix("trial.")] = value
             _take_out(raw, path.removeprefix("trial."), lambda choice, given=value: choice == given)  # type: ignore[misc]
         _set_in_file(raw, path, value, f"--set {path}")
+    _refuse_secrets(raw, (), file, lines)
     if seeds is not None:
         raw["seeds"] = seeds
     if points is not None:
@@ -91,6 +102,17 @@ def load_study(
         raise StudyError(explain(error, cls, file, "trial" if cls is TrialSpec else "", lines)) from None
     _check(study, lines)
     return study
+
+
+def _refuse_secrets(value: Any, at: tuple[str, ...], file: str, lines: Lines) -> None:
+    """What a study says stands in its tables, in MLflow and in its report."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _refuse_secrets(item, (*at, str(key)), file, lines)
+    if isinstance(value, str) and has_secret(value):
+        raise StudyError(
+            f"{file}:{line_of(lines, *at)}: {'.'.join(at)}: {redact(value)!r} holds a password or token, which tables and "
+            f"MLflow would show; give it in the environment (FSSPEC_<PROTOCOL>_PASSWORD, AWS_SECRET_ACCESS_KEY, HF_TOKEN)"
+        )
 
 
 def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
@@ -158,14 +180,9 @@ def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     except OSError as error:
         raise StudyError(f"{file}: {error.strerror}") from None
     try:
-        for event in _yaml().parse(io.StringIO(text)):
-            line = event.start_mark.line + 1
-            if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):
-                raise StudyError(f"{file}:{line}: tag {str(event.tag)!r} refused; a study is plain data")
-            if getattr(event, "anchor", None) is not None:
-                raise StudyError(f"{file}:{line}: anchors and aliases are refused; use profiles, arms or vary")
-            if getattr(event, "value", None) == "<<":
-                raise StudyError(f"{file}:{line}: merge keys are refused; use profiles, arms or vary")
+        refused = _not_plain(text)
+        if refused is not None:
+            raise StudyError(f"{file}:{refused[0]}: {refused[1]}")
         value = _yaml().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -181,6 +198,19 @@ def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise StudyError(f"{file}:1: a study is a mapping; found {type(value).__name__}")
     lines: dict[tuple[str, ...], int] = {}
     return _plain(value, (), lines), lines
+
+
+def _not_plain(text: str) -> tuple[int, str] | None:
+    """The first line that asks for more than plain data, and what it asks for. Looks at the text; makes nothing of it."""
+    for event in _yaml().parse(io.StringIO(text)):
+        line = event.start_mark.line + 1
+        if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):
+            return line, f"tag {str(event.tag)!r} refused; a study is plain data"
+        if getattr(event, "anchor", None) is not None:
+            return line, "anchors and aliases are refused; use profiles, arms or vary"
+        if getattr(event, "value", None) == "<<":
+            return line, "merge keys are refused; use profiles, arms or vary"
+    return None
 
 
 class _Constructor(RoundTripConstructor):  # type: ignore[misc]
@@ -211,6 +241,9 @@ def _plain(value: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -
 
 def _parse_value(text: str, override: str) -> Any:
     try:
+        refused = _not_plain(text)
+        if refused is not None:
+            raise StudyError(f"--set {override!r}: {refused[1]}")
         return _plain(_yaml().load(text), (), {})
     except (YAMLError, RecursionError):
         raise StudyError(f"--set {override!r}: the value is not YAML") from None

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import StudyError
+from orchestrator.messages import StudyError, redact
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
 from trainables.store import Storage, as_json, check_writable
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _request(study, arguments)
         return _plan_only(study, arguments) if arguments.dry_run else _sweep(study, arguments)
     except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first trial, or while the report is written
         print("\ninterrupted; nothing that finished is lost. The same command again goes on")
@@ -252,7 +252,8 @@ def _finish(
         f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
     )
     if agenda.closed:
-        print(f"{agenda.closed}; {agenda.num_left()} trials are still to run. To go on: {command}")
+        left = agenda.num_left()
+        print(f"{agenda.closed}; nothing that finished is lost, {left} trials are still to run. To go on: {command}")
     if agenda.broken:
         return 1
     planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
@@ -280,7 +281,8 @@ def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
     for name in ("profile", "points", "seeds", "address", "storage", "tracking_uri", "hours"):
         value = getattr(arguments, name)
         if value is not None and (name, value) != ("storage", "./runs"):
-            yield f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            shown = redact(value) if name == "tracking_uri" else str(value)
+            yield f"--{name.replace('_', '-')} {shlex.quote(shown)}"
     yield from (f"--set {shlex.quote(override)}" for override in arguments.set)
 
 

@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from orchestrator.messages import redact
+
 Row = Mapping[str, Any]
 Point = tuple[str, int, int]  # metric, step, and the time where the step alone does not tell two apart
 
@@ -280,11 +282,6 @@ class Mirror:
 
 
 # ---------------------------------------------------------------------------------------------------- pure functions
-
-
-def redact(text: str) -> str:
-    """A URI, or a message with one in it, without user, password, query and fragment."""
-    return re.sub(r"[?#]\S+", "?***", re.sub(r"://.*@", "://***@", text))
 
 
 def _reason(error: Exception) -> str:

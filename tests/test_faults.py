@@ -5,12 +5,19 @@ docs/faults.md has the table of what was done, what was lost and how long until 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shlex
 import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,52 +41,79 @@ from orchestrator.study_file import load_study
 from trainables.store import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
+SLOT = "ResourceTrainable"  # how Tune names the process of a slot
+OFTEN = "limits: {checkpoint_seconds: 0.3}"
+RARELY = "limits: {checkpoint_seconds: 100000}"
+ARMS = "arms: {short: {phases.distil.budget.steps: 30}, alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 1\n"
+ONE = "arms: {alone: {phases.distil.terms.soft.weight: 0}}\nseeds: 1\n"
 
 
-def test_a_driver_that_is_killed_loses_nothing(bench: Bench) -> None:
-    """Trials so long that there is a checkpoint (each 20 s) when the driver dies. While it lives, it is the only one."""
-    cut = bench.folder / "cut"
-    spec = load_study(write_study(bench.folder, steps=200)).spec(arm="alone", seed=0)
-    steps = round(22 / run_alone(spec, bench.folder / "timing")["phases"]["distil"]["seconds"] * 200)
-    study = write_study(bench.folder, steps=steps)
+def checkpoints(storage: Path, attempt: int) -> set[str]:
+    """Trials that have one from this attempt."""
+    return {path.parent.parent.name for path in storage.glob(f"study/trials/*/attempt-{attempt}/checkpoint.json")}
+
+
+def began_at(storage: Path, trial: str) -> list[int]:
+    """The steps from which the attempts at a trial began the phase `distil`, as far as they came to write their log."""
+    log = (storage / "study" / "trials" / trial / "log.txt").read_text()
+    return [int(step) for step in re.findall(r"phase distil: from step (\d+)", log)]
+
+
+def processes(bench: Bench, title: str) -> list[int]:
+    return [pid for pid, command in marked(bench.mark).items() if command.startswith(f"ray::{title}")]
+
+
+def tell(what: str, since: float) -> None:
+    """For the table in docs/faults.md: `pytest -s`."""
+    print(f"\n[{what}: went on after {time.monotonic() - since:.1f} s]")
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+
+
+def test_a_driver_that_is_killed_twice_loses_nothing(bench: Bench) -> None:
+    """While it lives, it is the only one; after its death the next need not wait. A damaged checkpoint is passed over."""
+    cut, study = bench.folder / "cut", write_study(bench.folder, steps=6000, rest=ARMS + OFTEN)
     driver = bench.start(study, storage=str(cut))
-
-    def checkpoints() -> list[Path]:
-        return list(cut.glob("study/trials/*/attempt-1/checkpoint.json"))
-
     until(lambda: attempts(cut), driver)
     second = bench.sweep(study, storage=str(cut), expect=2)
     assert "another sweep of this study is running" in second.err and second.err.count("\n") == 1
-    until(lambda: checkpoints() and ended(cut), driver)
-    driver.send_signal(signal.SIGKILL)
+    until(lambda: checkpoints(cut, 1) and ended(cut), driver)
+    before, had = ended(cut), attempts(cut)
+    saved = checkpoints(cut, 1)
+    driver.kill()
     driver.wait()
+    since = time.monotonic()
+    assert saved - before.keys() and saved <= had.keys()
+
+    driver = bench.start(study, storage=str(cut))
+    until(lambda: checkpoints(cut, 2), driver)
+    tell("kill -9 of the driver", since)
+    driver.kill()
+    driver.wait()
+    again = sorted(checkpoints(cut, 2))
     bench.end_agents()
-    before = ended(cut)
-    had = attempts(cut)
-    running = set(had) - set(before)
-    saved = {path.parent.parent.name for path in checkpoints()}
-    assert before and saved and saved <= running
+    between = ended(cut)
+    assert before.items() <= between.items()
+    damaged = next(cut.glob(f"study/trials/{again[0]}/attempt-2/checkpoint-*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+
     said = bench.sweep(study, storage=str(cut))
-    assert f"{sum(end['kind'] == 'trial' for end in before.values())} reused" in said.out
+    assert f"{sum(end['kind'] == 'trial' for end in between.values())} reused" in said.out
     after = tables(cut).trials.set_index("trial")
     assert set(after["status"]) == {"ended"} and after["planned"].all() and after.index.is_unique
+    assert between.items() <= ended(cut).items()
     for trial, folders in attempts(cut).items():
-        assert len(folders) == len(had.get(trial, [])) + (trial not in before), (
-            "one attempt more, but for what had ended"
-        )
-        assert after.loc[trial, "attempts"] == len(folders)
-    for trial in saved:
-        log = (cut / "study" / "trials" / trial / "log.txt").read_text()
-        found = re.search(rf"phase distil: from step (\d+) of {steps}", log)
-        assert found and int(found[1]) > 0, "it began anew"
-    assert before.items() <= ended(cut).items()
+        assert after.loc[trial, "attempts"] == len(folders) <= 3
+        assert ended(cut)[trial]["faults"] == len(folders) - 1
+    assert began_at(cut, again[0])[-1] < 6000, "the damaged checkpoint is passed over, and the trial still ends"
+    assert "passed over: checksum differs" in (cut / "study" / "trials" / again[0] / "log.txt").read_text()
     planned = Agenda(load_study(study), Identity(None), Storage(str(cut))).known()
-    assert {p.id for p in planned} | {row.Index for row in after.itertuples() if row.kind == "teacher"} == set(
-        after.index
-    )
-    trial = min(saved)
-    run_alone(load_study(study).spec(arm=after.loc[trial, "arm"], seed=0), bench.folder / "plain")
-    assert same_numbers(cut, trial, bench.folder / "plain")
+    teachers = {row.Index for row in after.itertuples() if row.kind == "teacher"}
+    assert {p.id for p in planned} | teachers == set(after.index)
+    for trial in saved - before.keys():
+        run_alone(load_study(study).spec(arm=after.loc[trial, "arm"], seed=0), bench.folder / f"plain-{trial}")
+        assert same_numbers(cut, trial, bench.folder / f"plain-{trial}")
 
 
 def test_ctrl_c_ends_cleanly_and_an_edited_study_reuses_what_is_there(bench: Bench) -> None:
@@ -107,30 +141,345 @@ def test_ctrl_c_ends_cleanly_and_an_edited_study_reuses_what_is_there(bench: Ben
     }
 
 
-def test_a_trial_that_fails_is_a_row_and_the_sweep_goes_on(bench: Bench) -> None:
-    """Also: a process that is lost is replaced, and its trial runs again."""
-    rest = "arms: {hot: {phases.distil.optimizer.lr: 1e30}, calm: {phases.distil.terms.soft.weight: 0, phases.distil.budget.steps: 3000}}\nseeds: 1"  # fmt: skip
-    study, storage = write_study(bench.folder, rest=rest), bench.folder / "runs"
+def test_sigterm_lets_the_driver_and_a_slot_write_their_checkpoints_first(bench: Bench) -> None:
+    """No checkpoint is due in this study, so those that are there were written on notice."""
+    study, storage = write_study(bench.folder, steps=8000, rest=ONE + RARELY), bench.folder / "runs"
     driver = bench.start(study)
+    until(lambda: list(storage.glob("study/trials/*/attempt-1/records.jsonl")), driver)
+    (slot,) = until(lambda: processes(bench, SLOT), driver)
+    since = time.monotonic()
+    os.kill(slot, signal.SIGTERM)
+    until(lambda: list(storage.glob("study/trials/*/attempt-2/records.jsonl")), driver)
+    tell("SIGTERM to a slot", since)
+    (trial,) = attempts(storage)
+    assert trial in checkpoints(storage, 1)
+    since = time.monotonic()
+    driver.send_signal(signal.SIGTERM)
+    said = finish(driver, 128 + signal.SIGTERM, quiet=False)  # Tune tells of the slot at length
+    print(f"\n[SIGTERM to the driver: it had ended after {time.monotonic() - since:.1f} s]")
+    assert "SIGTERM: what runs writes its checkpoint" in said.out and "goes on at the next start" in said.out
+    assert not bench.left(), "Ray outlives its driver"
+    assert trial in checkpoints(storage, 2) and not ended(storage)
+    bench.sweep(study)
+    end = ended(storage)[trial]
+    assert end["status"] == "ended" and end["attempts"] == 3 and end["faults"] == 2
+    steps = began_at(storage, trial)
+    assert steps[0] == 0 < steps[1] < steps[2]
+    run_alone(load_study(study).spec(arm="alone", seed=0), bench.folder / "plain")
+    assert same_numbers(storage, trial, bench.folder / "plain")
 
-    def is_calm() -> bool:
-        begun = [
-            storage / "study" / "trials" / trial / "trial.json"
-            for trial, folders in attempts(storage).items()
-            if folders
-        ]
-        return "calm" in {json.loads(file.read_text())["arm"] for file in begun}
 
-    until(lambda: is_calm() and ended(storage), driver)
-    slots = [pid for pid, command in marked(bench.mark).items() if command.startswith("ray::ImplicitFunc")]
-    assert slots
-    for pid in slots:
+def test_a_trial_can_be_stopped_by_hand_and_a_sweep_ended_by_the_clock_or_drained(bench: Bench) -> None:
+    study, storage = write_study(bench.folder, steps=500_000, rest=ARMS + RARELY), bench.folder / "runs"
+    driver = bench.start(study, "--hours", "0.03")
+
+    def running() -> dict[str, str]:
+        begun = [json.loads(path.read_text()) for path in storage.glob("study/trials/*/trial.json")]
+        return {r["arm"]: r["trial"] for r in begun if r["trial"] not in ended(storage) and attempts(storage)[r["trial"]]}
+
+    until(lambda: "alone" in running(), driver)
+    trial = running()["alone"]
+    assert f"trial {trial} stops" in bench.sweep(study, "--stop", trial[:8]).out
+    until(lambda: trial in ended(storage), driver)
+    assert (ended(storage)[trial]["status"], ended(storage)[trial]["reason"]) == ("stopped", "stopped by hand")
+    said = finish(driver, 1, timeout=200)
+    assert "--hours 0.03 are over" in said.out and "1 trials are still to run" in said.out
+    assert "arm alone lacks seed 0: stopped by hand" in said.out
+    assert not bench.left()
+    left = running()["taught"]
+    assert left in checkpoints(storage, 1)
+
+    driver = bench.start(study)
+    until(lambda: "attempt-2" in attempts(storage)[left], driver)
+    assert "what runs is finished" in bench.sweep(study, "--drain").out
+    until(lambda: not (storage / "study" / "drain").exists(), driver)
+    driver.send_signal(signal.SIGINT)
+    said = finish(driver, 130)
+    assert "drained: nothing new was started" in said.out
+
+
+# ---------------------------------------------------------------------------------------------------------- one worker
+
+
+def test_a_trial_that_fails_is_a_row_and_a_slot_that_is_killed_is_replaced(bench: Bench) -> None:
+    """NaN is the trial's own failure, and final; a lost process is the machine's, and tried again."""
+    rest = "arms: {hot: {phases.distil.optimizer.lr: 1e30}, calm: {phases.distil.terms.soft.weight: 0, phases.distil.budget.steps: 5000}}\nseeds: 1\n"  # fmt: skip
+    study, storage = write_study(bench.folder, rest=rest + OFTEN), bench.folder / "runs"
+    driver = bench.start(study)
+    until(lambda: checkpoints(storage, 1) and ended(storage), driver)
+    since = time.monotonic()
+    for pid in processes(bench, SLOT):
         os.kill(pid, signal.SIGKILL)
+    until(lambda: any("attempt-2" in folders for folders in attempts(storage).values()), driver)
+    tell("kill -9 of a one-worker slot", since)
     said = finish(driver, 1, quiet=False)  # Tune tells of a lost process at length
     rows = tables(storage).trials.set_index("arm")
     assert rows.loc["hot", "status"] == "failed" and rows.loc["hot", "reason"].startswith("diverged: phase distil")
+    assert rows.loc["hot", "attempts"] == 1
+    calm = rows.loc["calm", "trial"]
     assert rows.loc["calm", "status"] == "ended" and rows.loc["calm", "attempts"] == 2
+    assert ended(storage)[calm]["faults"] == 1 and began_at(storage, calm)[-1] > 0
     log = storage / "study" / "trials" / rows.loc["hot", "trial"] / "log.txt"
     assert "diverged" in log.read_text()
     assert f"failed: trial hot, seed 0 ({rows.loc['hot', 'trial']}): diverged" in said.out
     assert str(log) in said.out and "arm hot lacks seed 0: diverged" in said.out
+    assert "1 attempts before were lost to the machine" in said.out
+
+
+def test_a_process_that_hangs_is_ended_and_its_trial_goes_on(bench: Bench) -> None:
+    """A read that never returns: what a trial looks at between its steps becomes a pipe into which nobody writes."""
+    limits = "limits: {checkpoint_seconds: 0.3, hang_minutes: 0.4}"
+    study, storage = write_study(bench.folder, steps=6000, rest=ONE + limits), bench.folder / "runs"
+    driver = bench.start(study)
+    until(lambda: checkpoints(storage, 1), driver)
+    (trial,) = attempts(storage)
+    pipe = storage / "study" / "trials" / trial / "leave"
+    os.mkfifo(pipe)
+    since = time.monotonic()
+    hung = until(lambda: [p for p in pipe.parent.glob("attempt-1/hung-*.txt") if p.stat().st_size], driver)
+    pipe.unlink()
+    until(lambda: "attempt-2" in attempts(storage)[trial], driver)
+    tell("a hang, limit 24 s", since)
+    finish(driver, quiet=False)
+    assert ended(storage)[trial]["attempts"] == 2 and began_at(storage, trial)[-1] > 0
+    assert "notice.py" in hung[0].read_text(), "it says where it hung"
+
+
+def test_a_trial_that_finds_no_memory_fails_alone(bench: Bench) -> None:
+    """Memory is really refused: the slots may map little more than they have when the limit comes."""
+    wide = "{width: 2048, inner: 8192, heads: 16, family: bert, layers: 1}"  # 200 MB of weights
+    arms = f"arms: {{first: {{}}, second: {{phases.distil.terms.soft.weight: 0}}, wide: {{models.student: {wide}}}, last: {{phases.distil.batch: 4}}}}"
+    study, storage = write_study(bench.folder, steps=1500, rest=f"{arms}\nseeds: 1\n"), bench.folder / "runs"
+    driver = bench.start(study)
+    until(lambda: len(attempts(storage)) >= 2 and len(processes(bench, SLOT)) == 2, driver)
+    for pid in processes(bench, SLOT):
+        now = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (now + 100_000_000, now + 100_000_000))
+    said = finish(driver, 1)
+    rows = tables(storage).trials.set_index("arm")
+    assert rows.loc["wide", "status"] == "failed" and rows.loc["wide", "reason"].startswith("out of memory")
+    assert rows.loc["wide", "attempts"] == 1, "a failure of its own is not tried again"
+    assert set(rows.drop("wide")["status"]) == {"ended"}
+    assert "arm wide lacks seed 0: out of memory" in said.out
+
+
+# -------------------------------------------------------------------------------------------------------- two workers
+
+
+def test_a_group_that_loses_a_rank_its_slot_or_its_driver_goes_on(bench: Bench) -> None:
+    """Five faults to one trial on two workers; in the end it has the numbers of one worker in a plain process."""
+    rest = ONE + "slot: {workers: 2}\nlimits: {checkpoint_seconds: 0.3, hang_minutes: 0.4}"
+    study, storage = write_study(bench.folder, steps=20_000, rest=rest), bench.folder / "runs"
+    study.write_text(study.read_text().replace("dropout: 0.1", "dropout: 0"))
+    driver = bench.start(study)
+
+    def ranks() -> list[int]:
+        found = processes(bench, "RayTrainWorker")
+        return found if len(found) == 2 else []
+
+    def goes_on(attempt: int, what: str, since: float) -> None:
+        until(lambda: checkpoints(storage, attempt), driver, 180)
+        tell(what, since)
+
+    until(lambda: checkpoints(storage, 1), driver, 180)
+    for attempt, (number, what) in enumerate(
+        ((signal.SIGTERM, "SIGTERM to a rank"), (signal.SIGKILL, "kill -9 of a rank"), (signal.SIGSTOP, "a rank that hangs, limit 24 s")), 2
+    ):  # fmt: skip
+        pid = max(until(ranks, driver))
+        os.kill(pid, number)
+        goes_on(attempt, what, time.monotonic())
+    (slot,) = until(lambda: processes(bench, SLOT), driver)
+    os.kill(slot, signal.SIGKILL)
+    goes_on(5, "kill -9 of the slot that holds the group", time.monotonic())
+    driver.kill()
+    driver.wait()
+    since = time.monotonic()
+    driver = bench.start(study)
+    goes_on(6, "kill -9 of the driver of a group", since)
+    finish(driver, timeout=400, quiet=False)
+    (trial,) = attempts(storage)
+    end = ended(storage)[trial]
+    assert end["status"] == "ended" and end["attempts"] == 6 and end["faults"] == 5
+    steps = began_at(storage, trial)
+    assert steps == sorted(steps) and steps[-1] > 0
+    run_alone(load_study(study).spec(arm="alone", seed=0), bench.folder / "plain")
+    plain = {r["progress"]: r["value"] for r in numbers(bench.folder / "plain" / "plain" / "trials" / "trial")}
+    ours = {r["progress"]: r["value"] for r in numbers(storage / "study" / "trials" / trial)}
+    assert plain.keys() == ours.keys() and ours == pytest.approx(plain, rel=1e-2)
+
+
+def numbers(home: Path) -> list[dict[str, float]]:
+    """The dev loss over the budget, from the last attempt's records."""
+    last = max(home.glob("attempt-*"), key=lambda path: int(path.name[8:]))
+    records = [json.loads(line) for line in (last / "records.jsonl").read_text().splitlines()]
+    return [r for r in records if (r["phase"], r["split"], r["metric"]) == ("distil", "dev", "mlm_loss")]
+
+
+def test_a_group_serves_one_trial_after_the_other_also_after_a_failure_and_a_stop(bench: Bench) -> None:
+    """A failed trial, points that are stopped early, and a sweep that ends: no group is left, none is lost in between."""
+    rest = """\
+arms: {hot: {phases.distil.optimizer.lr: 1e30}, alone: {phases.distil.terms.soft.weight: 0}}
+seeds: 1
+vary: {phases.distil.optimizer.lr: {float: [1e-4, 1e-2], log: true}}
+search: {sampler: random, points: 5, stop_early: {kind: asha, first: 0.5, reduction: 2}}
+slot: {workers: 2}
+"""
+    study, storage = write_study(bench.folder, steps=200, rest=rest), bench.folder / "runs"
+    said = bench.sweep(study, expect=1, timeout=400)
+    rows = tables(storage).trials
+    assert Counter(rows["status"])["failed"] == 1 and "arm hot lacks seed 0: diverged" in said.out
+    points = rows[rows["arm"].isna() & (rows["kind"] == "trial")]
+    assert len(points) == 5 and set(points["status"]) <= {"ended", "stopped"}
+    groups = re.findall(r"attempt \d+ of trial", "".join(p.read_text() for p in storage.glob("study/trials/*/log.txt")))
+    assert len(groups) == rows["attempts"].sum()
+    assert not bench.left() and not (storage / "study" / "groups").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the ground
+
+
+def test_rays_node_that_dies_ends_the_sweep_with_a_word(bench: Bench) -> None:
+    study, storage = write_study(bench.folder, steps=20_000, rest=ONE + OFTEN), bench.folder / "runs"
+    driver = bench.start(study)
+    until(lambda: checkpoints(storage, 1), driver)
+    (raylet,) = [pid for pid, command in marked(bench.mark).items() if "raylet/raylet" in command]
+    since = time.monotonic()
+    os.kill(raylet, signal.SIGKILL)
+    out, err = driver.communicate(timeout=180)
+    tell("kill -9 of Ray's node daemon: the driver had ended", since)
+    assert driver.returncode == 1 and "nothing that finished is lost" in out + err
+    bench.end_agents()
+    with contextlib.suppress(AssertionError):
+        bench.end_agents()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_sweep_with_a_word_and_loses_nothing(bench: Bench, small_disk: Path) -> None:
+    study = write_study(bench.folder, steps=1500, rest=ARMS + OFTEN)
+    driver = bench.start(study, storage=str(small_disk))
+    until(lambda: ended(small_disk) and checkpoints(small_disk, 1), driver)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as file:
+        while True:
+            file.write(b"0" * 65536)
+            file.flush()
+    out, err = driver.communicate(timeout=180)
+    assert driver.returncode == 1 and "Traceback" not in out + err, out + err
+    assert "No space left on device" in out + err and "nothing that finished is lost" in out + err
+    before = ended(small_disk)
+    again = bench.sweep(study, storage=str(small_disk), expect=2)
+    assert "cannot be written (No space left on device)" in again.err and again.err.count("\n") == 1
+    (small_disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    again = bench.sweep(study, storage=str(small_disk), expect=2)
+    assert "cannot be written (Read-only file system)" in again.err and again.err.count("\n") == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    bench.sweep(study, storage=str(small_disk))
+    after = ended(small_disk)
+    assert before.items() <= after.items() and {end["status"] for end in after.values()} == {"ended"}
+    assert len(tables(small_disk).trials.query("kind == 'trial'")) == 3
+
+
+def test_damaged_files_are_noticed_and_made_anew(bench: Bench) -> None:
+    """An end whose number was changed, one that was cut off, and a shared phase whose weights were changed."""
+    study, storage = write_study(bench.folder), bench.folder / "runs"
+    bench.sweep(study)
+    before, whole = values(storage), ended(storage)
+    trials = tables(storage).trials.query("kind == 'trial'").set_index("arm")["trial"]
+    flipped, cut = (storage / "study" / "trials" / trials[arm] / "end.json" for arm in ("taught", "short"))
+    flipped.write_text(flipped.read_text().replace('"attempts": 1', '"attempts": 7'))
+    cut.write_text(cut.read_text()[:80])
+    for phase in json.loads((storage / "study" / "trials" / trials["taught"] / "trial.json").read_text())[
+        "keys"
+    ].values():
+        for weights in (storage / "phases" / phase).glob("*.safetensors"):
+            content = bytearray(weights.read_bytes())
+            content[-1] ^= 1
+            weights.write_bytes(content)
+        marker = storage / "phases" / phase / "phase.json"
+        if phase in {p["key"] for p in whole[trials["taught"]]["phases"].values() if p["key"] != phase}:
+            continue
+        marker.write_text(marker.read_text()[:200])
+    said = bench.sweep(study)
+    assert "1 reused, 2 to run" in said.out
+    assert values(storage) == before, "the same numbers again"
+    assert set(tables(storage).trials["status"]) == {"ended"} and ended(storage).keys() == whole.keys()
+    assert list((storage / "phases").glob("*/corrupt-*.json")), "what is damaged is set aside, not deleted"
+
+
+# -------------------------------------------------------------------------------------------------------------- MLflow
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[None]:
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_mlflow_may_be_away_at_the_start_in_the_middle_and_to_the_end(bench: Bench) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    study, storage = write_study(bench.folder, steps=600), bench.folder / "runs"
+    where = ("--tracking-uri", f"http://user:secret@127.0.0.1:{port}")
+    said = bench.sweep(study, *where, expect=2)
+    assert (
+        "MLflow does not answer" in said.err and "--tracking-later" in said.err and "secret" not in said.out + said.err
+    )
+    assert not ended(storage)
+    said = bench.sweep(study, *where, "--tracking-later")
+    assert "records wait; run the same command again to catch up" in said.out and "secret" not in said.out + said.err
+    with mlflow_server(bench.folder, port):
+        said = bench.sweep(study, *where)
+        assert "nothing to train" in said.out and "did not answer" not in said.out
+        stored(port, storage)
+        driver = bench.start(study, *where, "--set", "seeds=4", "--set", "trial.phases.distil.budget.steps=601")
+        until(lambda: len(ended(storage)) > 6, driver)
+    time.sleep(4)
+    assert driver.poll() is None, "the server was away for so short that nothing was shown"
+    with mlflow_server(bench.folder, port):
+        finish(driver)
+        runs, numbers = stored(port, storage)
+        bench.sweep(study, *where, "--set", "seeds=4", "--set", "trial.phases.distil.budget.steps=601")
+        assert stored(port, storage) == (runs, numbers), "nothing doubled"
+
+
+def stored(port: int, storage: Path) -> tuple[int, int]:
+    """Nested runs and points that the server has: as many as the tables."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"http://127.0.0.1:{port}")
+    experiment = client.get_experiment_by_name("study")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [run for run in runs if run.data.tags.get("kind") == "study"]
+    nested = {run.data.tags["trial"]: run for run in runs if "trial" in run.data.tags and run not in parents}
+    found = tables(storage)
+    assert len(parents) == 1 and len(nested) == len(runs) - 1 and nested.keys() == set(found.trials["trial"])
+    points = sum(
+        len(client.get_metric_history(run.info.run_id, name)) for run in nested.values() for name in run.data.metrics
+    )
+    assert points == len(found.results)
+    return len(nested), points

@@ -28,6 +28,7 @@ from trainables.store import Storage, as_json, log
 from trainables.trial import run_trial
 
 LEAVE = "leave"  # a file beside the trial's attempts; its content is `stop` (for good) or `leave` (for now)
+PEER_LOST = "another rank was lost"
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -53,7 +54,7 @@ def run(job: Job, session: Session) -> dict[str, Any]:
     """Runs one attempt and returns its end: status, reason, attempts, faults, node, phases, peak_memory.
 
     `ended` and `failed` are outcomes; so is `left` with the reason `stop`. Any other `left` is none: the trial goes on later,
-    from its checkpoint (reason: `leave`, `terminated`, or `storage: …` where nothing could be written).
+    from its checkpoint (reason: `leave`, `terminated`, another rank that was lost, or `storage: …` where nothing could be written).
     """
     storage = Storage(job.storage)
     home = f"{job.folder}/trials/{job.trial}"
@@ -121,6 +122,8 @@ def _what_befell(error: Exception) -> dict[str, str]:
         return {"status": "failed", "reason": f"out of memory: {first}"}
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return {"status": "left", "reason": f"storage: {error.strerror}"}
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
+        return {"status": "left", "reason": PEER_LOST}
     return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
 
 

@@ -262,7 +262,7 @@ def load_checkpoint(storage: Storage, folders: Iterable[str], key: str) -> dict[
             if content is None or hashlib.sha256(content).hexdigest() != pointer["sha256"]:
                 raise ValueError("checksum differs")
             best = torch.load(io.BytesIO(content), weights_only=True)
-        except (ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+        except Exception as error:  # whatever is wrong with it, the phase begins anew
             log.warning("checkpoint in %s passed over: %s", folder, error)
     return best
 

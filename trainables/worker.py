@@ -7,12 +7,10 @@ trial is that trial's row; afterwards Ray Train makes the processes anew, since 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -25,102 +23,13 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from trainables import ranks
-from trainables.attempt import Job, run
+from trainables.attempt import PEER_LOST, Job, run
 from trainables.loop import Record, Stopped
+from trainables.mailbox import STOPPED, Mailbox, failed
 from trainables.notice import listen
 
 RENEW_AFTER = 200  # trials: then the processes are made anew
-RESTARTS = 3  # of one job whose workers were lost
-STOPPED = {"status": "stopped", "reason": "early stopping", "attempts": 1, "node": None}
 STOP_SECONDS = 60.0  # for ranks that wait in `report` to leave the trial
-
-
-def _failed(reason: str, faults: int) -> dict[str, Any]:
-    return {"status": "failed", "reason": reason, "attempts": faults, "faults": faults, "node": None}
-
-
-class _Mailbox:
-    """Between the slot, which has the jobs, and the workers, which run them. An actor without CPUs of its own."""
-
-    def __init__(self) -> None:
-        self.number = 0  # of the current job
-        self.job: str | None = None
-        self.is_over = True
-        self.is_stopped = False
-        self.is_closed = False
-        self.losses = 0  # of workers in the current job
-        self.workers: dict[int, Any] = {}
-        self.out: deque[dict[str, Any]] = deque()
-        self.num_emitted = self.num_heard = 0
-        self.changed = asyncio.Condition()
-
-    async def put(self, job: str) -> int:
-        async with self.changed:
-            self.number += 1
-            self.losses = self.num_emitted = self.num_heard = 0
-            self.job, self.is_over, self.is_stopped = job, False, False
-            self.out.clear()
-            self.changed.notify_all()
-        return self.number
-
-    async def get(self, done: int, rank: int, worker: Any) -> tuple[int, str | None]:
-        """The job after number `done`, or, in a group made anew, the unfinished one. None: go home."""
-        self.workers[rank] = worker
-        if rank == 0 and done == 0 and self.number and not self.is_over:  # its workers were lost
-            self.losses += 1
-            if self.is_stopped:
-                await self.end(self.number, json.dumps(STOPPED))
-            elif self.losses > RESTARTS:
-                await self.end(
-                    self.number, json.dumps(_failed(f"its workers were lost {self.losses} times", self.losses))
-                )
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.is_closed or (self.number > done and not self.is_over))
-        return self.number, None if self.is_closed else self.job
-
-    async def emit(self, number: int, records: str) -> bool:
-        """Hands on records, and waits until the slot has heard what shall become of the trial: whether it shall stop."""
-        async with self.changed:
-            if number != self.number:
-                return True
-            self.num_emitted += 1
-            mine = self.num_emitted
-            self.out.append({"records": records})
-            self.changed.notify_all()
-            await self.changed.wait_for(lambda: self.num_heard >= mine or self.is_stopped or number != self.number)
-        return self.is_stopped
-
-    async def end(self, number: int, end: str) -> None:
-        """A late rank cannot end the next job."""
-        async with self.changed:
-            if number == self.number and not self.is_over:
-                self.is_over = True
-                self.out.append({"end": end})
-                self.changed.notify_all()
-
-    async def take(self, seconds: float) -> dict[str, Any] | None:
-        """The next message, or None after a while. Whoever asks has done with the one before."""
-        async with self.changed:
-            self.num_heard = self.num_emitted - sum("records" in message for message in self.out)
-            self.changed.notify_all()
-            try:
-                await asyncio.wait_for(self.changed.wait_for(lambda: self.out), seconds)
-            except TimeoutError:
-                return None
-            return self.out.popleft()
-
-    async def stop(self) -> None:
-        async with self.changed:
-            self.is_stopped = True
-            self.changed.notify_all()
-
-    async def close(self) -> None:
-        async with self.changed:
-            self.is_closed = True
-            self.changed.notify_all()
-
-    async def all_workers(self) -> list[Any]:
-        return list(self.workers.values())
 
 
 # ------------------------------------------------------------------------------------------------------ in the workers
@@ -175,8 +84,8 @@ def _serve(config: dict[str, Any]) -> None:
             end = run(Job(**json.loads(text)), _GroupSession(box, number, rank, world))
         except Stopped:
             end = STOPPED
-        if end["reason"] == "terminated":  # the job is unfinished, and goes on in the next group
-            raise RuntimeError("told to end (SIGTERM); the checkpoint is written, and the group is made anew")
+        if end["reason"] in ("terminated", PEER_LOST):  # the job is unfinished, and goes on in the next group
+            raise RuntimeError(f"{end['reason']}; the group is made anew")
         if end["status"] == "failed" or (end["status"] == "left" and end["reason"].startswith("storage")):
             ray.get(box.end.remote(number, json.dumps(end)))
             raise RuntimeError(f"trial failed: {end['reason']}; the group is made anew")
@@ -230,7 +139,7 @@ class Group:
     _problem: list[str] = field(default_factory=list)
 
     def start(self) -> None:
-        self._box = ray.remote(num_cpus=0)(_Mailbox).remote()
+        self._box = ray.remote(num_cpus=0)(Mailbox).remote()
         self._thread = threading.Thread(target=self._fit, daemon=True)
         self._thread.start()
 
@@ -267,7 +176,7 @@ class Group:
                 message = ray.get(self._box.take.remote(1.0))
                 if message is None and not self.is_alive:
                     why = f"its workers could not be started: {''.join(self._problem)}"
-                    message = {"end": json.dumps(_failed(why, 0))}
+                    message = {"end": json.dumps(failed(why, 0))}
                 if message is not None:
                     is_over = "end" in message
                     yield message

@@ -75,7 +75,7 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
 
 def open_tokenizer(folder: str) -> Any:
     """From a folder that `prepare` wrote."""
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def identity(tokenizer: Any) -> str:
