@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -157,11 +158,24 @@ class Limits(Value):
 
 
 class Slot(Value):
-    """What one trial gets: `workers` processes that share each batch, each with so many CPUs and GPUs."""
+    """What one trial gets: `workers` processes that share each batch, each with so many CPUs and GPUs.
+
+    `memory_gb`: memory of one worker, of its GPU where it has one, in 10^9 bytes. The plan asks this machine; it is to be
+    stated where another one trains.
+    """
 
     workers: PositiveInt = 1
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
+    memory_gb: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _a_worker_uses_one_device(self) -> Slot:
+        if self.gpus > 1:
+            raise ValueError(
+                f"gpus is what one worker gets, at most 1; got {self.gpus:g}: give `workers: {math.ceil(self.gpus)}, gpus: 1`"
+            )
+        return self
 
 
 class Study(Value):

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lab, Listener, distillation
+from conftest import Lab, Listener, distillation, model
 
 from orchestrator.agenda import Agenda
 from orchestrator.messages import StudyError
 from orchestrator.overview import bytes_text, print_plan
 from orchestrator.plan import Identity
 from orchestrator.study_file import load_study
+from orchestrator.sweep import main
 from trainables.attempt import Job, run
 
 SOFT = "phases.distil.terms.teacher_to_student"
@@ -97,13 +98,37 @@ def test_the_plan_says_what_the_data_are_and_shows_examples(plan: Callable[..., 
 
 
 def test_the_parts_of_memory_add_up_to_what_is_said(plan: Callable[..., dict[str, list[str]]]) -> None:
-    line = plan()["memory"][0]
+    line, checkpoints = plan()["memory"]
     units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-    total, *parts = [float(size) * units[unit] for size, unit in re.findall(r"([\d.e+]+) ([KMG]?B)\b", line)]
-    assert len(parts) == 5 and total == pytest.approx(sum(parts), rel=0.01)
-    bigger = distillation()
-    bigger["models"]["student"]["layers"] = 6
-    assert "phase distil" in plan(trial=bigger)["memory"][0]
+    total, _, *parts = [float(size) * units[unit] for size, unit in re.findall(r"([\d.e+]+) ([KMG]?B)\b", line)]
+    assert len(parts) == 8 and total == pytest.approx(sum(parts), rel=0.01)
+    assert "in phase distil of arm taught: process 650 MB, weights " in line and ", teacher " in line
+    assert checkpoints.startswith("a checkpoint in phase ")
+    bigger = plan(arms={"taught": {}, "big": {"models.student.layers": 6, f"{SOFT}.weight": 0}}, slot={"memory_gb": 4})
+    assert " of 4 GB in phase distil of arm big" in bigger["memory"][0] and "teacher" not in bigger["memory"][0]
+
+
+def test_a_trial_that_fits_no_slot_is_refused_in_one_sentence(
+    plan: Callable[..., dict[str, list[str]]], tmp_path: Path, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        StudyError, match=r"needs .* \(process 650 MB, weights .* a slot has 600 MB for a worker; nothing that"
+    ):
+        plan(slot={"memory_gb": 0.6})
+    capsys.readouterr()
+    assert main([str(tmp_path / "mine.yaml"), "--dry-run", "--storage", str(lab.root)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out.strip()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoders_are_planned_like_encoders(plan: Callable[..., dict[str, list[str]]], family: str) -> None:
+    trial = distillation(teacher=model(family), student=model(family))
+    for phase in trial["phases"].values():
+        phase["streams"] = {"main": {"corruption": None}}
+    objective = {"phase": "distil", "model": "student", "metric": "lm_loss", "mode": "min"}
+    found = plan(trial=trial, objective=objective)
+    assert "activations" in found["memory"][0] and "device-hours" in found["cost"][0]
 
 
 def test_a_search_is_counted_once_before_and_after_it_ran(plan: Callable[..., dict[str, list[str]]]) -> None:

@@ -6,11 +6,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, distillation
+from pydantic import ValidationError
+from transformers import AutoConfig
 
 from trainables import models
-from trainables.remap import RemapError, apply, check, depth_plan, layers_prefix, measure
-from trainables.spec import Depth, Model
+from trainables.phases import Instance, phase_key
+from trainables.remap import RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
+from trainables.spec import Depth, Model, Remap, TrialSpec, Width, trial_id
 
 DEPTHS = get_args(Depth)
 PLANS: dict[str, dict[tuple[int, int], tuple[int | None, ...]]] = {  # (source, target) layers -> plan
@@ -23,8 +26,18 @@ PLANS: dict[str, dict[tuple[int, int], tuple[int | None, ...]]] = {  # (source, 
 }
 
 
-def net_of(family: str, layers: int, *, name: str = "m", width: int = 16, inner: int = 24, vocab_size: int = 40) -> Any:
-    shape = Model(family=family, layers=layers, width=width, heads=2, inner=inner, dropout=0)
+def net_of(
+    family: str,
+    layers: int,
+    *,
+    name: str = "m",
+    width: int = 16,
+    heads: int = 2,
+    inner: int = 24,
+    vocab_size: int = 40,
+    **config: Any,
+) -> Any:
+    shape = Model(family=family, layers=layers, width=width, heads=heads, inner=inner, dropout=0, config=config)
     return models.build(shape, name=name, seed=0, vocab_size=vocab_size, special_ids={"pad_token_id": 0}, length=16)
 
 
@@ -65,11 +78,53 @@ def test_every_other_says_how_many_layers_it_needs() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"width": 32}, "hidden_size; source has 16, target 32"), ({"vocab_size": 41}, "vocab_size; source has 40")],
+    [
+        ({"width": 32}, "equal hidden_size; source has 16, target 32; valid: width, one of replicate, "),
+        ({"heads": 4}, "equal num_attention_heads; source has 2, target 4; valid: width"),
+        ({"inner": 25}, "equal intermediate_size; source has 24, target 25; valid: width"),
+        ({"vocab_size": 41}, "equal vocab_size; source has 40, target 41"),
+    ],
 )
 def test_shapes_that_differ_beside_depth_are_refused_by_name(change: dict[str, int], message: str) -> None:
+    for family in FAMILIES:
+        with pytest.raises(RemapError, match=message):
+            check("stack", net_of(family, 1).config, net_of(family, 2, **change).config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 1}, "equal num_key_value_heads; source has 2, target 1; valid: width"),
+        ({"head_dim": 16}, "equal head_dim; source has 8, target 16; valid: width"),
+        ({"attention_bias": True}, "equal attention_bias; source has False, target True"),
+        ({"tie_word_embeddings": True}, "cannot tie what is apart"),
+    ],
+)
+def test_what_only_some_families_have_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RemapError, match=message):
-        check("stack", net_of("bert", 1).config, net_of("bert", 2, **change).config)
+        check("stack", net_of("llama", 1).config, net_of("llama", 2, **change).config)
+
+
+@pytest.mark.parametrize("width", get_args(Width))
+def test_with_a_width_sizes_may_differ_and_nothing_else(width: Width) -> None:
+    source = net_of("llama", 2).config
+    wide = net_of("llama", 3, width=64, heads=4, inner=40, num_key_value_heads=2, head_dim=8).config
+    assert check("stack", source, wide, width) == (0, 1, 0)
+    for change in ({"vocab_size": 41}, {"mlp_bias": True}, {"tie_word_embeddings": True}):
+        with pytest.raises(RemapError):
+            check("stack", source, net_of("llama", 2, width=32, **change).config, width)
+    with pytest.raises(RemapError, match="every_other needs"):
+        check("every_other", source, net_of("llama", 2, width=32).config, width)
+
+
+def test_a_width_is_for_families_whose_tensors_are_known() -> None:
+    opt = AutoConfig.for_model("opt", hidden_size=16, num_attention_heads=2, ffn_dim=24, num_hidden_layers=1)
+    assert check("stack", opt, opt) == (0,)
+    with pytest.raises(RemapError, match="serve the families bert, modernbert, gpt2, llama; these are opt"):
+        check("stack", opt, opt, "replicate")
+    odd = net_of("gpt2", 1, add_cross_attention=True)
+    with pytest.raises(RemapError, match=r"no place for transformer\.h\.0\.crossattention"):
+        apply(odd, net_of("gpt2", 1, add_cross_attention=True), (0,), "replicate")
 
 
 def test_families_that_differ_are_refused() -> None:
@@ -100,7 +155,7 @@ def test_apply_copies_what_the_plan_says_and_everything_around(family: str, dept
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     ours = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     plan = depth_plan(depth, num_source, num_target)
-    apply(source, target, plan)
+    left = apply(source, target, plan)
     copied = 0
     for name, tensor in target.state_dict().items():
         at = layer_of(target, name)
@@ -110,6 +165,7 @@ def test_apply_copies_what_the_plan_says_and_everything_around(family: str, dept
             assert family == "modernbert" and wanted.endswith("0.attn_norm.weight"), wanted
             wanted = None
         assert torch.equal(tensor, before[name] if wanted is None else ours[wanted]), (name, wanted)
+        assert (name in left) == (wanted is None)
         copied += wanted is not None
     assert copied > 0
     assert all(torch.equal(tensor, ours[name]) for name, tensor in source.state_dict().items())
@@ -158,3 +214,56 @@ def test_growing_a_pre_norm_decoder_by_layers_that_add_nothing_is_exact(family: 
             ):
                 parameter.zero_()
     assert measure(source, target, depth_plan("first", 2, 3)).verdict == "exact"
+
+
+@pytest.mark.parametrize(("depth", "layers", "verdict"), [("copy_last", (2, 2), "exact"), ("stack", (2, 4), "lossy")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_remap_of_depth_does_is_foreseen(family: str, depth: Any, layers: tuple[int, int], verdict: str) -> None:
+    source, target = (Model(family=family, layers=num, width=768, heads=12) for num in layers)
+    target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth=depth)})
+    plan, found = foresee(source, target)
+    assert plan == depth_plan(depth, *layers) and found.verdict == verdict
+
+
+def test_grouped_heads_of_a_given_size_are_foreseen_in_their_proportions() -> None:
+    wide = {"num_key_value_heads": 8, "head_dim": 128}
+    source = Model(
+        family="llama", layers=1, width=2048, heads=32, inner=5632, config={**wide, "num_key_value_heads": 4}
+    )
+    target = Model(family="llama", layers=1, width=4096, heads=64, inner=11264, config=wide,
+                   init=Remap(kind="remap", from_="s", depth="stack", width="replicate"))  # fmt: skip
+    assert foresee(source, target)[1].verdict == "exact"
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+def spec_of(init: dict[str, Any]) -> TrialSpec:
+    data = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 160}}
+    init = {"kind": "remap", "from": "teacher", "depth": "stack", **init}
+    value = distillation()
+    value["models"]["student"]["init"] = init
+    return TrialSpec.model_validate({"data": data, **value})
+
+
+def test_a_remap_without_width_is_the_one_that_it_was_before_there_was_width() -> None:
+    found = {"data:corpus": "x"}
+    spec = spec_of({})
+    assert "width" not in spec.model_dump(mode="json")["models"]["student"]["init"]
+    assert trial_id(spec, found) == trial_id(spec_of({"width": None}), found) == "b32be4a6aaaa"
+
+
+@pytest.mark.parametrize("width", get_args(Width))
+def test_a_width_is_part_of_a_trials_id_and_of_its_phases_keys(width: Width) -> None:
+    found = {"data:corpus": "x"}
+    plain, wide = spec_of({}), spec_of({"width": width})
+    assert TrialSpec.model_validate(wide.model_dump(mode="json")) == wide
+    assert TrialSpec.model_validate_json(wide.model_dump_json()) == wide
+    assert trial_id(plain, found) != trial_id(wide, found)
+    keys = [[phase_key(s.pruned(), Instance(p), found) for s in (plain, wide)] for p in ("teach", "distil")]
+    assert keys[0][0] == keys[0][1] and keys[1][0] != keys[1][1]
+
+
+def test_a_width_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValidationError, match="replicate_noise"):
+        spec_of({"width": "wavelet"})

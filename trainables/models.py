@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -117,6 +117,7 @@ def _load(model: Model, vocab_size: int) -> Any:
         config = AutoConfig.from_pretrained(
             model.pretrained, revision=model.revision or "main", trust_remote_code=False
         )
+        _refuse_code_of_the_hub(config, repr(model.pretrained))
         if model.dropout is not None:
             config.update({key: model.dropout for key in _dropouts(config)})
         auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
@@ -128,6 +129,8 @@ def _load(model: Model, vocab_size: int) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
         )
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -157,8 +160,18 @@ def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
 
 def skeleton(config: Any) -> Any:
     """A language model of this config with weights of no meaning (none at all on the meta device)."""
+    _refuse_code_of_the_hub(config, config.model_type)
     auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
-    return auto.from_config(config)
+    return auto.from_config(config, trust_remote_code=False)
+
+
+def _refuse_code_of_the_hub(config: Any, where: str) -> None:
+    """An attention called `owner/name` is a program that transformers would fetch and run, whatever it trusts else."""
+    for field in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, field, None)):
+            raise ModelError(
+                f"{where}: its config asks for code of the hub ({getattr(config, field)}), which is refused"
+            )
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
@@ -296,6 +309,65 @@ def _only(trunk: nn.Module, positions_N: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class Head(NamedTuple):
+    """The last layer of a language model: logits = hidden @ weight.T + bias. The weight may be that of the embeddings."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+@torch.no_grad()
+def head_of(net: nn.Module) -> Head | None:
+    """The head of `net`, or None where it is more than a linear layer (softcaps and scales of logits): a forward tells.
+
+    To be asked under the autocast of later forwards: there some families (Mamba) cast their logits back.
+    """
+    device = next(net.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
+        try:
+            hidden_at(net, torch.zeros((1, 2), dtype=torch.long, device=device), torch.tensor([1], device=device))
+        except ModelError:
+            return None
+    last = net.get_output_embeddings()  # type: ignore[operator]
+    return Head(last.weight, last.bias)
+
+
+def hidden_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: nn.Module | None = None) -> Tensor:
+    """What the head turns into logits at flat positions b*T+t, [N, D]: logits_at = hidden_at @ weight.T + bias.
+
+    Whatever the family puts between trunk and head (BERT's transform) is in it. The head itself runs on no position.
+    Raises ModelError where the logits are not what the head gives, as it gives it: see `head_of`.
+    """
+    last = net.get_output_embeddings()  # type: ignore[operator]
+    with _only(net.base_model, positions_N), _starved(last) as seen:  # type: ignore[arg-type]
+        output = (through or net)(input_ids=ids_BT, **_no_cache(net))
+    if len(seen) != 1 or output.logits is not seen[0][1]:
+        raise ModelError(f"the logits of a {net.config.model_type} are more than a linear layer of its hidden states")  # type: ignore[union-attr]
+    hidden_BTD = seen[0][0]
+    whole = hidden_BTD.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
+    return hidden_BTD.flatten(0, 1).index_select(0, positions_N) if whole else hidden_BTD[0]
+
+
+@contextmanager
+def _starved(last: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Keeps what a linear layer is given, with what it gives, and lets it see none of it; [] for other layers."""
+    given: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def take(_module: nn.Module, args: Any) -> Any:
+        given.append(args[0])
+        return (args[0][..., :0, :],)
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append((given.pop(), output))
+
+    with ExitStack() as stack:
+        if isinstance(last, nn.Linear):
+            stack.callback(last.register_forward_pre_hook(take).remove)
+            stack.callback(last.register_forward_hook(note).remove)
+        yield seen
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:

@@ -120,7 +120,7 @@ def _weights(spec: TrialSpec, phase: str, name: str, fingerprints: Mapping[str, 
     value: dict[str, Any] = {"name": name, "seed": seed_of(spec, phase), "length": longest(spec)}
     value["shape"] = model.model_dump(mode="json", exclude={"init"})
     if isinstance(model.init, Remap):
-        value["remap"] = {"depth": model.init.depth, "rest": model.init.rest.model_dump(mode="json")}
+        value["remap"] = model.init.model_dump(mode="json", include={"depth", "width", "rest"})
         value["source"] = _weights(spec, phase, model.init.from_, fingerprints)
     else:
         value["init"] = model.init.model_dump(mode="json")

@@ -112,14 +112,30 @@ class Random(Value):
 
 
 Depth = Literal["copy_last", "stack", "interpolate", "every_other", "first", "random"]
+Width = Literal[  # how hidden size, heads and inner layer change; exact: all outputs stay as they are
+    "replicate",  # copies, whose readers share. Exact: inner layer, heads; hidden size by a whole factor. Down: averages
+    "replicate_noise",  # the same, and noise in the readers that cancels over copies, so that these learn apart
+    "aki",  # as replicate, but copies come from the next layer, whose knowledge is advanced; never exact
+    "zero_pad",  # new parts are fresh, nobody reads them yet. Exact: inner layer, heads; hidden size under RMSNorm
+    "mean_pad",  # the same, new hidden channels hold the mean. Exact there: under LayerNorm before each block (GPT-2)
+    "prefix",  # what overlaps, per head, zeros beside it; nothing is rescaled, and what is added may never learn
+    "select",  # down: evenly spaced channels, heads, neurons. What grows is padded
+    "importance",  # down: those that do most on random inputs (the least damage). What grows is padded
+]
 
 
 class Remap(Value):
-    """Weights from another model of the trial, as it is when this one is first used."""
+    """Weights from another model of the trial, as it is when this one is first used.
+
+    Without `width` the shapes differ in depth at most. With it heads may change in number and in size (exactly where
+    they only grow, rotary ones to a multiple of their size), and the norms take the source's epsilon, times the ratio of
+    the hidden sizes where these are padded: exactness needs that.
+    """
 
     kind: Literal["remap"]
     from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
     depth: Depth
+    width: Width | None = Field(None, exclude_if=lambda width: width is None)  # ids of trials without it stay the same
     rest: Random = Random()  # what the plan leaves open keeps this initialisation
 
 

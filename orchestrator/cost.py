@@ -1,0 +1,137 @@
+"""What a study will cost, as far as its trials can be named: device-hours, from steps timed here, and bytes of weights."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+
+import torch
+
+from orchestrator.agenda import Agenda
+from orchestrator.memory import FP32, bytes_text, num_slots
+from orchestrator.plan import Planned
+from orchestrator.shapes import Shapes
+from trainables import models
+from trainables.data.batches import corrupt
+from trainables.data.corpus import Corpus
+from trainables.phases import longest, num_steps
+from trainables.spec import TrialSpec, digest
+from trainables.store import PhaseStore, Storage
+
+PROBE_FLOPS = 2e11  # a step beyond that is not timed here: the machine that runs it is another one
+
+
+def cost_lines(
+    agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], shapes: Shapes, slots: int | None
+) -> list[str]:
+    """Device-hours from a step of each kind of phase, timed here and now; what the store has costs nothing."""
+    study = agenda.study
+    todo = _todo(agenda, trials)
+    per_step: dict[str, float | None] = {}
+    seconds, last = 0.0, dict[str, float]()
+    size = largest = 0
+    for planned, instance in todo.values():
+        name = instance.partition("[")[0]
+        phase = planned.spec.phases[name]
+        sizes = [FP32 * shapes.num_parameters(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
+        size += sum(sizes) * (1 + len(phase.keep))
+        largest = max(largest, *sizes)
+        kind = _kind(planned.spec, name)
+        if kind not in per_step:
+            per_step[kind] = _time_step(planned.spec, name, corpora, shapes)
+        step = per_step[kind]
+        if step is not None:
+            corpus = _of(corpora, next(iter(phase.streams.values())).data)
+            last[instance] = step * num_steps(phase, length=corpus.train.length, num_sequences=len(corpus.train))
+            seconds += last[instance]
+    extra = study.search.points if study.search else 0
+    if study.confirm and not any(p.kind == "confirm" for p in trials):
+        extra += 2 * study.confirm.seeds
+    extra -= sum(1 for p in trials if p.arm is None and p.kind == "trial")
+    if extra > 0:
+        seconds += extra * sum(last.values())
+        size += extra * largest
+    lines = []
+    if not todo and extra <= 0:
+        lines.append("nothing to train")
+    elif None in per_step.values():
+        lines.append("too large to be timed on this machine; device-hours show after the first phases")
+    else:
+        num = slots or num_slots(study.slot)
+        lines.append(
+            f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
+            f"{study.slot.workers} x ({study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu) (steps timed here)"
+        )
+    free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
+    lines.append(
+        f"about {bytes_text(size)} of weights to be written"
+        + (f", {bytes_text(free)} free" if free is not None else "")
+    )
+    if study.limits.minutes:
+        lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")
+    return lines
+
+
+def _todo(agenda: Agenda, trials: list[Planned]) -> dict[str, tuple[Planned, str]]:
+    """The phases that no trial has trained yet, by key."""
+    store = PhaseStore(agenda.storage)
+    return {
+        key: (planned, instance)
+        for planned in trials
+        if agenda.rows.get(planned.id, {}).get("status") not in ("ended", "stopped", "failed")
+        for instance, key in planned.keys.items()
+        if store.find(key) is None
+    }
+
+
+def _kind(spec: TrialSpec, name: str) -> str:
+    """Phases of one kind take equally long for a step."""
+    phase = spec.phases[name]
+    shapes = {m: spec.models[m].model_dump(mode="json", exclude={"init"}) for m in spec.models_of(name)}
+    return digest([phase.model_dump(mode="json", include={"train", "batch", "streams"}), sorted(phase.terms), shapes])
+
+
+def _of(corpora: Mapping[str, Corpus], name: str) -> Corpus:
+    return corpora.get(name) or next(iter(corpora.values()))
+
+
+def _time_step(spec: TrialSpec, name: str, corpora: Mapping[str, Corpus], shapes: Shapes) -> float | None:
+    """Seconds of one step of a phase on this machine, with fresh weights; None where it is too large to try."""
+    phase = spec.phases[name]
+    corpus = next(iter(corpora.values()))
+    stream = next(iter(phase.streams.values()))
+    used = {model: spec.models[model] for model in spec.models_of(name)}
+    flops = 0
+    for model, shape in used.items():
+        per_token = 2 * shapes.num_parameters(shape, longest(spec)) * (3 if model in phase.train else 1)
+        flops += per_token * phase.batch * corpus.train.length
+    if flops > PROBE_FLOPS:
+        return None
+    batch = corrupt(corpus.train.rows(range(min(phase.batch, len(corpus.train)))), corpus, stream.corruption, seed=0)
+    built = {model: models.skeleton(shapes.config(shape, longest(spec))) for model, shape in used.items()}
+    torch.set_num_threads(1)
+
+    def step() -> None:
+        for model, net in built.items():
+            with torch.set_grad_enabled(model in phase.train):
+                logits = models.logits_at(net, batch.ids_BT, batch.positions_N)
+                loss = torch.nn.functional.cross_entropy(logits, batch.labels_N)
+            if model in phase.train:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    step()  # warms up
+    started = time.monotonic()
+    step()
+    return time.monotonic() - started
+
+
+def _existing_parent(storage: Storage) -> str:
+    path = storage.path()
+    while not path.exists():
+        path = path.parent
+    return str(path)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,326 @@
+"""Memory by part, what a slot has, and the cheapest change where the largest trial does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from conftest import distillation, flow, hard, model, phase
+from test_shapes import LENGTH, SPECIAL, shapes, study
+
+from orchestrator import memory
+from orchestrator.memory import FP32, PROCESS, WASTE, largest, memory_lines, need, room
+from orchestrator.messages import StudyError
+from orchestrator.shapes import At, Reached, Rows, Shapes, reachable
+from orchestrator.study import Slot, Study
+from trainables import models
+from trainables.phases import Instance, instances
+
+SOFT = "phases.distil.terms.teacher_to_student"
+
+
+def reached(value: Study) -> Reached:
+    return Reached(value.spec(seed=0).pruned(), "the trial", {})
+
+
+def need_of(value: Study, name: str = "distil", rows: int | None = None) -> memory.Need:
+    return need(reached(value), Instance(name), value.slot, shapes(), rows)
+
+
+def lines(value: Study) -> list[str]:
+    return memory_lines(value, shapes(), list(reachable(value)))
+
+
+def wide(**changes: Any) -> dict[str, Any]:
+    """A trial whose steps need more than its evaluations and its checkpoints."""
+    trial = distillation(teacher=model(layers=2, width=32, inner=128), student=model(layers=4, width=32, inner=128))
+    data = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 160}, "length": 128, "evaluate": 1}
+    trial = {"data": data, **trial}
+    for name in trial["phases"]:
+        trial["phases"][name] |= {"batch": 64, **changes}
+    return trial
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_each_part_is_what_it_is_called() -> None:
+    value, one = study(trial=wide()), shapes()
+    spec, found = value.spec(seed=0), need_of(value)
+    student, teacher = (FP32 * one.num_parameters(spec.models[name], 128) for name in ("student", "teacher"))
+    parts = found.parts
+    assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (student, 2 * student, teacher)
+    assert parts["gradients"] == student + 2 * FP32 * 160 * 32  # the embeddings are the head's weights, too
+    assert parts["process"] == PROCESS["cpu"]
+    rows = Rows(64, 128, 19)
+    forwards = {
+        n: one.forward(spec.models[n], 128, rows, trained=n == "student", at=At()) for n in ("student", "teacher")
+    }
+    logits = 64 * 19 * 160 * 4
+    assert parts["activations"] == forwards["student"].kept + forwards["teacher"].peak - logits
+    assert parts["logits"] > 6 * logits
+    assert parts["allocator"] == WASTE["cpu"] * sum(parts[p] for p in ("gradients", "activations", "logits"))
+    assert found.total == sum(parts.values()) and (found.rows, found.share, found.when) == (64, 64, "")
+
+
+def test_both_sides_of_mutual_learning_are_trained_and_no_one_is_a_teacher() -> None:
+    terms = {
+        "a": hard("teacher"),
+        "b": hard("student"),
+        "c": flow("teacher", "student"),
+        "d": flow("student", "teacher"),
+    }
+    both = distillation()
+    both["phases"] = {"distil": phase(("teacher", "student"), terms, batch=64)}
+    found = need_of(study(trial={**wide(), **both})).parts
+    assert found["teacher"] == 0 and found["weights"] == 2 * FP32 * shapes().num_parameters(reached(study(trial={**wide(), **both})).spec.models["student"], 128)  # fmt: skip
+
+
+def test_a_worker_of_several_has_its_share_and_gradients_twice() -> None:
+    alone, shared = need_of(study(trial=wide())), need_of(study(trial=wide(), slot={"workers": 4}))
+    assert shared.share == 16 and shared.parts["weights"] == alone.parts["weights"]
+    assert shared.parts["gradients"] == alone.parts["gradients"] + alone.parts["weights"]
+    assert shared.parts["activations"] < 0.3 * alone.parts["activations"]
+    assert need_of(study(trial=wide()), rows=1).parts["activations"] < shared.parts["activations"]
+
+
+def test_a_term_that_is_off_takes_no_teacher() -> None:
+    parts = need_of(study(trial=wide(), fixed={f"{SOFT}.weight": 0})).parts
+    assert parts["teacher"] == 0 and parts["logits"] < need_of(study(trial=wide())).parts["logits"]
+
+
+def test_an_evaluation_and_a_restart_can_need_more_than_a_step() -> None:
+    long = study(trial={**wide(batch=1), "data": {**wide()["data"], "evaluate": 500}})
+    evaluated = need_of(long)
+    assert evaluated.when == " while it is evaluated" and "phase distil of the trial while" in evaluated.where
+    rows, spec = Rows(32, 128, 19), long.spec(seed=0)
+    assert evaluated.parts["evaluation"] == shapes().scoring(spec.models["student"], 128, rows, at=At())
+    heavy = study(trial={**wide(batch=1), "data": {**wide()["data"], "length": 8}})
+    again = need_of(heavy)
+    assert (
+        again.when == " while it goes on from a checkpoint" and again.parts["checkpoint"] == 6 * again.parts["weights"]
+    )
+    on_gpu = heavy.model_copy(update={"slot": Slot(gpus=1)})
+    assert "checkpoint" not in need_of(on_gpu).parts  # there it lies in the machine's memory
+
+
+def test_a_teacher_that_may_be_switched_off_is_evaluated_too() -> None:
+    trial = wide(batch=1) | {"data": {**wide()["data"], "evaluate": 500}}
+    trial["models"]["teacher"] |= {"width": 128, "inner": 512}
+    plain = need_of(study(trial=trial))
+    trial["phases"]["distil"]["terms"]["teacher_to_student"]["weight"] = {"kind": "off_when_better", "weight": 1}
+    assert need_of(study(trial=trial)).parts["evaluation"] > 2 * plain.parts["evaluation"]
+
+
+# ------------------------------------------------------------------------------------------------------ what a slot has
+
+
+def test_room_is_what_is_stated_or_a_share_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_physical", lambda: memory.DRIVER + 24e9)
+    monkeypatch.setattr(memory, "_cores", lambda: 8)
+    assert room(Slot()) == 3e9 and room(Slot(cpus=4)) == 12e9 and room(Slot(workers=4)) == 3e9
+    assert room(Slot(workers=2, cpus=3)) == 12e9 and room(Slot(cpus=99)) == 24e9
+    assert room(Slot(memory_gb=7)) == 7e9 == room(Slot(memory_gb=7, gpus=1))
+
+
+def test_room_on_a_gpu_is_the_part_of_it_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert room(Slot(gpus=1)) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    properties = type("Properties", (), {"total_memory": 80 * 10**9})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    assert (room(Slot(gpus=1)), room(Slot(gpus=0.25))) == (80e9, 20e9)
+
+
+def test_what_is_unknown_here_is_said_with_what_would_make_it_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = lines(study(trial=wide(), slot={"gpus": 1}))
+    assert found[0].startswith("up to ") and "slot.memory_gb: N lets the plan check it" in found[1]
+    assert "with one sequence at a time" in found[1] and found[2].startswith("a checkpoint in phase distil is ")
+
+
+def test_on_a_gpu_the_micro_batch_that_fits_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = need_of(study(trial=wide(), slot={"gpus": 1}), rows=16)
+    value = study(trial=wide(), slot={"gpus": 1, "memory_gb": fits.total / 1e9})
+    assert need_of(value).rows == 16 and need_of(value).total <= fits.total
+    assert "in micro-batches of 16 of 64 sequences" in lines(value)[0]
+    one = need_of(value, rows=1)
+    with pytest.raises(StudyError, match="phase distil of the trial needs "):
+        lines(value.model_copy(update={"slot": Slot(gpus=1, memory_gb=0.999 * one.total / 1e9)}))
+
+
+# -------------------------------------------------------------------------------------------------------- largest trial
+
+
+def test_the_worst_ends_of_several_ranges_are_taken_together() -> None:
+    value = study(
+        trial=wide(),
+        vary={
+            "phases.distil.batch": {"int": [16, 128]},
+            "data.length": {"choice": [32, 256]},
+            "phases.distil.optimizer.lr": {"float": [1e-3, 1e-2]},
+            "sizes": {"choice": {"small": {"models.student.layers": 1}, "large": {"models.student.layers": 5}}},
+        },
+    )
+    worst = largest(value, shapes(), list(reachable(value)))
+    spec = worst.reached.spec
+    got = spec.phases["distil"].batch, spec.data["corpus"].length, spec.models["student"].layers, worst.share
+    assert got == (128, 256, 5, 128)
+    assert worst.reached.name == "point batch 128, length 256, sizes large"
+
+
+def test_the_largest_is_named_by_its_arm() -> None:
+    value = study(
+        trial=wide(), arms={"taught": {}, "alone": {f"{SOFT}.weight": 0}, "big": {"models.student.layers": 6}}
+    )
+    assert "phase distil of arm big" in lines(value)[0]
+
+
+def test_every_branch_of_a_phase_is_looked_at() -> None:
+    trial = wide()
+    trial["data"] = {"short": {**trial["data"], "length": LENGTH}, "long": trial["data"]}
+    for name in trial["phases"]:
+        trial["phases"][name]["each"] = ["short", "long"]
+        trial["phases"][name]["streams"] = {"main": {"data": "short"}}
+    trial["phases"]["distil"]["start"] = {"teacher": "teach[long]"}
+    value = study(trial=trial)
+    assert {str(i) for i in instances(value.spec(seed=0))} >= {"distil[short]", "distil[long]"}
+    assert "phase distil[long] of the trial" in largest(value, shapes(), reachable(value)).where
+
+
+# ---------------------------------------------------------------------------------------------------- cheapest change
+
+
+def changed(value: Study, slot: Mapping[str, Any] | None = None, **trial: Any) -> float:
+    after = value.model_copy(
+        update={
+            "slot": value.slot.model_copy(update=dict(slot or {})),
+            "fixed": {path.replace("__", "."): part for path, part in trial.items()},
+        }
+    )
+    return largest(after, shapes(), reachable(after)).total
+
+
+ODD = {"batch": 63}  # no two workers can share it
+
+
+@pytest.mark.parametrize(
+    ("trial", "slot", "change", "says"),
+    [
+        (wide(), {}, {"slot": {"workers": 4}}, "slot.workers: 4"),
+        (wide(**ODD), {}, {"precision": "bf16"}, "trial.precision: bf16"),
+        ({**wide(**ODD), "precision": "bf16"}, {}, {"phases__distil__batch": 31, "phases__teach__batch": 31}, "trial.phases.distil.batch: 31"),
+        ({**wide(**ODD), "precision": "bf16"}, {}, {"phases__distil__batch": 7, "phases__teach__batch": 7}, "trial.phases.teach.batch: 7, trial.phases.distil.batch: 7"),
+        (wide(batch=1), {}, {"data__length": 32}, "trial.data.length: 32"),
+        ({**wide(), "precision": "bf16"}, {"gpus": 1}, {"data__length": 32}, "trial.data.length: 32"),
+    ],
+)  # fmt: skip
+def test_the_first_change_that_makes_it_fit_is_named(
+    trial: dict[str, Any], slot: dict[str, Any], change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot that has just what the changed study needs; whatever comes before in the order needs more."""
+    if trial["phases"]["distil"]["batch"] == 1:  # a step must count, not a restart
+        monkeypatch.setattr(memory._Phase, "restart", lambda self: {})
+    value = study(trial=trial, slot=slot)
+    options = {key: part for key, part in change.items() if key != "slot"}
+    rows = 1 if slot.get("gpus") else None
+    after = value.model_copy(
+        update={
+            "slot": value.slot.model_copy(update=change.get("slot", {})),
+            "fixed": {path.replace("__", "."): part for path, part in options.items()},
+        }
+    )
+    enough = largest(after, shapes(), reachable(after), rows).total
+    tight = value.model_copy(update={"slot": Slot(**slot, memory_gb=enough / 1e9)})
+    with pytest.raises(StudyError) as error:
+        lines(tight)
+    text = str(error.value)
+    assert text.startswith("mine.yaml: phase distil of the trial needs ") and "\n" not in text
+    assert f"(process {'600' if slot else '650'} MB, weights " in text and ", activations " in text
+    assert text.endswith(f"the cheapest change that makes it fit: {says}")
+    fitting = after.model_copy(update={"slot": after.slot.model_copy(update={"memory_gb": enough / 1e9})})
+    assert lines(fitting)[0].startswith("up to ")
+
+
+def test_fewer_trials_at_a_time_come_first_where_they_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = study(trial=wide())
+    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    monkeypatch.setattr(memory, "_physical", lambda: memory.DRIVER + 2 * 1.01 * changed(value))
+    with pytest.raises(StudyError, match=re.escape("makes it fit: slot.cpus: 2 (2 at a time)")):
+        lines(value)
+    assert lines(value.model_copy(update={"slot": Slot(cpus=2)}))
+
+
+def test_a_larger_part_of_a_gpu_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = study(trial=wide(), slot={"gpus": 0.2})
+    total = 2.01 * need_of(value, rows=1).total
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: type("P", (), {"total_memory": total}))
+    with pytest.raises(StudyError, match=re.escape("makes it fit: slot.gpus: 0.5")):
+        lines(value)
+
+
+def test_fewer_layers_come_last_and_then_there_is_nothing() -> None:
+    trial = wide(batch=1) | {"data": {**wide()["data"], "length": 16}}
+    trial["models"]["student"] |= {"layers": 12}
+    value = study(trial=trial)
+    enough = changed(value, models__student__layers=3)
+    with pytest.raises(StudyError, match=r"makes it fit: trial\.models\.student\.layers: 3$"):
+        lines(value.model_copy(update={"slot": Slot(memory_gb=enough / 1e9)}))
+    with pytest.raises(
+        StudyError, match=r"nothing that was tried makes it fit; the largest model is student with [0-9,]+ parameters$"
+    ):
+        lines(value.model_copy(update={"slot": Slot(memory_gb=0.1)}))
+
+
+def test_a_billion_parameters_are_counted_without_a_byte() -> None:
+    """A student of 1.2 billion parameters with a teacher of 3 billion has no place on 24 GB."""
+    data = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 160}, "length": 512}
+    trial = {
+        "data": data,
+        "models": {
+            "teacher": {"family": "llama", "layers": 28, "width": 3072, "inner": 8192, "heads": 24},
+            "student": {"family": "llama", "layers": 16, "width": 2048, "inner": 8192, "heads": 32},
+        },
+        "phases": {
+            "distil": phase("student", {"f": flow("teacher", "student")}, streams={"main": {"corruption": None}})
+        },
+    }
+    value = study(trial=trial, slot={"gpus": 1, "memory_gb": 24})
+    parts = need_of(value, rows=1).parts
+    assert 1.0e9 < parts["weights"] / FP32 < 1.3e9 and 3.0e9 < parts["teacher"] / FP32 < 3.3e9
+    with pytest.raises(StudyError, match=r"needs 3\d(\.\d)? GB .* a slot has 24 GB .*: trial.models."):
+        lines(value)
+    assert lines(value.model_copy(update={"slot": Slot(gpus=1, memory_gb=48)}))[0].startswith("up to ")
+
+
+# ----------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_checkpoints_are_counted_by_slot_twice_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    monkeypatch.setattr(memory, "_physical", lambda: 64e9)
+    value = study(trial=wide(), slot={"cpus": 2})
+    size = 3 * FP32 * shapes().num_parameters(value.spec(seed=0).models["student"], 128)
+    text = lines(value)[-1]
+    assert text.startswith(f"a checkpoint in phase distil is {memory.bytes_text(size)}; 2 slots keep up to {memory.bytes_text(4 * size)}")  # fmt: skip
+
+
+def test_a_model_that_cannot_run_without_content_leaves_memory_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no meta kernel\nfor this")
+
+    monkeypatch.setattr(models, "logits_at", fails)
+    value = study(trial=wide())
+    assert (
+        memory_lines(value, Shapes(160, SPECIAL), list(reachable(value)))[0]
+        == "unknown: a model cannot be run without content (bert: no meta kernel)"
+    )
+
+
+def test_slots_are_as_many_as_cores_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    asked = [Slot(), Slot(cpus=0.5), Slot(cpus=3), Slot(workers=2), Slot(workers=3), Slot(cpus=8)]
+    assert [memory.num_slots(slot) for slot in asked] == [4, 8, 1, 2, 1, 1]

@@ -1,0 +1,110 @@
+"""Where a family's tensors stand: which space of the transformer each writes to, and which it reads from.
+
+The spaces: the residual stream (`x`), the heads' queries, keys and values (`q`, `k`, `v`), the values as the output
+projection reads them (`o`), the inner layer (`inner`). What changes a model's width or looks into it reads this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> place; linear ones: writes <- reads
+    "bert": {
+        "word_embeddings": "table",
+        "position_embeddings": "table",
+        "token_type_embeddings": "table",
+        "LayerNorm": "norm",
+        "self.query": "q <- x",
+        "self.key": "k <- x",
+        "self.value": "v <- x",
+        "attention.output.dense": "x <- o",
+        "intermediate.dense": "inner <- x",
+        "output.dense": "x <- inner",
+        "transform.dense": "x <- x",
+        "transform.LayerNorm": "last norm",
+        "predictions.decoder": "head",
+        "cls.predictions": "head",
+    },
+    "modernbert": {
+        "tok_embeddings": "table",
+        "norm": "norm",
+        "attn_norm": "norm",
+        "mlp_norm": "norm",
+        "final_norm": "norm",
+        "attn.Wqkv": "q k v <- x",
+        "attn.Wo": "x <- o",
+        "mlp.Wi": "inner inner <- x",
+        "mlp.Wo": "x <- inner",
+        "head.dense": "x <- x",
+        "head.norm": "last norm",
+        "decoder": "head",
+    },
+    "gpt2": {
+        "wte": "table",
+        "wpe": "table",
+        "ln_1": "norm",
+        "ln_2": "norm",
+        "attn.c_attn": "q k v <- x",
+        "attn.c_proj": "x <- o",
+        "mlp.c_fc": "inner <- x",
+        "mlp.c_proj": "x <- inner",
+        "ln_f": "last norm",
+        "lm_head": "head",
+    },
+    "llama": {
+        "embed_tokens": "table",
+        "input_layernorm": "norm",
+        "post_attention_layernorm": "norm",
+        "q_proj": "q <- x",
+        "k_proj": "k <- x",
+        "v_proj": "v <- x",
+        "o_proj": "x <- o",
+        "gate_proj": "inner <- x",
+        "up_proj": "inner <- x",
+        "down_proj": "x <- inner",
+        "model.norm": "last norm",
+        "lm_head": "head",
+    },
+}
+NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}
+
+
+def place_of(family: str, name: str) -> str | None:
+    """Where the tensor `name` stands, by the longest known end of its module's path; None: nowhere that is known."""
+    path, layout = name.rpartition(".")[0], LAYOUTS.get(family, {})
+    known = [end for end in layout if path == end or path.endswith(f".{end}")]
+    return layout[max(known, key=len)] if known else None
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether its weight lies as [reads, writes] (GPT-2's Conv1D)."""
+    return type(module).__name__ == "Conv1D"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a remap of width may change, and how attention uses them."""
+
+    hidden: int
+    heads: int
+    kv_heads: int  # as many as heads, or fewer: each serves a group of them
+    head_size: int
+    inner: int
+    is_rotary: bool
+    is_scaled: bool  # scores are divided by sqrt(head_size)
+
+
+def shape_of(config: Any) -> Shape:
+    """The shape of a transformers config."""
+    inner = (getattr(config, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"))
+    heads = config.num_attention_heads
+    return Shape(
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        inner=next(filter(None, inner), 4 * config.hidden_size),
+        is_rotary=hasattr(config, "rope_parameters"),
+        is_scaled=getattr(config, "scale_attn_weights", True),
+    )
