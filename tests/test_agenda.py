@@ -53,10 +53,12 @@ class World:
     busy: dict[str, set[str]] = field(default_factory=dict)  # trial -> phases that it is training
     agenda: Agenda = field(init=False)
     clock: int = 0
+    is_last: bool = False  # the agenda said that nothing follows
 
     def open(self, study: Study, **options: Any) -> World:
         """A driver starts; whatever one before it had in memory is gone."""
         self.busy.clear()
+        self.is_last = False
         self.agenda = Agenda(study, self.identity, Storage(str(self.root)), **options)
         self.agenda.known()  # as the printed plan asks
         return self
@@ -69,12 +71,15 @@ class World:
         while len(self.agenda.running) < self.slots and (planned := self.agenda.next()) is not None:
             self.clock += 1
             assert planned.id not in self.agenda.running
+            assert not self.is_last, "slots were released too early"
             self.agenda.start(planned, self.clock)
             self.started.append(planned)
             lacking = {key for key in planned.keys.values() if self.store.find(key) is None}
             shared = {key for other in self.busy.values() for key in other} & lacking
             assert not shared, f"{planned.kind} {planned.point} trains a phase that another trial is training"
             self.busy[planned.id] = lacking
+        if self.agenda.running and self.agenda.nothing_follows():
+            self.is_last = True
 
     def finish(self, planned: Planned) -> None:
         """What trainables.attempt and the driver leave behind."""
@@ -745,6 +750,89 @@ def test_nothing_new_begins_once_closed(make: Make, world: NewWorld) -> None:
     assert w.agenda.next() is None and not w.agenda.is_complete()
     w.run()
     assert len(w.started) == len(w.ended) == 2
+
+
+@pytest.mark.parametrize("keys", [{"vary": None, "search": None, "confirm": None}, {}], ids=["arms", "search"])
+def test_slots_are_released_while_the_last_trials_run(make: Make, world: NewWorld, keys: dict[str, Any]) -> None:
+    w = world(slots=4).open(make(**keys)).run()
+    assert w.is_last and w.agenda.is_complete()
+
+
+def test_with_early_stopping_nobody_knows_what_follows(make: Make, world: NewWorld) -> None:
+    w = world().open(make(search=ASHA)).run()
+    assert not w.is_last
+
+
+def test_a_trial_that_was_left_goes_on_at_the_next_start(make: Make, world: NewWorld) -> None:
+    study = make()
+    w = world().open(study)
+    w.fill()
+    left = list(w.agenda.running)
+    heard: list[tuple[str, str]] = []
+    w.agenda.listeners.append(lambda row, records: heard.append((row["trial"], row["status"])))
+    for trial in left:
+        w.agenda.leave(trial)
+    assert not w.agenda.running and heard == [(trial, "running") for trial in left]
+    assert not any(Storage(str(w.root)).read(f"study/trials/{trial}/end.json") for trial in left)
+    w.open(study).run()
+    assert set(left) <= {p.id for p in w.started} and {row["status"] for row in w.rows()} == {"ended"}
+
+
+def stop_by_hand(w: World, planned: Planned) -> None:
+    w.agenda.end(planned.id, {"status": "stopped", "reason": "stopped by hand", "attempts": 1, "node": None}, 9)
+    w.busy.pop(planned.id)
+
+
+def test_what_a_person_stopped_is_not_spared_and_runs_again_only_when_asked_for(make: Make, world: NewWorld) -> None:
+    study = make(search=ASHA)
+    w = world().open(study)
+    while not any(p.arm is None and p.kind == "trial" for p in w.agenda.running.values()):
+        assert w.step()
+    mine = next(p for p in w.agenda.running.values() if p.arm is None and p.kind == "trial")
+    stop_by_hand(w, mine)
+    w.run()
+    row = next(row for row in w.rows() if row["trial"] == mine.id)
+    assert row["status"] == "stopped" and not row.get("spared") and w.agenda.is_complete()
+    assert edited(w, study) == []
+    w.started, w.ended = [], []
+    w.open(study, retry_failed=True).run()
+    assert mine.id in {p.id for p in w.started} and {row["status"] for row in w.rows()} == {"ended"}
+
+
+def checkpoints(w: World) -> set[str]:
+    home = Storage(str(w.root)).sub("study")
+    names = home.list("trials")
+    return {t for t in names for a in home.list(f"trials/{t}") if home.read(f"trials/{t}/{a}/checkpoint.json")}
+
+
+def test_checkpoints_of_points_that_will_not_go_on_are_forgotten(make: Make, world: NewWorld) -> None:
+    """Of eight that were stopped, those that are drawn go on, and only theirs are kept until then."""
+    loss = lambda p: "stop" if p.arm is None and p.kind == "trial" and p.point > "p001" else by_hash(p)  # noqa: E731
+    w = world(loss=loss).open(make(search={**ASHA, "points": 10}))
+    looks = 0
+    while w.step():
+        for trial in w.agenda.running:
+            Storage(str(w.root)).write(f"study/trials/{trial}/attempt-1/checkpoint.json", b"{}")
+        stopped = {row["trial"] for row in w.rows() if row["status"] == "stopped"}
+        if w.agenda.spared:
+            looks += 1
+            assert checkpoints(w) & stopped == w.agenda.spared - w.agenda.running.keys()
+    assert looks
+    assert len([row for row in w.rows() if row["status"] == "stopped"]) == 8 - MIN_SPARED
+
+
+def test_points_that_were_stopped_keep_checkpoints_as_far_as_there_is_room(make: Make, world: NewWorld) -> None:
+    """Half of 2,000 bytes is theirs: one of 600 has to go when the second comes."""
+    loss = lambda p: "stop" if p.arm is None and p.kind == "trial" else by_hash(p)  # noqa: E731
+    w = world(slots=1, loss=loss).open(make(search=ASHA, limits={"checkpoint_gb": 2e-6}))
+    stopped: list[str] = []
+    while len(stopped) < 2:
+        w.fill()
+        (planned,) = w.agenda.running.values()
+        Storage(str(w.root)).write(f"study/trials/{planned.id}/attempt-1/checkpoint.json", b"0" * 600)
+        w.finish(planned)
+        stopped += [planned.id] * (w.agenda.rows[planned.id]["status"] == "stopped")
+    assert checkpoints(w) & set(stopped) == {stopped[1]}
 
 
 def test_listeners_hear_each_beginning_and_each_end(make: Make, world: NewWorld) -> None:

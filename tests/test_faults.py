@@ -387,7 +387,7 @@ def test_a_full_disk_ends_the_sweep_with_a_word_and_loses_nothing(bench: Bench, 
 
 def test_damaged_files_are_noticed_and_made_anew(bench: Bench) -> None:
     """An end whose number was changed, one that was cut off, and a shared phase whose weights were changed."""
-    study, storage = write_study(bench.folder), bench.folder / "runs"
+    study, storage = write_study(bench.folder, steps=60), bench.folder / "runs"
     bench.sweep(study)
     before, whole = values(storage), ended(storage)
     trials = tables(storage).trials.query("kind == 'trial'").set_index("arm")["trial"]

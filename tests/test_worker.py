@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import Lab, Ran, flow, hard, model, phase
 
-from trainables.loop import Surroundings
+from trainables import loop
+from trainables.loop import Left, Surroundings
+from trainables.notice import Notice, _terminated
 from trainables.spec import TrialSpec
 from trainables.store import Storage
 from trainables.trial import run_trial
@@ -30,20 +32,49 @@ class _Silent(_GroupSession):
 
 
 def _rank(
-    rank: int, world: int, port: int, root: str, spec: str, fingerprints: dict[str, str], micro: int | None
+    rank: int, world: int, port: int, root: str, spec: str, fingerprints: dict[str, str], micro: int | None, scene: str
 ) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    at = Surroundings(storage=Storage(root), folder="study/trials/t/attempt-1", trial="t", micro_batch=micro)
-    run_trial(TrialSpec.model_validate_json(spec), fingerprints, at, _Silent(None, 1, rank, world))
+    storage = Storage(root)
+    notice = Notice(storage if rank == 0 else None, "leave")  # as in an attempt: only rank 0 looks at files
+    if scene == "sigterm of rank 1" and rank == 1:
+        _terminated.set()
+    if scene == "little memory":
+        _have_little_memory(rank)
+    at = Surroundings(storage=storage, folder="study/trials/t/attempt-1", trial="t", micro_batch=micro, notice=notice)
+    try:
+        run_trial(TrialSpec.model_validate_json(spec), fingerprints, at, _Silent(None, 1, rank, world))
+    except Left as left:
+        storage.write(f"left-{rank}", left.asked.encode())
     dist.destroy_process_group()
 
 
-def _on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None) -> Ran:
+def _have_little_memory(rank: int) -> None:
+    """Rank 1 has room for two sequences; what a device would do to find out is done on this machine."""
+    plain = loop._forward
+
+    def hungry(phase: Any, live: Any, parts: Any, low: int) -> Any:
+        if rank == 1 and len(parts["main"].ids_BT) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(phase, live, parts, low)
+
+    begin = loop._begin
+
+    def fitted(run: Any, instance: Any) -> Any:
+        phase = begin(run, instance)
+        loop._fit_micro(phase)
+        run.at.storage.write(f"micro-{rank}-{instance}", str(phase.micro).encode())
+        return phase
+
+    loop._forward, loop._begin = hungry, fitted
+
+
+def _on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None, scene: str = "") -> Ran:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (world, port, str(lab.root), spec.model_dump_json(), dict(lab.fingerprints), micro)
+    arguments = (world, port, str(lab.root), spec.model_dump_json(), dict(lab.fingerprints), micro, scene)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
     return Ran(lab, spec, lab.records(), {})
 
@@ -88,3 +119,31 @@ def test_a_batch_that_the_workers_cannot_share_is_refused(new_lab: Callable[[], 
     spec = lab.spec(CO_TRAINING, {"phases.teach.batch": 7})
     with pytest.raises(Exception, match="a batch of 7 cannot be shared by 2 workers"):
         _on_ranks(lab, spec, 2)
+
+
+@pytest.mark.parametrize("scene", ["leave", "sigterm of rank 1"])
+def test_all_ranks_leave_together_and_one_worker_goes_on(new_lab: Callable[[], Lab], scene: str) -> None:
+    """Whoever is asked, the checkpoint is that of all; what goes on from it ends with the numbers of a whole run."""
+    lab, whole = new_lab(), new_lab()
+    changes = {"phases.both.budget.steps": 40}
+    if scene == "leave":
+        lab.storage.write("leave", b"leave")
+    _on_ranks(lab, lab.spec(CO_TRAINING, changes), 2, scene=scene)
+    asked = "leave" if scene == "leave" else "terminated"
+    assert [(lab.root / f"left-{rank}").read_text() for rank in (0, 1)] == [asked, asked]
+    assert lab.storage.read("study/trials/t/attempt-1/checkpoint.json") is not None
+    again = lab.run(lab.spec(CO_TRAINING, changes), attempt=2)
+    plain = whole.run(whole.spec(CO_TRAINING, changes))
+    assert again.values.keys() == plain.values.keys()
+    for key, value in plain.values.items():
+        assert again.values[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
+
+
+def test_ranks_agree_on_a_micro_batch_that_fits_on_all(new_lab: Callable[[], Lab]) -> None:
+    lab, plain = new_lab(), new_lab()
+    two = _on_ranks(lab, lab.spec(CO_TRAINING), 2, scene="little memory")
+    for rank in (0, 1):
+        assert lab.storage.read(f"micro-{rank}-both") == b"2"
+    one = plain.run(plain.spec(CO_TRAINING))
+    for key, value in one.values.items():
+        assert two.values[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key

@@ -25,6 +25,7 @@ class Mailbox:
         self.is_over = True
         self.is_stopped = False
         self.is_closed = False
+        self.given = 0  # the job that rank 0 has, or had when it was lost
         self.losses = 0  # of workers in the current job
         self.workers: dict[int, Any] = {}
         self.out: deque[dict[str, Any]] = deque()
@@ -43,7 +44,7 @@ class Mailbox:
     async def get(self, done: int, rank: int, worker: Any) -> tuple[int, str | None]:
         """The job after number `done`, or, in a group made anew, the unfinished one. None: go home."""
         self.workers[rank] = worker
-        if rank == 0 and done == 0 and self.number and not self.is_over:  # its workers were lost
+        if rank == 0 and done == 0 and self.given == self.number and not self.is_over:  # its workers were lost
             self.losses += 1
             if self.is_stopped:
                 await self.end(self.number, json.dumps(STOPPED))
@@ -53,6 +54,8 @@ class Mailbox:
                 )
         async with self.changed:
             await self.changed.wait_for(lambda: self.is_closed or (self.number > done and not self.is_over))
+        if rank == 0:
+            self.given = self.number
         return self.number, None if self.is_closed else self.job
 
     async def emit(self, number: int, records: str) -> bool:
