@@ -72,7 +72,7 @@ def memory_lines(study: Study, shapes: Shapes, reached: Sequence[Reached]) -> li
             )
     except Uncounted as error:
         lines = [f"unknown: a model cannot be run without content ({error})"]
-    return [*lines, _checkpoints(study.slot, shapes, reached)]
+    return [*lines, _checkpoints(study, shapes, reached)]
 
 
 def bytes_text(size: float) -> str:
@@ -259,8 +259,9 @@ class _Phase:
             yield name, self.spec.models[name], on, Rows(min(ROWS, data.evaluate), data.length, positions)
 
 
-def _checkpoints(slot: Slot, shapes: Shapes, reached: Sequence[Reached]) -> str:
-    """Weights and optimizer of all that a phase trains."""
+def _checkpoints(study: Study, shapes: Shapes, reached: Sequence[Reached]) -> str:
+    """Weights and optimizer of all that a phase trains, and whether the room that the study gives them suffices."""
+    slot, room = study.slot, study.limits.checkpoint_gb
     size, name = max(
         (3.0 * FP32 * sum(shapes.num_parameters(one.spec.models[m], longest(one.spec)) for m in phase.train), name)
         for one in reached
@@ -268,10 +269,14 @@ def _checkpoints(slot: Slot, shapes: Shapes, reached: Sequence[Reached]) -> str:
     )
     num = 1 if slot.gpus else num_slots(slot)
     places = "each slot keeps" if slot.gpus else f"{num} slots keep"
-    return (
+    line = (
         f"a checkpoint in phase {name} is {bytes_text(size)}; {places} up to {bytes_text(2 * num * size)}, "
         "two each while one replaces another"
     )
+    early = bool(study.search and study.search.stop_early)  # then half of the room is for points that were stopped
+    if room is not None and 2 * num * size * (1 + early) > room * 1e9:
+        line += f"; limits.checkpoint_gb {room:g} is too little for that, and what does not fit is not written"
+    return line
 
 
 # -------------------------------------------------------------------------------------------------- the cheapest change

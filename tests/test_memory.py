@@ -14,7 +14,7 @@ from orchestrator import memory
 from orchestrator.memory import FP32, PROCESS, WASTE, largest, memory_lines, need, room
 from orchestrator.messages import StudyError
 from orchestrator.shapes import At, Reached, Rows, Shapes, reachable
-from orchestrator.study import Slot, Study
+from orchestrator.study import Limits, Search, Slot, StopEarly, Study
 from trainables import models
 from trainables.phases import Instance, instances
 
@@ -306,6 +306,19 @@ def test_checkpoints_are_counted_by_slot_twice_each(monkeypatch: pytest.MonkeyPa
     size = 3 * FP32 * shapes().num_parameters(value.spec(seed=0).models["student"], 128)
     text = lines(value)[-1]
     assert text.startswith(f"a checkpoint in phase distil is {memory.bytes_text(size)}; 2 slots keep up to {memory.bytes_text(4 * size)}")  # fmt: skip
+
+
+@pytest.mark.parametrize(("room", "search", "is_too_little"), [(4.1, None, False), (3.9, None, True), (7.9, "asha", True), (8.1, "asha", False)])  # fmt: skip
+def test_a_room_that_is_too_small_for_the_checkpoints_is_told(
+    monkeypatch: pytest.MonkeyPatch, room: float, search: str | None, is_too_little: bool
+) -> None:
+    monkeypatch.setattr(memory, "_cores", lambda: 4)
+    monkeypatch.setattr(memory, "_physical", lambda: 64e9)
+    value = study(trial=wide(), slot={"cpus": 2})
+    size = 3 * FP32 * shapes().num_parameters(value.spec(seed=0).models["student"], 128)
+    early = Search(points=4, stop_early=StopEarly(kind="asha")) if search else None
+    value = value.model_copy(update={"limits": Limits(checkpoint_gb=room * size / 1e9), "search": early})
+    assert ("is too little for that" in lines(value)[-1]) == is_too_little
 
 
 def test_a_model_that_cannot_run_without_content_leaves_memory_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

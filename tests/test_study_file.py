@@ -493,6 +493,24 @@ def test_early_stopping_is_refused_where_curves_cross(refused: Refused) -> None:
     assert "stop curves that cross" in said and SOFT in said
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "wants"),
+    [
+        ("points: 4}", "points: 4, stop_early: {kind: pbt}}", ["search.stop_early.kind", "'asha'", "'pbt'"]),
+        ("points: 4}", "points: 4, stop_early: {kind: median}}", ["search.stop_early.kind", "'asha'", "'median'"]),
+        ("profiles:\n", "slot: {strategy: fsdp}\nprofiles:\n", ["slot.strategy", "valid: workers"]),
+        ("profiles:\n", "slot: {workers: 2, sharding: full}\nprofiles:\n", ["slot.sharding", "valid: workers"]),
+    ],
+)
+def test_other_schedulers_and_ways_of_sharing_are_refused(
+    refused: Refused, old: str, new: str, wants: list[str]
+) -> None:
+    """There is ASHA or nothing, and DDP or one worker."""
+    said = refused(changed(old, new))
+    for want in wants:
+        assert want in said, said
+
+
 # ---------------------------------------------------------------------------------------------------- what is defined
 
 
