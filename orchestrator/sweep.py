@@ -252,8 +252,7 @@ def _finish(
         f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
     )
     if agenda.closed:
-        left = agenda.num_left()
-        print(f"{agenda.closed}; nothing that finished is lost, {left} trials are still to run. To go on: {command}")
+        print(f"{agenda.closed}; nothing that finished is lost. Still to run: {agenda.num_left()}. To go on: {command}")
     if agenda.broken:
         return 1
     planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
