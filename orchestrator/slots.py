@@ -121,6 +121,7 @@ class _Source(Searcher):  # type: ignore[misc]
             checkpoint_seconds=limits.checkpoint_seconds,
             checkpoint_bytes=self._room(),
             hang_seconds=60 * limits.hang_minutes,
+            device_share=study.slot.gpus or 1.0,
         )
         return {
             "job": json.dumps(asdict(job)),

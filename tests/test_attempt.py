@@ -157,6 +157,19 @@ def test_memory_that_this_machine_refuses_halves_the_micro_batch(
     assert "micro-batch halved to 2 sequences" in log(lab)
 
 
+def test_a_trial_takes_no_more_of_a_shared_device_than_its_share(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(attempt, "run_trial", lambda *_: {})
+    monkeypatch.setattr(attempt, "versions", lambda _: {})
+    spec = lab.spec(distillation())
+    for device, share in (("cuda", 0.25), ("cuda", 1.0), ("cpu", 0.5)):
+        job = Job(trial="t", spec=spec.model_dump_json(), fingerprints=lab.fingerprints, storage=str(lab.root), folder="study",
+                  threads=1, device=device, checkpoint_at_reports=False, provenance={}, device_share=share)  # fmt: skip
+        assert run(job, Listener())["status"] == "ended"
+    assert shares == [0.25]
+
+
 # ------------------------------------------------------------------------------------------------- asked, and silent
 
 

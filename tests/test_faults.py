@@ -201,10 +201,11 @@ def test_a_trial_can_be_stopped_by_hand_and_a_sweep_drained_or_ended_by_the_cloc
 
 def test_a_trial_that_fails_is_a_row_and_a_slot_that_is_killed_is_replaced(bench: Bench) -> None:
     """NaN is the trial's own failure, and final; a lost process is the machine's, and tried again."""
-    rest = "arms: {hot: {phases.distil.optimizer.lr: 1e30}, calm: {phases.distil.terms.soft.weight: 0, phases.distil.budget.steps: 5000}}\nseeds: 1\n"  # fmt: skip
+    rest = "arms: {hot: {phases.distil.optimizer.lr: 1e30}, calm: {phases.distil.terms.soft.weight: 0, phases.distil.budget.steps: 12000}}\nseeds: 1\n"  # fmt: skip
     study, storage = write_study(bench.folder, rest=rest + OFTEN), bench.folder / "runs"
     driver = bench.start(study)
     until(lambda: checkpoints(storage, 1) and ended(storage), driver)
+    until(lambda: len(processes(bench, SLOT)) == 1, driver)  # nothing will need the other slot any more
     since = time.monotonic()
     for pid in processes(bench, SLOT):
         os.kill(pid, signal.SIGKILL)

@@ -147,3 +147,31 @@ def test_ranks_agree_on_a_micro_batch_that_fits_on_all(new_lab: Callable[[], Lab
     one = plain.run(plain.spec(CO_TRAINING))
     for key, value in one.values.items():
         assert two.values[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
+
+
+def test_a_slot_keeps_its_group_until_it_dies_or_has_served_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainables import worker
+
+    class Fake:
+        def __init__(self, *_: Any) -> None:
+            self.served, self.is_alive, self.is_closed = 0, False, False
+
+        def start(self) -> None:
+            self.is_alive = True
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    monkeypatch.setattr(worker, "Group", Fake)
+    monkeypatch.setattr(worker, "_GROUP", None)
+    first: Any = worker.group(2, 1, 0, "x")
+    first.served = worker.RENEW_AFTER - 1
+    assert worker.group(2, 1, 0, "x") is first
+    first.served += 1
+    second: Any = worker.group(2, 1, 0, "x")
+    assert second is not first and first.is_closed
+    second.is_alive = False
+    third: Any = worker.group(2, 1, 0, "x")
+    assert third is not second
+    worker.close()
+    assert third.is_closed and worker._GROUP is None

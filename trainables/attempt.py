@@ -48,6 +48,7 @@ class Job:
     checkpoint_seconds: float = 20.0
     checkpoint_bytes: int | None = None  # room for this trial's checkpoints
     hang_seconds: float = 900.0
+    device_share: float = 1.0  # of its memory; others have the rest
 
 
 def run(job: Job, session: Session) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def run(job: Job, session: Session) -> dict[str, Any]:
                 notice=notice,
                 provenance={**job.provenance, **versions(job.device), "node": end["node"]},
             )
+            if job.device.startswith("cuda") and job.device_share < 1:
+                torch.cuda.set_per_process_memory_fraction(job.device_share)
             with watched(notice):
                 end |= run_trial(spec, job.fingerprints, at, session)
             log.info("ended")
