@@ -33,6 +33,7 @@ CHATTER = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of a study starts where its command was given
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # with the default of 2 s a lost worker is noticed late
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MALLOC_ARENA_MAX": "1",  # a heap for each thread keeps what earlier trials took: 1.8 GB in a slot, instead of 1.35
 }
 ROUNDING = 1e-6  # Ray counts in ten-thousandths
 

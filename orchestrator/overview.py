@@ -9,7 +9,6 @@ from typing import Any
 
 from orchestrator.agenda import Agenda
 from orchestrator.cost import cost_lines
-from orchestrator.memory import bytes_text as bytes_text
 from orchestrator.memory import memory_lines
 from orchestrator.messages import StudyError
 from orchestrator.plan import Planned

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.memory import bytes_text
 from orchestrator.messages import StudyError
-from orchestrator.overview import bytes_text
 from orchestrator.results import open_storage
 from trainables.store import Storage
 

@@ -263,7 +263,7 @@ def test_a_trial_that_finds_no_memory_fails_alone(bench: Bench) -> None:
 def test_a_group_that_loses_a_rank_its_slot_or_its_driver_goes_on(bench: Bench) -> None:
     """Five faults to one trial on two workers; in the end it has the numbers of one worker in a plain process."""
     rest = ONE + "slot: {workers: 2}\nlimits: {checkpoint_seconds: 0.3, hang_minutes: 0.4}"
-    study, storage = write_study(bench.folder, steps=20_000, rest=rest), bench.folder / "runs"
+    study, storage = write_study(bench.folder, steps=8000, rest=rest), bench.folder / "runs"
     text = study.read_text().replace("dropout: 0.1", "dropout: 0")
     study.write_text(text.replace("lr: 5e-3", "lr: 2e-4"))  # at a high one float error grows until nothing is alike
     driver = bench.start(study)
