@@ -50,7 +50,9 @@ def marked(mark: str) -> dict[int, str]:
 
 
 def is_agent(command_line: str) -> bool:
-    return "Agent" in command_line or "/dashboard/" in command_line or "/autoscaler/" in command_line
+    """Ray's own, which train nothing: agents, and a worker that was just being started and looks for its Ray."""
+    rays = ("Agent", "/dashboard/", "/autoscaler/", "default_worker.py")
+    return any(name in command_line for name in rays)
 
 
 @dataclass
