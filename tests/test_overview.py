@@ -12,8 +12,8 @@ import pytest
 from conftest import Lab, Listener, distillation, model
 
 from orchestrator.agenda import Agenda
-from orchestrator.messages import StudyError
 from orchestrator.memory import bytes_text
+from orchestrator.messages import StudyError
 from orchestrator.overview import print_plan
 from orchestrator.plan import Identity
 from orchestrator.study_file import load_study
