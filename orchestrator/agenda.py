@@ -20,10 +20,10 @@ from orchestrator.outcomes import Records, Row
 from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Kind, Planned, strata
 from orchestrator.search import Sampler, State
 from orchestrator.study import Choice, FloatRange, IntRange, Study
+from trainables.mailbox import EARLY
 from trainables.spec import random_stream
 from trainables.store import PhaseStore, Storage
 
-EARLY = "early stopping"  # the reason of a point that the scheduler stopped
 MIN_SPARED, SPARED_SHARE = 3, 0.1  # of the stopped points, run to the end to see whether stopping was right
 
 

@@ -90,29 +90,36 @@ class Ending:
 
 
 @contextlib.contextmanager
-def only_driver(home: Storage) -> Iterator[None]:
-    """One driver to a study. The lock dies with its process, so nobody waits for a stale one (local storage only)."""
+def _alone(home: Storage) -> Iterator[bool | None]:
+    """Whether no other driver has the study; nobody gets it meanwhile. None: elsewhere than on local storage one cannot
+    know. The lock dies with its process, so nobody waits for a stale one."""
     if not home.is_local:
-        yield
+        yield None
         return
     home.path().parent.mkdir(parents=True, exist_ok=True)
     with (home.path().parent / f".{home.path().name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StudyError(f"{home.uri}: another sweep of this study is running; wait for it or end it") from None
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def only_driver(home: Storage) -> Iterator[None]:
+    """One driver to a study. Raises StudyError where there is another."""
+    with _alone(home) as alone:
+        if alone is False:
+            raise StudyError(f"{home.uri}: another sweep of this study is running; wait for it or end it")
         yield
 
 
 def request(home: Storage, *, drain: bool, stop: str | None) -> str:
     """Asks the sweep that runs to drain, or to stop one trial for good. Returns what to tell. Raises StudyError."""
-    if home.is_local:
-        try:
-            with only_driver(home):
-                raise StudyError(f"{home.uri}: no sweep of this study is running, so there is nothing to drain or stop")
-        except StudyError as error:
-            if "another sweep" not in str(error):
-                raise
+    with _alone(home) as alone:
+        if alone:
+            raise StudyError(f"{home.uri}: no sweep of this study is running, so there is nothing to drain or stop")
     if drain:
         home.write(DRAIN, b"")
         return "asked: what runs is finished, nothing new is started"

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.results import parse_records, records_file
-from trainables.attempt import LEAVE
-from trainables.store import Storage, as_json, checksum, drop_checkpoints
+from trainables.notice import LEAVE
+from trainables.store import Storage, as_json, attempts, drop_checkpoints, sealed, unsealed
 
 log = logging.getLogger("codistill")
 Row = dict[str, Any]  # a row of the trials table
@@ -38,8 +38,7 @@ def read_start(home: Storage, trial: str) -> Row | None:
 def write_end(home: Storage, trial: str, row: Mapping[str, Any]) -> Records:
     """The one file that makes a trial over. Returns its records."""
     text = records_file(home, trial)
-    value = {**row, "records": hashlib.sha256(text).hexdigest()}
-    home.write(f"trials/{trial}/end.json", as_json({**value, "checksum": checksum(value)}))
+    home.write(f"trials/{trial}/end.json", sealed({**row, "records": hashlib.sha256(text).hexdigest()}))
     return parse_records(text)
 
 
@@ -49,9 +48,7 @@ def read_end(home: Storage, trial: str) -> tuple[Row, Records] | None:
     if text is None:
         return None
     try:
-        row = json.loads(text)
-        if row.pop("checksum") != checksum(row):
-            raise ValueError("checksum differs")
+        row = unsealed(text)
         records = records_file(home, trial)
         if hashlib.sha256(records).hexdigest() != row.pop("records"):
             raise ValueError("records.jsonl is not what it says")
@@ -68,12 +65,11 @@ def ask(home: Storage, trial: str, what: str) -> None:
 
 def forget_checkpoints(home: Storage, trial: str) -> None:
     """Of a trial that will not go on."""
-    for name in home.list(f"trials/{trial}"):
-        if name.startswith("attempt-"):
-            drop_checkpoints(home, f"trials/{trial}/{name}")
+    for folder in attempts(home, f"trials/{trial}"):
+        drop_checkpoints(home, folder)
 
 
 def checkpoint_bytes(home: Storage, trial: str) -> int:
-    folders = [f"trials/{trial}/{name}" for name in home.list(f"trials/{trial}") if name.startswith("attempt-")]
+    folders = attempts(home, f"trials/{trial}")
     files = [f"{folder}/{name}" for folder in folders for name in home.list(folder) if name.startswith("checkpoint")]
     return sum(home.size(file) for file in files)

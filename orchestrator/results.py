@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.messages import StudyError, has_secret, redact
-from trainables.store import Storage
+from trainables.store import Storage, attempts
 
 RESULTS = pa.schema(
     [
@@ -113,9 +113,8 @@ def read_records(storage: Storage, trial: str) -> list[dict[str, Any]]:
 
 
 def records_file(storage: Storage, trial: str) -> bytes:
-    attempts = sorted((f for f in storage.list(f"trials/{trial}") if f.startswith("attempt-")), key=_number)
-    for attempt in reversed(attempts):
-        text = storage.read(f"trials/{trial}/{attempt}/records.jsonl")
+    for attempt in reversed(attempts(storage, f"trials/{trial}")):
+        text = storage.read(f"{attempt}/records.jsonl")
         if text is not None:
             return text
     return b""
@@ -124,10 +123,6 @@ def records_file(storage: Storage, trial: str) -> bytes:
 def parse_records(text: bytes) -> list[dict[str, Any]]:
     """Whole lines only: the last one may have been cut off by a kill."""
     return [json.loads(line) for line in text.split(b"\n")[:-1] if line]
-
-
-def _number(attempt: str) -> int:
-    return int(attempt.partition("-")[2])
 
 
 def tables(study: str, trials: Iterable[Mapping[str, Any]], records: Mapping[str, list[dict[str, Any]]]) -> Tables:

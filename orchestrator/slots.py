@@ -22,10 +22,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.trainable.function_trainable import wrap_function
 
-from orchestrator.agenda import EARLY, Agenda, objective
+from orchestrator.agenda import Agenda, objective
 from orchestrator.study import Slot, Study
 from trainables.attempt import Job, run
 from trainables.loop import Alone
+from trainables.mailbox import STOPPED
 from trainables.notice import listen
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
@@ -101,7 +102,7 @@ class _Source(Searcher):  # type: ignore[misc]
         try:
             self.agenda.start(planned, now())
         except OSError as error:
-            self._cannot_write(error)
+            self._cannot_write(error.strerror or str(error))
             return None if self.live else Searcher.FINISHED
         self.live[trial_id] = planned.id
         study = self.agenda.study
@@ -156,21 +157,20 @@ class _Source(Searcher):  # type: ignore[misc]
             reason = f"its process was lost {RETRIES + 1} times"
             end = {"status": "failed", "reason": reason, "attempts": RETRIES + 1, "faults": RETRIES + 1, "node": None}
         else:
-            end = {"status": "stopped", "reason": EARLY, "attempts": 1, "node": None}
+            end = STOPPED
         if end["status"] == "left":
             if end["reason"].startswith("storage"):
-                self._cannot_write(OSError(end["reason"]))
+                self._cannot_write(end["reason"].removeprefix("storage: "))
             self.agenda.leave(trial)
             return
         try:
             self.agenda.end(trial, end, now())
         except OSError as failed:
-            self._cannot_write(failed)
+            self._cannot_write(failed.strerror or str(failed))
             self.agenda.leave(trial)
 
-    def _cannot_write(self, error: OSError) -> None:
+    def _cannot_write(self, why: str) -> None:
         """Nobody is to blame but the storage: what runs may try, nothing new is started."""
-        why = str(error.strerror or error).removeprefix("storage: ")
         self.agenda.broken = True
         self.agenda.closed = self.agenda.closed or f"the storage cannot be written ({why}): nothing new was started"
 
@@ -289,6 +289,9 @@ class _Slot(wrap_function(_in_slot)):  # type: ignore[misc]
         try:
             super().cleanup()
         finally:
-            from trainables.worker import close
+            if (
+                Slot.model_validate_json(self.config["slot"]).workers > 1
+            ):  # else ray.train would be imported for nothing
+                from trainables.worker import close
 
-            close()
+                close()

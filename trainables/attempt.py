@@ -21,13 +21,12 @@ import transformers
 from trainables.data import DataError
 from trainables.loop import Diverged, Left, Session, Stopped, Surroundings, is_out_of_memory
 from trainables.models import ModelError
-from trainables.notice import Notice, watched
+from trainables.notice import LEAVE, Notice, watched
 from trainables.remap import RemapError
 from trainables.spec import TrialSpec
-from trainables.store import Storage, as_json, log
+from trainables.store import Storage, as_json, attempts, log
 from trainables.trial import run_trial
 
-LEAVE = "leave"  # a file beside the trial's attempts; its content is `stop` (for good) or `leave` (for now)
 PEER_LOST = "another rank was lost"
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -59,25 +58,25 @@ def run(job: Job, session: Session) -> dict[str, Any]:
     """
     storage = Storage(job.storage)
     home = f"{job.folder}/trials/{job.trial}"
-    names = sorted((f for f in storage.list(home) if f.startswith("attempt-")), key=lambda f: int(f[8:]))
-    number, earlier = session.agree((int(names[-1][8:]) + 1 if names else 1, [f"{home}/{name}" for name in names]))
+    earlier = session.agree(attempts(storage, home))
+    number = int(earlier[-1].rpartition("-")[2]) + 1 if earlier else 1
     folder = f"{home}/attempt-{number}"
     end: dict[str, Any] = {"status": "ended", "reason": None, "attempts": number, "node": socket.gethostname()}
     is_first = session.rank == 0
 
-    def note(status: str) -> None:
+    def tell(**more: str) -> None:
         if is_first:
-            with suppress(OSError):  # the driver's own file is what counts
-                about = {"node": end["node"], "device": job.device, "status": status}
-                storage.write(f"{folder}/attempt.json", as_json(about))
+            storage.write(f"{folder}/attempt.json", as_json({"node": end["node"], "device": job.device, **more}))
+
+    def note(status: str) -> None:
+        with suppress(OSError):  # the driver's own file is what counts
+            tell(status=status)
 
     with _logged(storage, f"{home}/log.txt" if is_first else None) as text, _stacks(storage, folder) as stacks:
         log.info("attempt %d of trial %s on %s, %s", number, job.trial, end["node"], job.device)
         notice = Notice(storage if is_first else None, f"{home}/{LEAVE}", job.hang_seconds, stacks)
         try:
-            if is_first:
-                about = {"node": end["node"], "device": job.device}
-                storage.write(f"{folder}/attempt.json", as_json(about))  # it counts, however early it dies
+            tell()  # it counts, however early it dies
             end["faults"] = session.agree(_num_lost(storage, earlier) if is_first else 0)
             spec = TrialSpec.model_validate_json(job.spec)
             at = Surroundings(

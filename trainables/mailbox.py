@@ -8,7 +8,8 @@ from collections import deque
 from typing import Any
 
 RESTARTS = 3  # of one job whose workers were lost
-STOPPED = {"status": "stopped", "reason": "early stopping", "attempts": 1, "node": None}
+EARLY = "early stopping"  # the reason of a trial that the scheduler stopped
+STOPPED = {"status": "stopped", "reason": EARLY, "attempts": 1, "node": None}
 
 
 def failed(reason: str, faults: int) -> dict[str, Any]:

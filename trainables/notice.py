@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 
 from trainables.store import Storage
 
+LEAVE = "leave"  # the file beside the trial's attempts; its content is `stop` (for good) or `leave` (for now)
 Ask = Literal["stop", "leave", "terminated"]  # for good | for now: the sweep ends | for now: this process or node ends
 LOOK_SECONDS = {True: 1.0, False: 10.0}  # between looks at the file, on local storage or not: each is a request there
 

@@ -165,9 +165,7 @@ class PhaseStore:
         if text is None:
             return None
         try:
-            value = json.loads(text)
-            if value.pop("checksum") != checksum(value):
-                raise ValueError("checksum differs")
+            value = unsealed(text)
             return Published(**{**value, "records": tuple(value["records"])})
         except (ValueError, KeyError, TypeError) as error:
             self.set_aside(key, f"phase.json is corrupt ({error})")
@@ -185,8 +183,7 @@ class PhaseStore:
         """Makes the phase visible, unless another publication came first; returns the one that counts."""
         value = {name: getattr(phase, name) for name in Published.__dataclass_fields__}
         value["records"] = list(phase.records)
-        text = as_json({**value, "checksum": checksum(value)})
-        if self.storage.create(f"phases/{phase.key}/phase.json", text):
+        if self.storage.create(f"phases/{phase.key}/phase.json", sealed(value)):
             return phase
         return self.find(phase.key) or phase
 
@@ -219,10 +216,28 @@ class Corrupt(Exception):
         self.key, self.why = key, why
 
 
-def checksum(value: Any) -> str:
-    """Of any value that JSON can hold."""
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """As JSON, with a checksum in it."""
+    return as_json({**value, "checksum": _checksum(value)})
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """What was sealed. Raises ValueError, KeyError, TypeError or AttributeError where it is not what was written."""
+    value: dict[str, Any] = json.loads(text)
+    if value.pop("checksum") != _checksum(value):
+        raise ValueError("checksum differs")
+    return value
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def attempts(storage: Storage, home: str) -> list[str]:
+    """The folders of a trial's attempts, by number."""
+    names = (name for name in storage.list(home) if name.startswith("attempt-"))
+    return [f"{home}/{name}" for name in sorted(names, key=lambda name: int(name.removeprefix("attempt-")))]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
