@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -529,9 +528,10 @@ def _done(bucket: Any) -> torch.futures.Future[Tensor]:
     return future
 
 
-def rank_of_two(rank: int, port: int, file: str) -> None:
+def rank_of_two(rank: int, folder: str) -> None:
     """Both models on two ranks, half of the positions each; rank 0 leaves the averaged gradients."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     nets = {"big": build("bert"), "small": build("gpt2", width=16)}
     ids_BT, positions_N = some_ids(4)[2 * rank : 2 * rank + 2], torch.tensor([1, 8, 20])
     labels_N = some_labels(6, 60)[3 * rank : 3 * rank + 3]
@@ -544,21 +544,23 @@ def rank_of_two(rank: int, port: int, file: str) -> None:
             sides = {n: side_of(nets[n], positions_N, ids_BT=ids_BT, through=wrapped[n]) for n in nets}
             (2 * fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss).backward()
     if rank == 0:
-        torch.save({f"{n}.{k}": p.grad for n, net in nets.items() for k, p in net.named_parameters()}, file)
+        torch.save({f"{n}.{k}": p.grad for n, net in nets.items() for k, p in net.named_parameters()}, f"{folder}/gradients")  # fmt: skip
+    torch.distributed.barrier()  # who leaves first may not take the others' connections along
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_get_the_gradients_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_fused as t; t.rank_of_two(int(sys.argv[1]), {port}, {str(tmp_path / 'g')!r})"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_fused as t; t.rank_of_two(int(sys.argv[1]), {str(tmp_path)!r})"
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=Path(__file__).parents[1]) for rank in (0, 1)
     ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    found = torch.load(tmp_path / "g", weights_only=True)
+    try:
+        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    found = torch.load(tmp_path / "gradients", weights_only=True)
     nets = {"big": build("bert"), "small": build("gpt2", width=16)}
     sides = {n: side_of(net, torch.tensor([1, 8, 20, 33, 40, 52]), ids_BT=some_ids(4)) for n, net in nets.items()}
     (2 * fused_terms(sides, some_labels(6, 60), BOTH_WAYS, UNEVEN, chunk=100).loss).backward()
