@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec import CrossEntropy, Term, reads, target
+from trainables.spec import AtLogits, CrossEntropy, reads, target
 
 
 class Side(NamedTuple):
@@ -43,7 +43,12 @@ class Fused(NamedTuple):
 
 
 def fused_terms(
-    sides: Mapping[str, Side], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float], *, chunk: int
+    sides: Mapping[str, Side],
+    labels_N: Tensor,
+    terms: Mapping[str, AtLogits],
+    weights: Mapping[str, float],
+    *,
+    chunk: int,
 ) -> Fused:
     """All terms over the same N positions, `chunk` of them at a time; `sides` by the model's name.
 
@@ -68,7 +73,11 @@ def fused_terms(
 
 
 def _walk(
-    heads: Mapping[str, _Head], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float], chunk: int
+    heads: Mapping[str, _Head],
+    labels_N: Tensor,
+    terms: Mapping[str, AtLogits],
+    weights: Mapping[str, float],
+    chunk: int,
 ) -> dict[str, Tensor]:
     """Each term's value; the gradients of their weighted sum are left with the heads."""
     values: dict[str, Tensor] = {}
@@ -88,7 +97,7 @@ def _walk(
     return values
 
 
-def _value(term: Term, logits: Mapping[str, Tensor], labels_C: Tensor) -> Tensor:
+def _value(term: AtLogits, logits: Mapping[str, Tensor], labels_C: Tensor) -> Tensor:
     if isinstance(term, CrossEntropy):
         return cross_entropy(logits[term.of], labels_C)
     return divergence(term, logits[term.from_], logits[term.to])
@@ -145,7 +154,7 @@ def _head(side: Side, num_rows: int, *, is_taught: bool) -> _Head:
 def _as_multiplied(tensor: Tensor) -> Tensor:
     """In the type that autocast gives to products, once for all chunks: of a slice autocast itself keeps no copy."""
     kind = tensor.device.type
-    is_cast = torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
+    is_cast = kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
     return tensor.to(torch.get_autocast_dtype(kind)) if is_cast else tensor
 
 

@@ -1,7 +1,8 @@
 """Losses on logits at N supervised positions. Every value is a *sum* in fp32: the loop divides once, by the number of
 supervised positions in the global batch (protocol of the project: never means of means).
 
-Legend: N positions, V vocabulary. All divergences are true values (zero where both sides agree), not cross-entropies.
+Legend: N positions (or sequences of a task), V vocabulary (or classes). With V = 1 the one logit is a number to be fitted,
+not a class: losses are then squared differences. All divergences are true values (zero where both sides agree), not cross-entropies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from trainables.spec import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-sum_n log softmax(logits_n)[label_n], nats."""
+    """-sum_n log softmax(logits_n)[label_n], nats; sum_n (logit_n - label_n)^2 where labels are numbers."""
+    if logits_NV.shape[-1] == 1:
+        return F.mse_loss(_wide(logits_NV)[:, 0], labels_N.to(_wide(logits_NV).dtype), reduction="sum")
     return F.cross_entropy(_wide(logits_NV), labels_N, reduction="sum")
 
 
@@ -24,8 +27,10 @@ def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
     """The flow's divergence, summed over positions, nats; its gradient reaches only `to`.
 
     Both sides are softened by `temperature`; with `tau_squared` the value is multiplied by its square, so that the
-    gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2).
+    gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2). Numbers have no temperature.
     """
+    if to_NV.shape[-1] == 1:
+        return F.mse_loss(_wide(to_NV), _wide(from_NV.detach()), reduction="sum")
     log_p_NV = F.log_softmax(_wide(from_NV.detach()) / flow.temperature, dim=-1)
     log_q_NV = F.log_softmax(_wide(to_NV) / flow.temperature, dim=-1)
     match flow:
