@@ -25,11 +25,12 @@ from orchestrator.readings import (
     ended,
     match,
     objective_reading,
-    parsed,
     planned,
+    task_facts,
     values_of,
 )  # fmt: skip
 from orchestrator.results import Tables
+from orchestrator.sides import parsed
 from orchestrator.study import Study
 
 
@@ -74,6 +75,7 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     found = confirm_verdict(
         tables.results, tables.trials, winner, base, objective_reading(study, "test"),
         search_difference=difference if math.isfinite(difference) else None, num_seeds=study.confirm.seeds,
+        examples=tables.examples, tasks=task_facts(study),
     )  # fmt: skip
     lead = {
         "supported": f"Use {winner}: better than {base} on fresh seeds.",
@@ -129,6 +131,7 @@ def _confirmed(study: Study, found: Confirmation, base: str) -> list[tuple[str, 
     return [
         (metric, f"{arm} against {against} of {base}, on test"),
         ("difference", f"{fixed(c.effect, places, sign=True)} {span(c.interval, places)}, n = {c.n}"),
+        *([("new data as well", span(c.new_data, places))] if c.new_data else []),
     ]
 
 

@@ -19,7 +19,8 @@ from orchestrator.messages import StudyError
 from orchestrator.outcomes import Records, Row
 from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Kind, Planned, strata
 from orchestrator.search import Sampler, State
-from orchestrator.study import Choice, FloatRange, IntRange, Study
+from orchestrator.sides import is_of
+from orchestrator.study import Choice, FloatRange, IntRange, Study, tasks_of
 from trainables.mailbox import EARLY
 from trainables.spec import random_stream
 from trainables.store import PhaseStore, Storage
@@ -543,18 +544,21 @@ def _may_be_tried_again(row: Row) -> bool:
 
 
 def objective(study: Study, records: Records) -> float | None:
+    """Over several data sets their mean; None where one of them is missing."""
     wanted = study.objective
-    values = [
-        record["value"]
-        for record in records
-        if record["phase"] == wanted.phase
-        and record["model"] == wanted.model
-        and record["metric"] == wanted.metric
-        and record["split"] == "dev"
-        and record["progress"] == 1.0
-        and (wanted.task is None or record["task"] == wanted.task)
-    ]
-    return sum(values) / len(values) if values else None
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if (
+            is_of(record["phase"], wanted.phase)
+            and record["model"] == wanted.model
+            and record["metric"] == wanted.metric
+            and record["split"] == "dev"
+            and record["progress"] == 1.0
+        ):
+            found.setdefault(record["task"], []).append(record["value"])
+    tasks = tasks_of(wanted, study.each_of(wanted.phase)) or tuple(found)
+    means = [sum(found[task]) / len(found[task]) for task in tasks if task in found]
+    return sum(means) / len(means) if means and len(means) == len(tasks) else None
 
 
 def _frozen(value: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,15 +16,16 @@ from orchestrator.shapes import Shapes
 from trainables import models
 from trainables.data.batches import corrupt
 from trainables.data.corpus import Corpus
-from trainables.phases import longest, num_steps
-from trainables.spec import TrialSpec, digest
+from trainables.data.tasks import Task
+from trainables.phases import Instance, head_of, longest, num_steps, streams_of
+from trainables.spec import TrialSpec, digest, parse_start, reads
 from trainables.store import PhaseStore, Storage
 
 PROBE_FLOPS = 2e11  # a step beyond that is not timed here: the machine that runs it is another one
 
 
 def cost_lines(
-    agenda: Agenda, trials: list[Planned], corpora: Mapping[str, Corpus], shapes: Shapes, slots: int | None
+    agenda: Agenda, trials: list[Planned], data: Mapping[str, Corpus | Task], shapes: Shapes, slots: int | None
 ) -> list[str]:
     """Device-hours from a step of each kind of phase, timed here and now; what the store has costs nothing."""
     study = agenda.study
@@ -31,20 +33,20 @@ def cost_lines(
     per_step: dict[str, float | None] = {}
     seconds, last = 0.0, dict[str, float]()
     size = largest = 0
-    for planned, instance in todo.values():
-        name = instance.partition("[")[0]
-        phase = planned.spec.phases[name]
+    for planned, which in todo.values():
+        name, _, item = parse_start(which)
+        instance, phase = Instance(name, item), planned.spec.phases[name]
         sizes = [FP32 * shapes.num_parameters(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
         size += sum(sizes) * (1 + len(phase.keep))
         largest = max(largest, *sizes)
-        kind = _kind(planned.spec, name)
+        read = _of(data, streams_of(planned.spec, instance)[phase.pace].data).train
+        kind = _kind(planned.spec, name, _width(read))
         if kind not in per_step:
-            per_step[kind] = _time_step(planned.spec, name, corpora, shapes)
+            per_step[kind] = _time_step(planned.spec, instance, data, shapes)
         step = per_step[kind]
         if step is not None:
-            corpus = _of(corpora, next(iter(phase.streams.values())).data)
-            last[instance] = step * num_steps(phase, length=corpus.train.length, num_sequences=len(corpus.train))
-            seconds += last[instance]
+            last[which] = step * num_steps(phase, length=read.length, num_sequences=len(read))
+            seconds += last[which]
     extra = study.search.points if study.search else 0
     if study.confirm and not any(p.kind == "confirm" for p in trials):
         extra += 2 * study.confirm.seeds
@@ -85,38 +87,54 @@ def _todo(agenda: Agenda, trials: list[Planned]) -> dict[str, tuple[Planned, str
     }
 
 
-def _kind(spec: TrialSpec, name: str) -> str:
-    """Phases of one kind take equally long for a step."""
+def _kind(spec: TrialSpec, name: str, width: int) -> str:
+    """Phases of one kind take equally long for a step, or nearly: tasks of about the same length do."""
     phase = spec.phases[name]
     shapes = {m: spec.models[m].model_dump(mode="json", exclude={"init"}) for m in spec.models_of(name)}
-    return digest([phase.model_dump(mode="json", include={"train", "batch", "streams"}), sorted(phase.terms), shapes])
+    what = phase.model_dump(mode="json", include={"train", "batch", "streams"})
+    return digest([what, sorted(phase.terms), shapes, width.bit_length()])
 
 
-def _of(corpora: Mapping[str, Corpus], name: str) -> Corpus:
-    return corpora.get(name) or next(iter(corpora.values()))
+def _width(read: Any) -> int:
+    """Tokens of a sequence, as a rule: packed ones are equally long, examples of a task are not."""
+    lengths = getattr(read, "lengths", None)
+    return int(read.length if lengths is None else lengths.mean())
 
 
-def _time_step(spec: TrialSpec, name: str, corpora: Mapping[str, Corpus], shapes: Shapes) -> float | None:
+def _of(data: Mapping[str, Corpus | Task], name: str) -> Corpus | Task:
+    return data.get(name) or next(iter(data.values()))
+
+
+def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Corpus | Task], shapes: Shapes) -> float | None:
     """Seconds of one step of a phase on this machine, with fresh weights; None where it is too large to try."""
-    phase = spec.phases[name]
-    corpus = next(iter(corpora.values()))
-    stream = next(iter(phase.streams.values()))
-    used = {model: spec.models[model] for model in spec.models_of(name)}
+    phase = spec.phases[instance.phase]
+    stream = streams_of(spec, instance)[phase.pace]
+    read = _of(data, stream.data)
+    used = dict.fromkeys(model for term in phase.terms.values() for model in reads(term))
     flops = 0
-    for model, shape in used.items():
-        per_token = 2 * shapes.num_parameters(shape, longest(spec)) * (3 if model in phase.train else 1)
-        flops += per_token * phase.batch * corpus.train.length
+    for model in used:
+        per_token = 2 * shapes.num_parameters(spec.models[model], longest(spec)) * (3 if model in phase.train else 1)
+        flops += per_token * phase.batch * _width(read.train)
     if flops > PROBE_FLOPS:
         return None
-    batch = corrupt(corpus.train.rows(range(min(phase.batch, len(corpus.train)))), corpus, stream.corruption, seed=0)
-    built = {model: models.skeleton(shapes.config(shape, longest(spec))) for model, shape in used.items()}
+    rows = range(min(phase.batch, len(read.train)))
+    built = {}
+    for model in used:
+        head = head_of(spec, instance, model)
+        config = shapes.config(spec.models[model], longest(spec))
+        built[model] = models.skeleton(config, head.num_labels if head is not None else None)
     torch.set_num_threads(1)
 
     def step() -> None:
         for model, net in built.items():
             with torch.set_grad_enabled(model in phase.train):
-                logits = models.logits_at(net, batch.ids_BT, batch.positions_N)
-                loss = torch.nn.functional.cross_entropy(logits, batch.labels_N)
+                if isinstance(read, Task):
+                    part = read.train.rows(rows)
+                    loss = models.class_logits(net, part.ids_BT, part.mask_BT, part.types_BT).square().mean()
+                else:
+                    batch = corrupt(read.train.rows(rows), read, stream.corruption, seed=0)
+                    logits = models.logits_at(net, batch.ids_BT, batch.positions_N)
+                    loss = torch.nn.functional.cross_entropy(logits, batch.labels_N)
             if model in phase.train:
                 loss.backward()  # type: ignore[no-untyped-call]
 

@@ -19,9 +19,9 @@ from orchestrator.results import open_storage
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
 from orchestrator.sweep import add_study_arguments
-from trainables import models
+from trainables import models, sharing
 from trainables.data import DataError
-from trainables.data.corpus import open_corpus
+from trainables.data.tasks import open_data
 from trainables.store import Corrupt, PhaseStore, Storage
 
 
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--arm", metavar="A", help="an arm, at its first seed")
     which.add_argument("--trial", metavar="ID", help="a trial by its id")
     parser.add_argument("--model", metavar="M", help="by default the objective's")
+    parser.add_argument(
+        "--phase", metavar="P", help="as it ends there, e.g. finetune[rte]; by default the last that trains it"
+    )
     arguments = parser.parse_args(argv)
     try:
         study = load_study(arguments.study, arguments.profile, arguments.set)
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arm=arguments.arm,
             trial=arguments.trial,
             model=arguments.model,
+            phase=arguments.phase,
         )
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,9 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(
-    study: Study, uri: str, to: Path, *, arm: str | None = None, trial: str | None = None, model: str | None = None
+    study: Study,
+    uri: str,
+    to: Path,
+    *,
+    arm: str | None = None,
+    trial: str | None = None,
+    model: str | None = None,
+    phase: str | None = None,
 ) -> None:
-    """Weights (safetensors), config and tokenizer. Raises StudyError where there is nothing to write, or no place."""
+    """Weights (safetensors), config and tokenizer. Raises StudyError where there is nothing to write, or no place.
+
+    Layers that run more than once are written as often as they run, so that anyone can load the folder.
+    """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StudyError(f"--to {to}: is there already and not empty")
     storage = open_storage(uri)
@@ -63,23 +77,28 @@ def export(
     row = _trial(study, storage, arm, trial)
     model = model or study.objective.model
     spec = row["spec"]
-    trained = [name for name, phase in row["phases"].items() if model in _published(store, phase["key"]).configs]
+    trained = [name for name, done in row["phases"].items() if model in _published(store, done["key"]).configs]
     if not trained:
         raise StudyError(f"trial {row['trial']} trains no model {model!r}; valid: {', '.join(spec['models'])}")
-    last = _published(store, row["phases"][trained[-1]]["key"])
+    if phase is not None and phase not in trained:
+        raise StudyError(f"--phase {phase}: does not train {model!r}; valid: {', '.join(trained)}")
+    phase = phase or trained[-1]
+    last = _published(store, row["phases"][phase]["key"])
     try:
         net = models.restore(last.configs[model], store.weights(last.key, model))
     except (Corrupt, models.ModelError) as error:
         raise StudyError(f"{error}; run the sweep again to rebuild it") from None
+    if net.config.model_type == sharing.FAMILY:
+        net = sharing.unrolled(net)
     try:
-        tokenizer = open_corpus(storage.sub("data").uri, row["data"]).tokenizer
+        tokenizer = open_data(storage.sub("data").uri, row["data"]).tokenizer
         net.save_pretrained(str(to))
         tokenizer.save_pretrained(str(to))
     except DataError as error:
         raise StudyError(f"{error}; run the sweep again to rebuild it") from None
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
-    print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {trained[-1]}) -> {to}")
+    print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
 
 
 def _published(store: PhaseStore, key: str) -> Any:

@@ -20,7 +20,7 @@ from orchestrator.shapes import At, Device, Reached, Rows, Shapes, Uncounted, re
 from orchestrator.study import Slot, Study
 from trainables.evaluate import ROWS
 from trainables.models import ModelError
-from trainables.phases import Instance, instances, longest, streams_of
+from trainables.phases import Instance, head_of, instances, longest, streams_of
 from trainables.spec import CrossEntropy, Model, OffWhenBetter, TrialSpec, reads
 
 PROCESS: Mapping[Device, float] = {"cpu": 0.65e9, "cuda": 0.6e9}  # a slot's process (measured) | CUDA (assumed)
@@ -193,19 +193,19 @@ class _Phase:
         train = self.spec.phases[self.instance.phase].train
         trained, teacher = self._weights()
         kept = passing = 0
-        logits = {}
+        sides = {}
         for name, model, on, rows in self._forwards():
             taken = self.shapes.forward(model, self._length, replace(rows, num=num), trained=name in train, at=self._at)
-            logits[name, on] = taken.logits_NV
+            sides[name, on] = taken.side
             kept += taken.kept
             if name not in train:
-                passing = max(passing, taken.peak - taken.logits_NV.nbytes)
+                passing = max(passing, taken.peak - taken.side.hidden_ND.nbytes)
         return self._whole(
             weights=trained,
             gradients=trained * (2 if self.slot.workers > 1 else 1) + self._tied(),
             optimizer=2 * trained,
             activations=kept + passing,
-            logits=self.shapes.scores(self.spec.phases[self.instance.phase], logits),
+            logits=self.shapes.scores(self.spec.phases[self.instance.phase], sides, self._at),
             teacher=teacher,
         )
 
@@ -255,8 +255,13 @@ class _Phase:
         terms = self.spec.phases[self.instance.phase].terms.values()
         for name, on in sorted({(name, term.on) for term in terms for name in reads(term)}):
             data, masking = self.spec.data[streams[on].data], streams[on].corruption
+            num = min(ROWS, data.evaluate or ROWS)
+            head = head_of(self.spec, self.instance, name)
+            if head is not None:
+                yield name, self.spec.models[name], on, Rows(num, data.length, 1, head.num_labels)
+                continue
             positions = data.length - 1 if masking is None else max(1, round(masking.probability * data.length))
-            yield name, self.spec.models[name], on, Rows(min(ROWS, data.evaluate), data.length, positions)
+            yield name, self.spec.models[name], on, Rows(num, data.length, positions)
 
 
 def _checkpoints(study: Study, shapes: Shapes, reached: Sequence[Reached]) -> str:

@@ -15,14 +15,15 @@ from orchestrator.plan import Planned
 from orchestrator.shapes import Shapes, reachable
 from orchestrator.statistics import detectable_in_sd
 from orchestrator.study import Choice, Study
-from trainables import models, remap
+from trainables import models, passes, remap
 from trainables.data import DataError, tokenizer
 from trainables.data.batches import examples
-from trainables.data.corpus import Corpus, open_corpus
+from trainables.data.corpus import Corpus
 from trainables.data.prepare import fingerprint, prepare
+from trainables.data.tasks import Task, open_data
 from trainables.losses.schedules import weight_at
 from trainables.phases import instances, longest, num_steps, streams_of
-from trainables.spec import CrossEntropy, PretrainedTokenizer, Remap, Term, TrialSpec, digest, reads
+from trainables.spec import CrossEntropy, Inner, PretrainedTokenizer, Remap, Tasks, Term, TrialSpec, digest, reads
 from trainables.store import PhaseStore, Storage
 
 
@@ -55,29 +56,25 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
 
 
 @contextmanager
-def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Corpus]]:
+def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Corpus | Task]]:
     """The prepared data, from the storage where it has them, else in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="codistill-") as scratch:
-        found = {}
+        found = dict[str, Corpus | Task]()
         for name, data in spec.data.items():
             try:
                 try:
-                    found[name] = _existing(data, storage)
+                    found[name] = open_data(storage.sub("data").uri, fingerprint(data, spec.data))
                 except DataError:
-                    found[name] = prepare(data, scratch)
+                    found[name] = prepare(data, scratch, spec.data)
             except DataError as error:
                 raise StudyError(f"data.{name}: {error}") from None
         yield found
 
 
-def _existing(data: Any, storage: Storage) -> Corpus:
-    return open_corpus(storage.sub("data").uri, fingerprint(data))
-
-
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus], shapes: Shapes) -> None:
+def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus | Task], shapes: Shapes) -> None:
     """Tokenizers that differ, remaps between shapes that cannot be, heads that do not fit their streams. `spec` is pruned."""
     first = next(iter(corpora.values()))
     at = f"{study.file}: "
@@ -106,9 +103,18 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus], shapes: 
                     f"{at}trial.phases.{phase_name}.batch: {phase.batch} cannot be shared by slot.workers {study.slot.workers}; "
                     f"valid: a multiple of it"
                 )
+        for instance in instances(spec):
+            phase, streams = spec.phases[instance.phase], streams_of(spec, instance)
             for term in phase.terms.values():
                 for name in reads(term):
-                    models.check_stream(configs[name], phase.streams[term.on].corruption, name)
+                    if isinstance(spec.data[streams[term.on].data], Tasks):
+                        models.check_task(configs[name], name)
+                    else:
+                        models.check_stream(configs[name], streams[term.on].corruption, name)
+            nets = {name: shapes.net(spec.models[name], longest(spec)) for term in phase.terms.values() for name in reads(term)}  # fmt: skip
+            passes.check_inner(phase.terms, nets)
+    except passes.SiteError as error:
+        raise StudyError(f"{at}phases: {error}") from None
     except (models.ModelError, remap.RemapError, DataError) as error:
         raise StudyError(f"{at}models: {error}") from None
 
@@ -151,7 +157,7 @@ def _trials(agenda: Agenda, trials: list[Planned]) -> list[str]:
     return lines
 
 
-def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Mapping[str, Corpus]) -> list[str]:
+def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
     store = PhaseStore(agenda.storage)
     keys: dict[str, set[str]] = {}
     for planned in trials:
@@ -181,6 +187,8 @@ def _models(study: Study, base: TrialSpec, shapes: Shapes) -> list[str]:
         config, total = net.config, shapes.num_parameters(model, longest(base))
         embeddings = net.get_input_embeddings().weight.numel()
         shape = f"{config.num_hidden_layers}x{config.hidden_size} {config.model_type}"
+        if (runs := passes.num_executed(config)) != config.num_hidden_layers:
+            shape += f", {runs} layers run"
         lines.append(f"{name:12} {shape}: {total:,} parameters, {total - embeddings:,} without embeddings")
     for axis in study.size_axes():
         choice = study.vary[axis]
@@ -202,6 +210,9 @@ def _coefficient(term: Term) -> str:
     weight = f"{start:g}" if start == end else f"{start:g} → {end:g}"
     if isinstance(term, CrossEntropy):
         return f"{weight} x cross-entropy of {term.of}"
+    if isinstance(term, Inner):
+        about = ", ".join(f"{key} {value}" for key, value in term.model_dump(mode="json", exclude={"kind", "from_", "to", "on", "weight"}).items() if value)  # fmt: skip
+        return f"{weight} x {term.kind}({term.from_} → {term.to}; {about}), gradient into {term.to} only"
     factor = f" x τ²={term.temperature**2:g}" if term.tau_squared else ""
     return f"{weight}{factor} x {term.kind}({term.from_} → {term.to}) at τ={term.temperature:g}, gradient into {term.to} only"
 
@@ -230,23 +241,41 @@ def _remaps(specs: Iterable[TrialSpec]) -> list[str]:
     return list(seen.values())
 
 
-def _data(base: TrialSpec, corpora: Mapping[str, Corpus]) -> list[str]:
+def _data(base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
     lines = []
     for name, corpus in corpora.items():
-        splits = corpus.about["splits"]
-        counts = ", ".join(
-            f"{split} {splits[split]['documents']:,} documents / {splits[split]['sequences']:,} sequences"
-            for split in splits
-        )
+        about = corpus.about
+        if isinstance(corpus, Task):
+            counts = f"{_sizes(about['splits'])}; scored by {corpus.score.replace('_', ' ')}"
+        else:
+            counts = ", ".join(
+                f"{split} {found['documents']:,} documents / {found['sequences']:,} sequences"
+                for split, found in about["splits"].items()
+            )
         lines.append(
-            f"{name}: {counts}; {sum(corpus.about['removed_duplicates'].values())} near-duplicates across splits removed"
+            f"{name}: {counts}; {sum(about['removed_duplicates'].values())} near-duplicates across splits removed"
         )
         lines.append(f"{name}: tokenizer of {corpus.vocab_size:,} tokens, identity {corpus.tokenizer_identity[:12]}")
-    phase = next(iter(base.phases.values()))
-    stream = next(iter(phase.streams.values()))
-    corpus = corpora.get(stream.data) or next(iter(corpora.values()))
-    lines += [f"example: {_shorten(text)}" for text in examples(corpus, stream.corruption, num=2)]
+    shown = set[str]()
+    for instance in instances(base):
+        for stream in streams_of(base, instance).values():
+            if stream.data in corpora and stream.data not in shown:
+                shown.add(stream.data)
+                found = examples(corpora[stream.data], stream.corruption, num=2)
+                lines += [f"{stream.data}, an example: {_shorten(text)}" for text in found]
     return lines
+
+
+def _sizes(splits: Mapping[str, Any]) -> str:
+    """Examples, how many of them were cut at the longest length, and the share of the most frequent class."""
+    parts = []
+    for split, found in splits.items():
+        more = [f"{found['truncated']:.1%} cut"] if found["truncated"] else []
+        if "classes" in found:
+            most = max(found["classes"], key=found["classes"].get)
+            more.append(f"{found['classes'][most] / found['examples']:.0%} {most}")
+        parts.append(f"{split} {found['examples']:,} examples" + (f" ({', '.join(more)})" if more else ""))
+    return ", ".join(parts)
 
 
 def _shorten(text: str, width: int = 150) -> str:

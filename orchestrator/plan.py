@@ -11,7 +11,7 @@ from orchestrator.messages import StudyError
 from orchestrator.study import Choice, Study
 from trainables import models
 from trainables.data import DataError
-from trainables.data.prepare import fingerprint, prepare
+from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.phases import instances, phase_key
 from trainables.spec import Data, TrialSpec, trial_id
 
@@ -49,19 +49,22 @@ class Identity:
     """Fingerprints of data and pretrained weights, each computed once; prepares data where asked to."""
 
     data_folder: str | None  # None: read only, nothing is written
-    _data: dict[Data, str] = field(default_factory=dict)
+    _data: dict[tuple[Data, Data | None], str] = field(default_factory=dict)  # with what lends it its tokenizer
     _weights: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def of(self, spec: TrialSpec) -> dict[str, str]:
         found = {}
         for name, data in spec.data.items():
-            if data not in self._data:
-                try:
-                    corpus = prepare(data, self.data_folder) if self.data_folder is not None else None
-                    self._data[data] = corpus.fingerprint if corpus else fingerprint(data)
-                except DataError as error:
-                    raise StudyError(f"data.{name}: {error}") from None
-            found[f"data:{name}"] = self._data[data]
+            try:
+                which = (data, lender(data, spec.data))
+                if which not in self._data:
+                    folder, others = self.data_folder, spec.data
+                    self._data[which] = (
+                        fingerprint(data, others) if folder is None else prepare(data, folder, others).fingerprint
+                    )
+            except DataError as error:
+                raise StudyError(f"data.{name}: {error}") from None
+            found[f"data:{name}"] = self._data[which]
         for name, model in spec.models.items():
             if model.pretrained is not None:
                 where = (model.pretrained, model.revision)

@@ -5,7 +5,6 @@ A stopped, failed or unplanned trial is in no mean.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -13,15 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orchestrator.claims import Reading
 from orchestrator.results import Tables
-from orchestrator.study import Study
-
-
-def parsed(cell: Any) -> dict[str, Any]:
-    """A JSON object of the trials table; empty where there is none."""
-    value = json.loads(cell) if isinstance(cell, str) and cell else cell
-    return value if isinstance(value, dict) else {}
+from orchestrator.sides import Reading, is_at, is_of, parsed, spent_on
+from orchestrator.sides import Tasks as TaskFacts
+from orchestrator.study import Study, tasks_of
+from trainables.data.scores import rule_of
+from trainables.spec import Glue, Tasks
 
 
 def planned(frame: pd.DataFrame) -> pd.DataFrame:
@@ -35,23 +31,32 @@ def ended(tables: Tables, kind: str, arm: str | None = None) -> pd.DataFrame:
     return trials if arm is None else trials[trials["arm"] == arm]
 
 
+def task_facts(study: Study) -> TaskFacts:
+    """What the base trial says of its data sets and of the phases that fan out over them."""
+    spec = study.spec(seed=0)
+    tasks = {name: data for name, data in spec.data.items() if isinstance(data, Tasks)}
+    return TaskFacts(
+        each={name: study.each_of(name) for name in spec.phases},
+        rules={name: rule_of(task) for name, task in tasks.items()},
+        glue={name: task.task for name, task in tasks.items() if isinstance(task, Glue)},
+    )
+
+
 def objective_reading(study: Study, split: str = "dev", at: float = 1.0) -> Reading:
     o = study.objective
-    return Reading(o.phase, o.model, o.metric, o.task, split, at)
+    return Reading(o.phase, o.model, o.metric, tasks_of(o, study.each_of(o.phase)), split, at)
 
 
 def curve_of(tables: Tables, at: Reading, trials: pd.DataFrame) -> pd.DataFrame:
-    """A row per trial and progress: value (mean over tasks) and tokens, device_seconds, flops of the phase so far."""
+    """A row per trial and progress: value (mean over the data sets, where all are there) and tokens, device_seconds,
+    flops of the phase so far."""
     rows = tables.results
-    keep = rows["trial"].isin(set(trials["trial"])) & (rows["model"] == at.model) & (rows["metric"] == at.metric)
-    keep &= (rows["split"] == at.split) & ((rows["phase"] == at.phase) | rows["phase"].str.startswith(f"{at.phase}["))
-    if at.task is not None:
-        keep &= rows["task"] == at.task
-    rows = rows[keep & np.isfinite(rows["value"].astype(float))]
+    rows = rows[rows["trial"].isin(set(trials["trial"])) & is_at(rows, at) & np.isfinite(rows["value"].astype(float))]
     rows = rows.assign(progress=rows["progress"].round(6))
-    spent = ["tokens", "device_seconds", "flops"]
-    by_phase = rows.groupby(["trial", "progress", "phase"])[spent].max().groupby(["trial", "progress"]).sum()
-    return by_phase.join(rows.groupby(["trial", "progress"])["value"].mean()).astype(float).reset_index()
+    by = ["trial", "progress"]
+    of_task = rows.groupby([*by, "task"])["value"].mean().groupby(by)
+    whole = of_task.mean()[of_task.size() == len(at.tasks or rows["task"].unique())]
+    return spent_on(rows, trials, by).join(whole, how="inner").astype(float).reset_index()
 
 
 def values_of(tables: Tables, at: Reading, trials: pd.DataFrame) -> dict[str, float]:
@@ -129,7 +134,7 @@ def costs(tables: Tables, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
         row: dict[str, Any] = {"trial": trial["trial"], "tokens": 0.0}
         row |= {f"{part}_{what}": 0.0 for part in ("own", "before", "shared") for what in ("flops", "device_seconds")}
         for name, done in parsed(trial["phases"]).items():
-            own = name == phase or name.startswith(f"{phase}[")
+            own = is_of(name, phase)
             row["tokens"] += float(done["tokens"]) if own else 0.0
             for what in ("flops", "device_seconds"):
                 row[f"{'own' if own else 'before'}_{what}"] += float(done[what])

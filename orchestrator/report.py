@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jinja2
 
-from orchestrator import figures, results, sections
+from orchestrator import figures, results, sections, task_sections
 from orchestrator.advice import Advice, advice, arguments
 from orchestrator.blocks import (
     Block,
@@ -31,10 +31,11 @@ from orchestrator.blocks import (
     plural,
     span,
 )
-from orchestrator.claims import Reading, Verdict, judge
+from orchestrator.claims import NEW_DATA, Verdict, judge
 from orchestrator.messages import StudyError
-from orchestrator.readings import costs, curve_of, ended, planned, point_scores
+from orchestrator.readings import costs, curve_of, ended, planned, point_scores, task_facts
 from orchestrator.results import Tables
+from orchestrator.sides import Reading, with_phases_of
 from orchestrator.statistics import Comparison, lower_is_better
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
@@ -58,6 +59,8 @@ class Forest:
     low: float | None
     high: float | None
     paper: float | None
+    new_low: float | None  # over new data as well
+    new_high: float | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Part:
     against_mean: str = "–"
     effect: str = "–"
     interval: str = "no pair of seeds"
+    new_data: str = ""
     n: str = "0"
     forest: Forest | None = None
 
@@ -107,11 +111,13 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *,
     `importance` (varied axis -> share) is computed elsewhere, over the completed points, by the `evaluator` named.
     """
     judged = judge(
-        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds
-    )
+        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
+        examples=tables.examples, tasks=task_facts(study),
+    )  # fmt: skip
     verdicts, points = list(judged.values()), point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
+        task_sections.by_task(study, tables, verdicts),
         sections.teachers(study, tables),
         sections.learning_curves(study, tables),
         sections.search_points(study, points),
@@ -119,6 +125,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *,
         sections.importances(study, points, importance, evaluator),
         sections.early_stopping(study, tables),
         sections.cost_by_arm(study, tables),
+        task_sections.models(study, tables),
         sections.tuning(study, tables),
         sections.outcomes(tables),
         _how_to_repeat(study, provenance),
@@ -129,7 +136,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *,
         scale=_scale(study),
         counts=_counts(tables),
         answer=_answer(tables, verdicts),
-        lines=_lines(verdicts, study.objective.phase),
+        lines=_lines(verdicts),
         figure=_pairs(study, tables, verdicts),
         advice=advice(study, tables, points, verdicts),
         sections=[section for section in below if section is not None],
@@ -171,28 +178,39 @@ def _answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
         begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
         return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
     if max(c.n for v in verdicts for c in v.parts) == 1:
-        return "No verdict: with one seed there is an effect, but nothing says how much of it is chance."
+        return (
+            "No verdict: with one seed there is an effect of these runs, but nothing says how much of it is chance; claims "
+            "need 2 seeds or more."
+        )
     by = Counter(v.verdict for v in verdicts)
     found = ", ".join(f"{by[word]} {word}" for word in ("supported", "refuted", "undecided") if by[word])
-    return f"Of {plural(len(verdicts), 'claim')}: {found}, at this scale and on this evaluation set."
+    decided = [v for v in verdicts if v.holds is not None]
+    there = sum(v.holds == NEW_DATA for v in decided)
+    where = ", at this scale and on this evaluation set"
+    if there:
+        some = "" if there == len(decided) else f" for {there} of {plural(len(decided), 'verdict')}"
+        where = f", at this scale, on new data as well{some}"
+    return f"Of {plural(len(verdicts), 'claim')}: {found}{where}."
 
 
-def _lines(verdicts: Sequence[Verdict], default_phase: str) -> list[Line]:
+def _lines(verdicts: Sequence[Verdict]) -> list[Line]:
     reach: dict[Reading, list[float]] = {}  # all that is drawn on one scale
     for v in verdicts:
-        drawn = reach.setdefault(_reading(v, default_phase), [0.0])
+        drawn = reach.setdefault(v.reading, [0.0])
         for c in v.parts:
-            drawn += [c.effect, *(c.interval or ())]
+            drawn += [c.effect, *(c.interval or ()), *(c.new_data or ())]
             drawn += [v.claim.paper] if isinstance(v.claim.paper, float | int) else []
     lines = []
     for i, v in enumerate(verdicts, 1):
-        claim, drawn = v.claim, reach[_reading(v, default_phase)]
+        claim, drawn = v.claim, reach[v.reading]
         parts = [_part(claim.arm, c, drawn, claim.paper) for c in v.parts]
         others = (claim.against,) if isinstance(claim.against, str) else claim.against
         parts += [Part(claim.arm, other) for other in others if other not in {c.against for c in v.parts}]
         margin = f" by more than {claim.margin:g}" if claim.margin else ""
         says = claim.says or f"{claim.arm} is better than {' and '.join(others)}{margin}"
-        about = f"{claim.metric} of {claim.model} on {claim.split}"
+        whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
+        about = f"{claim.metric} of {whose} on {claim.split}"
+        about += f", mean over {', '.join(v.reading.tasks)}" if len(v.reading.tasks) > 1 else ""
         about += f" at {claim.at:g} of the budget" if claim.at < 1 else ""
         for other, ratio in v.cost_ratios.items():  # so that no gain is shown without its price
             whose = f" of {other}" if len(v.cost_ratios) > 1 else ""
@@ -208,16 +226,11 @@ def _lines(verdicts: Sequence[Verdict], default_phase: str) -> list[Line]:
     return lines
 
 
-def _reading(v: Verdict, default_phase: str) -> Reading:
-    c = v.claim
-    return Reading(c.phase or default_phase, c.model, c.metric, c.task, c.split, c.at)
-
-
 def _more(v: Verdict) -> str:
     if any(note.startswith("provisional") for note in v.notes):
         return "provisional: trials are missing"
-    if v.verdict != "undecided":
-        return ""
+    if v.holds is not None:
+        return v.holds
     if v.seeds_more is not None:
         return f"about {plural(v.seeds_more, 'more seed')}"
     if not v.parts or min(c.n for c in v.parts) < 2:
@@ -233,6 +246,7 @@ def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | 
         return round(6 + 120 * (value - low) / (high - low), 1) if high > low else 66.0
 
     left, right = (at(c.interval[0]), at(c.interval[1])) if c.interval else (None, None)
+    far = (at(c.new_data[0]), at(c.new_data[1])) if c.new_data else (None, None)
     marked = at(paper) if isinstance(paper, float | int) else None
     return Part(
         arm,
@@ -241,8 +255,9 @@ def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | 
         fixed(c.mean_against, places),
         fixed(c.effect, places, sign=True),
         span(c.interval, places),
+        span(c.new_data, places) if c.new_data else "",
         str(c.n),
-        Forest(at(0.0), at(c.effect), left, right, marked),
+        Forest(at(0.0), at(c.effect), left, right, marked, *far),
     )
 
 
@@ -251,7 +266,7 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
     rows: dict[Reading, list[tuple[str, Verdict]]] = {}
     for i, v in enumerate(verdicts, 1):
         if v.parts:
-            rows.setdefault(_reading(v, study.objective.phase), []).append((str(i), v))
+            rows.setdefault(v.reading, []).append((str(i), v))
     styles, groups, alt = sections.styles(study), [], []
     for at, claims in list(rows.items())[:2]:
         pairs, arms = [], dict[str, None]()
@@ -266,6 +281,7 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
                 )
         arrow = "↓" if lower_is_better(at.metric) else "↑"
         label = f"{at.model} {at.metric} on {at.split} ({arrow} better)" + (f", at {at.at:g}" if at.at < 1 else "")
+        label += f", mean over {plural(len(at.tasks), 'task')}" if len(at.tasks) > 1 else ""
         groups.append(figures.Group(label, pairs, [_spent(tables, at, arm, styles[arm]) for arm in arms]))
     if not groups:
         return None
@@ -280,7 +296,7 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
 
 
 def _spent(tables: Tables, at: Reading, arm: str, style: int) -> figures.Series:
-    trials = ended(tables, "trial", arm)
+    trials = with_phases_of(ended(tables, "trial", arm), at.phase, at.tasks)
     curve = curve_of(tables, at, trials)
     before = costs(tables, trials, at.phase)
     if curve.empty or before.empty:
@@ -303,10 +319,11 @@ def _how_to_repeat(study: Study, provenance: Mapping[str, str]) -> Section:
 
 
 def _markdown(page: Page) -> str:
-    head = ("", "claim", "verdict at this scale", "arm", "against", "arm − against", "95 % interval", "n", "paper")
+    head = ("", "claim", "verdict at this scale", "arm", "against", "arm − against", "95 % interval",
+            "new data as well", "n", "paper")  # fmt: skip
     lines = [
         (line.number, f"{line.says} ({line.about})", f"{line.verdict} {line.more}".strip(), f"{p.arm_mean} {p.arm}",
-         f"{p.against_mean} {p.against}", p.effect, p.interval, p.n, f"{line.paper} {line.judged}")
+         f"{p.against_mean} {p.against}", p.effect, p.interval, p.new_data or "–", p.n, f"{line.paper} {line.judged}")
         for line in page.lines
         for p in line.parts
     ]  # fmt: skip
@@ -316,7 +333,7 @@ def _markdown(page: Page) -> str:
     use += [Table("How sure, and at what cost", ("what", "value"), a.facts, "ll")] if a.facts else []
     use += [Command(a.command)] if a.command else []
     blocks: list[Block] = [page.scale, page.counts, page.answer]
-    blocks += [Table("Claims", head, lines, "lllrrrrrl")] if lines else []
+    blocks += [Table("Claims", head, lines, "lllrrrrrrl")] if lines else []
     blocks += [page.figure] if page.figure else []
     out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]
     for section in (Section(a.title, use), *page.sections):

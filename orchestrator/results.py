@@ -1,6 +1,7 @@
-"""Records and ends of trials -> the two tables. Everything here is derived from plain files and can be made again.
+"""Records and ends of trials -> the three tables. Everything here is derived from plain files and can be made again.
 
-`results`: one row per number. `trials`: one row per trial. Both schemas are fixed; others build on them.
+`results`: one row per number. `trials`: one row per trial. `examples`: one row per answer to an example of test, of the
+trials that a claim or a confirmation compares. The schemas are fixed; others build on them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -66,6 +67,27 @@ TRIALS = pa.schema(
         ("peak_memory", pa.float64()),
     ]
 )
+_WORD = pa.dictionary(pa.int32(), pa.string())  # a million rows hold few different ones
+EXAMPLES = pa.schema(
+    [
+        ("trial", _WORD),
+        ("point", _WORD),
+        ("arm", _WORD),
+        ("seed", pa.int64()),
+        ("kind", _WORD),  # trial (of an arm) | confirm
+        ("planned", pa.bool_()),
+        ("model", _WORD),
+        ("phase", _WORD),  # with its branch, phase[data]
+        ("task", _WORD),  # the data set
+        ("split", _WORD),  # test
+        ("part", pa.int64()),  # of a test set that has several; 0 in others
+        ("example", pa.int64()),
+        ("label", pa.float64()),  # class or number; null where the data are a corpus, as `prediction`
+        ("prediction", pa.float64()),
+        ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
+        ("count", pa.int64()),  # of these positions; 1 of a task
+    ]
+)
 RECORD = (
     "model",
     "phase",
@@ -83,10 +105,19 @@ RECORD = (
 )
 
 
+def no_examples() -> pd.DataFrame:
+    frame: pd.DataFrame = EXAMPLES.empty_table().to_pandas()
+    return frame
+
+
+TABLES = {"results": RESULTS, "trials": TRIALS, "examples": EXAMPLES}
+
+
 @dataclass(frozen=True)
 class Tables:
     results: pd.DataFrame
     trials: pd.DataFrame
+    examples: pd.DataFrame = field(default_factory=no_examples)
 
 
 def open_storage(uri: str) -> Storage:
@@ -125,17 +156,25 @@ def parse_records(text: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split(b"\n")[:-1] if line]
 
 
-def tables(study: str, trials: Iterable[Mapping[str, Any]], records: Mapping[str, list[dict[str, Any]]]) -> Tables:
-    """`trials`: rows of the trials table; `records`: by trial id."""
+def tables(
+    study: str,
+    trials: Iterable[Mapping[str, Any]],
+    records: Mapping[str, list[dict[str, Any]]],
+    answers: Callable[[str], pd.DataFrame | None] | None = None,
+) -> Tables:
+    """`trials`: rows of the trials table; `records`: by trial id; `answers`: those to examples, by a phase's key (None:
+    that phase has none)."""
+    rows = list(trials)
     trial_rows = [
         {"study": study, **row, "params": json.dumps(row["params"]), "phases": json.dumps(row["phases"])}
-        for row in trials
+        for row in rows
     ]
     result_rows = []
     for row in trial_rows:
         whose = {key: row[key] for key in ("study", "trial", "point", "arm", "seed", "kind", "planned")}
         result_rows += [{**whose, **{key: record[key] for key in RECORD}} for record in records.get(row["trial"], ())]
-    return Tables(_frame(result_rows, RESULTS), _frame(trial_rows, TRIALS))
+    examples = no_examples() if answers is None else _examples(rows, answers)
+    return Tables(_frame(result_rows, RESULTS), _frame(trial_rows, TRIALS), examples)
 
 
 def _frame(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
@@ -144,18 +183,63 @@ def _frame(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
     return frame
 
 
+def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.DataFrame | None]) -> pd.DataFrame:
+    """Of planned trials of arms and of confirmations; searched points are compared by their records alone, and are many."""
+    parts, read = [EXAMPLES.empty_table()], dict[str, pa.Table | None]()
+    own = [field for field in EXAMPLES if field.name in ("model", "task", "split", "part", *EXAMPLES.names[11:])]
+    for trial in trials:
+        if not trial["planned"] or not (trial["kind"] == "confirm" or (trial["kind"] == "trial" and trial["arm"])):
+            continue
+        for phase, done in trial["phases"].items():
+            key = done["key"]
+            if key not in read:
+                read[key] = _answers_of(key, answers, pa.schema(own))
+            if (table := read[key]) is None:
+                continue
+            whose = {
+                **{name: trial[name] for name in ("trial", "point", "arm", "seed", "kind", "planned")},
+                "phase": phase,
+            }
+            columns = [
+                table[name]
+                if name in table.column_names
+                else _constant(whose[name], len(table), EXAMPLES.field(name).type)
+                for name in EXAMPLES.names
+            ]
+            parts.append(pa.Table.from_arrays(columns, schema=EXAMPLES))
+    frame: pd.DataFrame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+    return frame
+
+
+def _answers_of(key: str, answers: Callable[[str], pd.DataFrame | None], schema: pa.Schema) -> pa.Table | None:
+    found = answers(key)
+    if found is None or not (found["split"] == "test").any():
+        return None
+    return pa.Table.from_pandas(found[found["split"] == "test"], schema=schema, preserve_index=False)
+
+
+def _constant(value: Any, length: int, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_dictionary(kind):
+        return pa.repeat(pa.scalar(value, kind), length)
+    indices = pa.repeat(pa.scalar(None if value is None else 0, pa.int32()), length)
+    return pa.DictionaryArray.from_arrays(indices, pa.array([] if value is None else [value], pa.string()))
+
+
 def write(tables: Tables, storage: Storage, folder: str) -> None:
-    for name, frame, schema in (("results", tables.results, RESULTS), ("trials", tables.trials, TRIALS)):
+    for name, schema in TABLES.items():
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), buffer, compression="zstd")
+        table = pa.Table.from_pandas(getattr(tables, name), schema=schema, preserve_index=False)
+        pq.write_table(table, buffer, compression="zstd")
         storage.write(f"{folder}/{name}.parquet", buffer.getvalue())
 
 
 def read(storage: Storage, folder: str) -> Tables | None:
-    frames = []
-    for name in ("results", "trials"):
+    """None where there are no tables. Those of an older version have no examples."""
+    frames = {}
+    for name in TABLES:
         content = storage.read(f"{folder}/{name}.parquet")
-        if content is None:
+        if content is not None:
+            frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()
+        elif name != "examples":
             return None
-        frames.append(pq.read_table(io.BytesIO(content)).to_pandas())
-    return Tables(*frames)
+    return Tables(**frames)

@@ -30,7 +30,7 @@ from orchestrator.blocks import (
     short_names,
     span,
 )  # fmt: skip
-from orchestrator.claims import Reading, Verdict
+from orchestrator.claims import Verdict
 from orchestrator.figures import si
 from orchestrator.readings import (
     baseline_of,
@@ -40,12 +40,12 @@ from orchestrator.readings import (
     curve_of,
     ended,
     objective_reading,
-    parsed,
     planned,
     score_name,
     values_of,
 )  # fmt: skip
 from orchestrator.results import Tables
+from orchestrator.sides import Reading, parsed
 from orchestrator.statistics import Comparison, compare, lower_is_better, rank_correlation
 from orchestrator.study import Choice, Study
 from trainables.spec import CrossEntropy, TrialSpec, is_off, parse_start
@@ -64,7 +64,7 @@ def teachers(study: Study, tables: Tables) -> Section:
         if not sources:
             rows.append((arm, "none", "learns without a teacher", "–", "–"))
         for teacher, (phase, progress) in sources.items():
-            quality = Reading(phase, teacher, at.metric, None, "test", progress)
+            quality = Reading(phase, teacher, at.metric, at.tasks, "test", progress)
             mine = by_seed(tables, quality, ended(tables, "trial", arm))
             theirs = by_seed(tables, at, ended(tables, "trial", base)) if base else {}
             found = compare(mine, theirs, lower_is_better=lower)
@@ -368,7 +368,7 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
     for i, v in enumerate(verdicts, 1):
         for c in v.parts:
             places = decimals_for(_half(c), c.effect)
-            intervals = [span(interval, places) for interval in (c.interval, c.simultaneous, c.welch)]
+            intervals = [span(interval, places) for interval in (c.interval, c.new_data, c.simultaneous, c.welch)]
             chances = (
                 p_value(c.p),
                 p_value(v.p_adjusted),
@@ -382,12 +382,14 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
     text = (
         "Effect: arm − against. Student’s t on pairs by seed, two-sided; Holm within a family of claims, each part of "
         "a conjunctive claim at the full level. The exact sign-flip p and its floor, 2^(1−n), never decide. Welch: as if "
-        "not paired; r: the correlation of the pairs."
+        "not paired; r: the correlation of the pairs. New data as well: seeds and examples of test drawn anew, crossed; the "
+        "other intervals are over new seeds on this evaluation set."
     )
-    head = ("claim", "arm", "against", "n", "effect", "95 %, unadjusted", "95 %, simultaneous", "95 %, Welch",
+    head = ("claim", "arm", "against", "n", "effect", "95 %, unadjusted",
+            "95 %, new data as well", "95 %, simultaneous", "95 %, Welch",
             "p", "p, Holm", "p, sign-flip", "its floor", "r")  # fmt: skip
     table = (
-        Table("Effects and intervals", head, rows, "lll" + "r" * 10) if rows else "No claim has a pair of seeds yet."
+        Table("Effects and intervals", head, rows, "lll" + "r" * 11) if rows else "No claim has a pair of seeds yet."
     )
     said = Table("Notes and departures", ("claim", "note"), notes, "ll") if notes else "No verdict carries a note."
     return Section(title, (text, table, said))

@@ -23,8 +23,10 @@ from orchestrator.plan import strata
 from orchestrator.study import Study
 from trainables import models
 from trainables.data.corpus import Corpus
-from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec import CrossEntropy, Model, Phase, TrialSpec, reads
+from trainables.data.tasks import Task
+from trainables.losses.fused import Side, fused_terms
+from trainables.passes import chunk
+from trainables.spec import Inner, Model, Phase, TrialSpec, reads
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -83,11 +85,11 @@ def _words(point: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Taken:
-    """What running a model takes, bytes, its weights aside. `logits_NV` is a tensor without content."""
+    """What running a model takes, bytes, its weights aside. `side` has tensors without content."""
 
-    kept: int  # what the backward will need, the logits aside
+    kept: int  # what the backward will need, hidden states or logits at supervised positions aside
     peak: int  # while it ran
-    logits_NV: Tensor
+    side: Side
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Shapes:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, corpus: Corpus) -> Shapes:
-        return cls(corpus.vocab_size, models.special_ids(corpus.tokenizer))
+    def of(cls, data: Corpus | Task) -> Shapes:
+        return cls(data.vocab_size, models.special_ids(data.tokenizer))
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
@@ -122,14 +124,14 @@ class Shapes:
         except (OSError, ValueError) as error:
             raise models.ModelError(f"no model at {model.pretrained!r}: {str(error).splitlines()[0]}") from None
 
-    def net(self, model: Model, length: int) -> Any:
-        """The model on the meta device, in fp32."""
+    def net(self, model: Model, length: int, num_labels: int | None = None) -> Any:
+        """The model on the meta device, in fp32; with a head for so many labels, or of a language model."""
 
         def make() -> Any:
             with torch.device("meta"):
-                return models.skeleton(self.config(model, length)).float()
+                return models.skeleton(self.config(model, length), num_labels).float()
 
-        return self._once(("net", *_key(model, length)), make)
+        return self._once(("net", *_key(model, length), num_labels), make)
 
     def num_parameters(self, model: Model, length: int) -> int:
         return self._once(("size", *_key(model, length)), lambda: models.num_parameters(self.net(model, length)))
@@ -142,28 +144,29 @@ class Shapes:
 
     def forward(self, model: Model, length: int, rows: Rows, *, trained: bool, at: At) -> Taken:
         """What a forward of these sequences takes, with or without gradients. Raises Uncounted."""
-        net = self.net(model, length)
+        net = self.net(model, length, rows.num_labels)
         return self._once(("forward", *_key(model, length), rows, trained, at), lambda: forward(net, rows, trained, at))
 
     def scoring(self, model: Model, length: int, rows: Rows, *, at: At) -> int:
         """The most bytes at once while batches of these sequences are evaluated. Raises Uncounted."""
-        net = self.net(model, length)
+        net = self.net(model, length, rows.num_labels)
         return self._once(("scoring", *_key(model, length), rows, at), lambda: scoring(net, rows, at))
 
-    def scores(self, phase: Phase, logits: Mapping[tuple[str, str], Tensor]) -> int:
-        """The most bytes at once of what is as wide as the vocabulary. `logits`: by (model, stream), from the forwards."""
-        sides = tuple((key, tensor.shape, tensor.dtype, key[0] in phase.train) for key, tensor in logits.items())
+    def scores(self, phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
+        """The most bytes at once from what the forwards gave to its gradients. `sides`: by (model, stream)."""
+        given = tuple((key, tuple(t if t is None else (t.shape, t.dtype) for t in side)) for key, side in sides.items())
         terms = tuple((term.kind, term.on, reads(term)) for term in phase.terms.values())
-        return self._once(("scores", sides, terms), lambda: scores(phase, logits))
+        return self._once(("scores", given, terms, tuple(phase.train), at), lambda: scores(phase, sides, at))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of a forward: how many, how long, and how many positions of each are supervised."""
+    """Sequences of a forward: how many, how long, and how many positions of each are supervised; of a task, its labels."""
 
     num: int
     length: int
     positions: int
+    num_labels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,41 +185,59 @@ def forward(net: Any, rows: Rows, trained: bool, at: At) -> Taken:
     """Counts a forward, on the device on which `net` is; on meta as if it were on `at.device`."""
     net.train(trained).requires_grad_(trained)
     ids_BT, positions_N, _ = _inputs(net, rows)
+    with _as_if(net, at):
+        head = None if rows.num_labels else _head(net)
     with (
         torch.set_grad_enabled(trained),
         _as_if(net, at),
         Live([*net.parameters(), *net.buffers(), ids_BT, positions_N]) as live,
     ):
-        logits_NV = _run(net, ids_BT, positions_N)
-    return Taken(live.now - _bytes(logits_NV), live.peak, logits_NV.detach())
+        given_N = _run(net, ids_BT, positions_N, rows, whole=head is None)
+    return Taken(live.now - _bytes(given_N), live.peak, Side(given_N.detach(), *(head or ())))
 
 
 @torch.no_grad()
 def scoring(net: Any, rows: Rows, at: At) -> int:
-    """Peak of `evaluate`, from its second batch on: the logits of the batch before are still there."""
+    """Peak of an evaluation, from its second batch on: the logits of the batch before are still there."""
     net.eval().requires_grad_(True)  # autocast keeps what it casts of weights that learn, also where nothing learns
     ids_BT, positions_N, labels_N = _inputs(net, rows)
     with _as_if(net, at), Live([*net.parameters(), *net.buffers(), ids_BT, positions_N, labels_N]) as live:
-        logits_NV = torch.empty(len(positions_N), net.config.vocab_size, device=ids_BT.device)
-        logits_NV = _run(net, ids_BT, positions_N).float()
-        F.cross_entropy(logits_NV, labels_N, reduction="sum")
-        (logits_NV.argmax(-1) == labels_N).sum()
+        logits_NV = torch.empty(len(positions_N), rows.num_labels or net.config.vocab_size, device=ids_BT.device)
+        logits_NV = _run(net, ids_BT, positions_N, rows, whole=True).float()
+        if rows.num_labels != 1:
+            F.cross_entropy(logits_NV, labels_N, reduction="none")
+            (logits_NV.argmax(-1) == labels_N).sum()
     return int(live.peak)
 
 
-def scores(phase: Phase, logits: Mapping[tuple[str, str], Tensor]) -> int:
-    """Counts logits, losses and their gradients. The logits stay until the step ends, as in the loop."""
-    leaves = {key: torch.empty_like(value).requires_grad_(key[0] in phase.train) for key, value in logits.items()}
-    with Live(leaves.values()) as live, torch.enable_grad():
-        loss = torch.zeros((), device=next(iter(leaves.values())).device)
-        for term in phase.terms.values():
-            sides = [leaves[model, term.on] for model in reads(term)]
-            if isinstance(term, CrossEntropy):
-                loss = loss + cross_entropy(sides[0], torch.zeros(len(sides[0]), dtype=torch.long, device=loss.device))
-            else:
-                loss = loss + divergence(term, *sides)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return int(live.peak) + sum(_bytes(leaf) for leaf in leaves.values())
+def scores(phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
+    """Counts the terms at the logits, by `fused_terms`, and the gradients that it leaves for the backward."""
+    total = 0
+    for stream in phase.streams:
+        terms = {n: term for n, term in phase.terms.items() if term.on == stream and not isinstance(term, Inner)}
+        if not terms:
+            continue
+        leaves = {m: _leaf(side, m in phase.train) for (m, on), side in sides.items() if on == stream}
+        known = [t for side in leaves.values() for t in side if t is not None]
+        first = known[0]
+        is_number = all(side.weight_VD is None and side.hidden_ND.shape[1] == 1 for side in leaves.values())
+        labels_N = torch.zeros(len(first), dtype=torch.float32 if is_number else torch.long, device=first.device)
+        width = max(len(side.weight_VD) if side.weight_VD is not None else side.hidden_ND.shape[1] for side in leaves.values())  # fmt: skip
+        with Live(known) as live, torch.enable_grad():
+            fused = fused_terms(leaves, labels_N, terms, dict.fromkeys(terms, 1.0), chunk=chunk(width, at.device))
+            fused.loss.backward()  # type: ignore[no-untyped-call]
+        total = max(total, int(live.peak)) + sum(_bytes(side.hidden_ND) for side in leaves.values())
+        if at.precision == "bf16":  # a cast of each head, which meta tensors do not get
+            total += sum(_bytes(side.weight_VD) // 2 for side in leaves.values() if side.weight_VD is not None)
+    return total
+
+
+def _leaf(side: Side, learns: bool) -> Side:
+    def leaf(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor).requires_grad_(learns)
+
+    weight, bias = (None if tensor is None else leaf(tensor) for tensor in side[1:])
+    return Side(leaf(side.hidden_ND), weight, bias)
 
 
 def _inputs(net: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,9 +248,19 @@ def _inputs(net: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return ids_BT, positions_N, torch.zeros_like(positions_N)
 
 
-def _run(net: Any, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+def _head(net: Any) -> models.Head | None:
     try:
-        return models.logits_at(net, ids_BT, positions_N)
+        return models.head_of(net)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
+
+
+def _run(net: Any, ids_BT: Tensor, positions_N: Tensor, rows: Rows, *, whole: bool) -> Tensor:
+    """Logits (`whole`), or what a linear head makes them from."""
+    try:
+        if rows.num_labels is not None:
+            return models.class_logits(net, ids_BT, torch.ones_like(ids_BT), None)
+        return (models.logits_at if whole else models.hidden_at)(net, ids_BT, positions_N)
     except (RuntimeError, NotImplementedError) as error:
         raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
 

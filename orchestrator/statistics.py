@@ -23,13 +23,14 @@ ALPHA = 0.05  # two-sided, of a whole family
 MOST_SEEDS = 1000  # beyond it "how many more seeds" is no advice
 EXACT_UP_TO = 16  # pairs: 2^16 sign patterns are still listed one by one
 
-# The last word of a metric's name -> lower is better, and the metric's range where it has two ends.
+# The last word of a metric's name, before the part of a test set (MNLI's matched, mismatched) -> lower is better, and the metric's range where it has two ends.
 _KINDS: dict[str, tuple[bool, Interval | None]] = {
     "loss": (True, None),
     "perplexity": (True, None),
     "accuracy": (False, (0.0, 100.0)),
     "f1": (False, (0.0, 100.0)),
     "rougeL": (False, (0.0, 100.0)),
+    "score": (False, (-100.0, 100.0)),  # of a task by its own protocol; of some a correlation
     "matthews": (False, (-100.0, 100.0)),
     "pearson": (False, (-100.0, 100.0)),
     "spearman": (False, (-100.0, 100.0)),
@@ -48,7 +49,7 @@ def bounds(metric: str) -> Interval | None:
 
 def _kind(metric: str) -> tuple[bool, Interval | None]:
     try:
-        return _KINDS[metric.rpartition("_")[2]]
+        return _KINDS[metric.removesuffix("_matched").removesuffix("_mismatched").rpartition("_")[2]]
     except KeyError:
         valid = ", ".join(f"{word}, *_{word}" for word in _KINDS)
         raise ValueError(f"whether a lower {metric!r} is better is not known; known metrics: {valid}") from None
@@ -98,6 +99,11 @@ def decide(p: float, beyond: float, *, alpha: float = ALPHA) -> Decision:
     if p > alpha or beyond == 0:
         return "undecided"
     return "supported" if beyond > 0 else "refuted"
+
+
+def bootstrap_widening(n: int) -> float:
+    """By how much deviations of the bootstrap's means of n values fall short of Student's interval; n >= 2."""
+    return float(stats.t.ppf(1 - ALPHA / 2, n - 1) / stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt(n / (n - 1))
 
 
 def sign_flip_p(differences: Sequence[float] | NDArray[np.float64]) -> float:
@@ -204,11 +210,19 @@ class Comparison:
     correlation: float | None = None  # of the pairs; what pairing gains
     welch: Interval | None = None  # as if not paired
     bca: Interval | None = None  # from n = 20; under-covers below
+    new_data: Interval | None = None  # 95 %, over new seeds and new examples; see `bootstrap`
 
     @property
     def gain(self) -> float:
         """The effect, positive where the arm is better."""
         return -self.effect if self.lower_is_better else self.effect
+
+    def holds_on_new_data(self) -> bool:
+        """Whether the interval over seeds and examples leaves the margin on the effect's own side."""
+        if self.new_data is None:
+            return False
+        low, high = sorted(-end if self.lower_is_better else end for end in self.new_data)
+        return low > self.margin if self.gain > self.margin else high < self.margin
 
 
 def compare(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from orchestrator.messages import StudyError, explain, set_path
+from trainables.data.scores import METRICS
 from trainables.spec import Fraction, Name, Positive, TrialSpec, Value, by_key
 
 # --------------------------------------------------------------------------------------------------------- its values
@@ -90,6 +91,17 @@ Axis = Annotated[
 ]
 
 
+def _differ(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"names a data set twice: {', '.join(names)}")
+    return names
+
+
+# Over which data sets a number is a mean: one, several, or (by default) all those of its phase.
+Task = str | Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_differ)]
+PARTS = {metric for metrics in METRICS.values() for metric in metrics}  # of a score; not every task has each
+
+
 class Objective(Value):
     """What a search sees: always dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
 
@@ -97,7 +109,7 @@ class Objective(Value):
     model: Name
     metric: str
     mode: Literal["min", "max"]
-    task: str | None = None
+    task: Task | None = None
     minus: Name | None = None
 
 
@@ -138,14 +150,22 @@ class Claim(Value):
     against: Name | tuple[Name, ...]
     phase: Name | None = None  # by default the objective's
     model: Name
+    against_model: Name | None = None  # in `against`; by default the same
     metric: str
-    task: str | None = None
+    task: Task | None = None
     split: Literal["test", "dev"] = "test"
     at: Fraction = 1.0
     margin: float = Field(0.0, ge=0)
     axis: Literal["student_tokens", "flops", "device_seconds"] = "student_tokens"
     family: str = "main"
     paper: str | float | None = None
+
+
+def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:
+    """The data sets that must all be there for a value; (): those that there are. `each`: over what the phase fans out."""
+    if what.task is not None:
+        return (what.task,) if isinstance(what.task, str) else tuple(what.task)
+    return () if what.metric.partition("_")[0] in PARTS else tuple(each)
 
 
 class Limits(Value):
@@ -204,6 +224,11 @@ class Study(Value):
     def folder(self) -> str:
         """Its folder in the storage."""
         return self.name if self.is_default_profile else f"{self.name}-{self.profile}"
+
+    def each_of(self, phase: str) -> tuple[str, ...]:
+        """The data sets over which a phase fans out; none where it does not."""
+        path = f"phases.{phase}.each"
+        return tuple(self.fixed.get(path, self.trial.get("phases", {}).get(phase, {}).get("each", ())))
 
     def spec(
         self,

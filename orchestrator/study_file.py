@@ -30,7 +30,9 @@ from orchestrator.messages import (
     without_place,
 )
 from orchestrator.study import Choice, Claim, Objective, Study, label_of, labelled
-from trainables.spec import Masking, TrialSpec
+from trainables.data.scores import part_names, rule_of, score_names
+from trainables.phases import instances, streams_of
+from trainables.spec import Tasks, TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
         "confirm", "limits", "slot")  # fmt: skip
@@ -257,7 +259,7 @@ def _check(study: Study, lines: Lines) -> None:
     _every_end_of_every_range_is_a_valid_trial(study, lines)
     for arm in study.arms:
         with _blamed_on(f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}"):
-            study.spec(arm=arm, seed=0)
+            _learns(study, study.spec(arm=arm, seed=0))
     for size in study.size_axes():
         if study.vary[size].when:
             raise StudyError(
@@ -266,7 +268,7 @@ def _check(study: Study, lines: Lines) -> None:
     for path in study.tune.grid if study.tune else ():
         for value in study.tune.grid[path]:  # type: ignore[union-attr]
             with _blamed_on(f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid at {value!r}"):
-                study.spec(seed=0, tuned={path: value})
+                _learns(study, study.spec(seed=0, tuned={path: value}))
     base = TrialSpec.model_validate({**study.trial, "seed": 0})
     _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
     for name, claim in study.claims.items():
@@ -347,12 +349,17 @@ def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
                 )
 
 
+def _learns(study: Study, spec: TrialSpec) -> None:
+    if (phase := study.objective.phase) in spec.phases and phase not in spec.pruned().phases:
+        raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
+
+
 def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> None:
     for name in study.vary:
         for end in study.vary[name].ends():
             point = study.point_at(name, end)
             with _blamed_on(f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name} at {end!r}"):
-                study.spec(point=point, seed=0)
+                _learns(study, study.spec(point=point, seed=0))
     combinations = itertools.product(*([(name, end) for end in axis.ends()] for name, axis in study.vary.items()))
     for combination in itertools.islice(combinations, 512):
         point = {}
@@ -361,7 +368,7 @@ def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> No
                 point[name] = end
         if not study.is_excluded(point):
             try:
-                study.spec(point=point, seed=0)
+                _learns(study, study.spec(point=point, seed=0))
             except StudyError as error:
                 raise StudyError(f"{study.file}:{line_of(lines, 'vary')}: vary: {error}; exclude it") from None
 
@@ -387,25 +394,41 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
             f"{at}: no phase {phase_name!r}{nearest(phase_name, base.phases)}; valid: {', '.join(base.phases)}"
         )
     phase = base.phases[phase_name]
-    if what.model not in base.models:
-        raise StudyError(
-            f"{at}: no model {what.model!r}{nearest(what.model, base.models)}; valid: {', '.join(base.models)}"
-        )
-    if what.model not in phase.train:
-        raise StudyError(f"{at}: phase {phase_name!r} does not train {what.model!r}; valid: {', '.join(phase.train)}")
-    valid = metrics_of(base, phase_name)
-    if what.metric not in valid:
-        raise StudyError(f"{at}: no metric {what.metric!r}{nearest(what.metric, valid)}; valid: {', '.join(valid)}")
+    rival = what.against_model if isinstance(what, Claim) else None
+    for model in (what.model,) if rival is None else (what.model, rival):
+        if model not in base.models:
+            raise StudyError(f"{at}: no model {model!r}{nearest(model, base.models)}; valid: {', '.join(base.models)}")
+        if model not in phase.train:
+            raise StudyError(f"{at}: phase {phase_name!r} does not train {model!r}; valid: {', '.join(phase.train)}")
     tasks = phase.each or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
-    if what.task is not None and what.task not in tasks:
-        raise StudyError(f"{at}: no task {what.task!r}{nearest(what.task, tasks)}; valid: {', '.join(tasks)}")
+    wanted = (what.task,) if isinstance(what.task, str) else what.task
+    for task in wanted or ():
+        if task not in tasks:
+            raise StudyError(f"{at}: no task {task!r}{nearest(task, tasks)}; valid: {', '.join(tasks)}")
+    valid = metrics_of(base, phase_name, wanted or tasks)
+    if what.metric not in valid:
+        of = f" of {', '.join(wanted)}" if wanted else ""
+        raise StudyError(f"{at}: no metric {what.metric!r}{of}{nearest(what.metric, valid)}; valid: {', '.join(valid)}")
 
 
-def metrics_of(spec: TrialSpec, phase: str) -> tuple[str, ...]:
-    """What is measured of a model in a phase: by the kinds of its streams."""
-    masked = {isinstance(stream.corruption, Masking) for stream in spec.phases[phase].streams.values()}
-    kinds = [kind for kind, is_masked in (("mlm", True), ("lm", False)) if is_masked in masked]
-    return tuple(f"{kind}_{what}" for kind in kinds for what in ("loss", "accuracy"))
+def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, ...]:
+    """What is measured of a model in each of these data sets, or of language in any of them."""
+    found: dict[str, int] = {}
+    for instance in instances(spec.upto(phase)):
+        for stream in streams_of(spec, instance).values() if instance.phase == phase else ():
+            data = spec.data[stream.data]
+            if stream.data not in tasks:
+                continue
+            if not isinstance(data, Tasks):
+                kind = "lm" if stream.corruption is None else "mlm"
+                names: tuple[str, ...] = (f"{kind}_loss", f"{kind}_accuracy")
+            else:
+                rule = "accuracy" if stream.labels else rule_of(data)
+                names = ("task_loss", *score_names(rule, part_names(data)))
+            for name in names:
+                found[name] = found.get(name, 0) + 1
+    language = {name for name in found if name.startswith(("lm_", "mlm_"))}
+    return tuple(name for name, count in found.items() if name in language or count == len(set(tasks)))
 
 
 def _known_arm(study: Study, arm: str, at: str) -> None:

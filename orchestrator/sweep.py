@@ -25,7 +25,7 @@ from typing import Any
 from orchestrator.messages import StudyError, redact
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
-from trainables.store import Storage, as_json, check_writable
+from trainables.store import PhaseStore, Storage, as_json, check_writable
 
 Row = Mapping[str, Any]
 
@@ -227,7 +227,7 @@ def _finish(
     from orchestrator.report import make_report
 
     rows = agenda.all_rows()
-    tables = results.tables(study.folder, rows, agenda.records)
+    tables = results.tables(study.folder, rows, agenda.records, PhaseStore(agenda.storage).examples)
     results.write(tables, home, "")
     evaluator, importance = agenda.importance() or ("", None)
     report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
@@ -236,7 +236,7 @@ def _finish(
     for row in rows:
         mirror.put(row, agenda.records.get(row["trial"], []))
     artifacts = (
-        [home.path(name) for name in ("report.html", "report.md", "results.parquet", "trials.parquet")]
+        [home.path(name) for name in ("report.html", "report.md", *(f"{table}.parquet" for table in results.TABLES))]
         if home.is_local
         else []
     )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from trainables.data.prepare import prepare
 from trainables.loop import Alone, Surroundings
 from trainables.phases import Instance, phase_key
-from trainables.spec import Files, TrialSpec
+from trainables.spec import Data, Files, TrialSpec
 from trainables.store import PhaseStore, Storage
 from trainables.trial import run_trial
 
@@ -170,6 +173,44 @@ def new_lab(
     return make
 
 
+def write_task(file: Path, num: int, *, pair: bool, number: bool, seed: int) -> None:
+    """Texts whose label is how many of a few words they hold (a number), or whether they hold more than usual."""
+    draw = random.Random(seed)
+    words = sorted(set(" ".join(wordy_documents(20, seed=1)).split()))
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["first", "second", "label"])
+        for _ in range(num):
+            text = draw.choices(words, k=draw.randint(4, 14))
+            share = sum(word in words[:12] for word in text) / len(text)
+            label: Any = round(5 * share, 3) if number else ("many" if share > 0.2 else "few")
+            rows.writerow([" ".join(text), " ".join(draw.choices(words, k=3)) if pair else "", label])
+
+
+@pytest.fixture(scope="session")
+def tasks(prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, Any]]:
+    """(fingerprints, what a spec says): two classifications, one of pairs, and a regression, beside the corpora."""
+    folder, fingerprints, data = prepared
+    home = tmp_path_factory.mktemp("tasks")
+    fingerprints, data = dict(fingerprints), dict(data)
+    adapter: Any = TypeAdapter(Data)
+    for seed, (name, pair, number) in enumerate(
+        (("single", False, False), ("pair", True, False), ("number", True, True))
+    ):
+        write_task(home / f"{name}.csv", 150, pair=pair, number=number, seed=seed)
+        columns = {"first": "first", "label": "label"} | ({"second": "second"} if pair else {})
+        data[name] = {"kind": "labelled_files", "train": str(home / f"{name}.csv"), "columns": columns, "length": 32, "tokenizer": {"kind": "same", "as": "corpus"}}  # fmt: skip
+        data[name] |= {} if number else {"classes": ["few", "many"]}
+        others = {other: adapter.validate_python(value) for other, value in data.items()}
+        fingerprints[f"data:{name}"] = prepare(others[name], str(folder), others).fingerprint
+    return fingerprints, data
+
+
+@pytest.fixture
+def new_task_lab(new_lab: Callable[[], Lab], tasks: Any) -> Callable[[], Lab]:
+    return lambda: replace(new_lab(), fingerprints=tasks[0], data=tasks[1])
+
+
 @pytest.fixture
 def lab(new_lab: Callable[[], Lab]) -> Lab:
     return new_lab()
@@ -197,6 +238,11 @@ def hard(of: str, **more: Any) -> dict[str, Any]:
 
 def flow(source: str, to: str, kind: str = "forward_kl", **more: Any) -> dict[str, Any]:
     return {"kind": kind, "from": source, "to": to, "tau_squared": False, **more}
+
+
+def inner(source: str, to: str, kind: str, **more: Any) -> dict[str, Any]:
+    """A flow inside the models: no temperature."""
+    return {"kind": kind, "from": source, "to": to, **more}
 
 
 def distillation(**models: Any) -> dict[str, Any]:

@@ -145,14 +145,14 @@ def test_a_checkpoint_that_does_not_fit_is_not_written_and_the_log_says_so(lab: 
 def test_memory_that_this_machine_refuses_halves_the_micro_batch(
     lab: Lab, go: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = loop._forward
+    plain = loop._run
 
-    def hungry(phase: Any, live: Any, parts: Any, low: int) -> Any:
+    def hungry(phase: Any, live: Any, parts: Any, *more: Any) -> Any:
         if len(parts["main"].ids_BT) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return plain(phase, live, parts, low)
+        return plain(phase, live, parts, *more)
 
-    monkeypatch.setattr(loop, "_forward", hungry)
+    monkeypatch.setattr(loop, "_run", hungry)
     assert go()["status"] == "ended"
     assert "micro-batch halved to 2 sequences" in log(lab)
 

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.claims import Reading, Verdict, confirm_verdict, judge
+from orchestrator.agenda import objective
+from orchestrator.claims import NEW_DATA, THIS_SET, Verdict, confirm_verdict, judge
+from orchestrator.sides import Reading, Tasks
 from orchestrator.statistics import (
     compare,
     decide,
@@ -27,6 +29,7 @@ from orchestrator.statistics import (
     seeds_needed,
     sign_flip_p,
 )
+from orchestrator.study import Claim, Study
 
 ROW = {
     "study": "s", "kind": "trial", "planned": True, "model": "student", "phase": "distil", "task": "corpus",
@@ -71,6 +74,7 @@ def tables(
 
 def claim(arm: str = "good", against: str | tuple[str, ...] = "alone", **fields: Any) -> Any:
     plain = {"says": None, "phase": None, "model": "student", "metric": "mlm_loss", "task": None, "split": "test"}
+    plain["against_model"] = None
     more = {"at": 1.0, "margin": 0.0, "axis": "student_tokens", "family": "main", "paper": None}
     return SimpleNamespace(arm=arm, against=against, **(plain | more | fields))
 
@@ -257,6 +261,16 @@ def test_judge_says_what_the_simulated_core_says() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_a_claim_may_compare_two_models() -> None:
+    good, alone = around(-0.1)
+    results, trials = tables({"good": good, "alone": alone})
+    bigger, _ = tables({"alone": {seed: value - 1 for seed, value in alone.items()}}, model="big")
+    both = pd.concat([results, bigger])
+    assert verdict_of(both, trials).verdict == "supported"
+    verdict = verdict_of(both, trials, claim(against_model="big"))
+    assert verdict.verdict == "refuted" and verdict.parts[0].effect == pytest.approx(0.9, abs=0.05)
 
 
 def test_a_lower_loss_supports_and_a_higher_one_refutes() -> None:
@@ -506,6 +520,213 @@ def test_the_papers_figure_is_judged_apart() -> None:
     assert verdict_of(*found, claim(against=("alone", "alone"), paper=-0.1)).paper == "not comparable"
     single = tables({"good": {0: 1.0}, "alone": alone})
     assert verdict_of(*single, claim(paper=-0.1)).paper == "not comparable"
+
+
+# ------------------------------------------------------------------------------------------------------- new data
+
+
+def answered(results: pd.DataFrame, num: int = 200, *, spread: float = 0.05, seed: int = 0) -> pd.DataFrame:
+    """Losses of examples whose mean is the value that the results have; what is hard is hard for both arms of a seed, but
+    for differences of this spread, which are those of the examples and not of the seeds."""
+    draw, rows = np.random.default_rng(seed), []
+    hard, gap = draw.gamma(2.0, 1.0, num), spread * draw.normal(size=num)
+    for row in results.to_dict("records"):
+        loss = hard + gap * (row["arm"] == "good") + 0.01 * draw.normal(size=num)
+        loss = loss + row["value"] - loss.mean()
+        about = {
+            k: row[k] for k in ("trial", "point", "arm", "seed", "kind", "planned", "model", "phase", "task", "split")
+        }
+        columns = {
+            "part": 0,
+            "example": range(num),
+            "label": np.nan,
+            "prediction": np.nan,
+            "loss": 3 * loss,
+            "count": 3,
+        }
+        rows.append(pd.DataFrame({**about, **columns}))
+    return pd.concat(rows)
+
+
+def test_a_verdict_that_new_examples_would_not_change_says_so() -> None:
+    good, alone = around(-0.1)
+    results, trials = tables({"good": good, "alone": alone})
+    verdict = verdict_of(results, trials, examples=answered(results))
+    new, seeds = verdict.parts[0].new_data, verdict.parts[0].interval
+    assert (verdict.verdict, verdict.holds) == ("supported", NEW_DATA)
+    assert new is not None and seeds is not None and new[0] < verdict.parts[0].effect < new[1] < 0
+    assert said(verdict, "on new data as well") and not said(verdict, "no interval over new examples")
+    assert verdict == verdict_of(results, trials, examples=answered(results).sample(frac=1, random_state=1))
+
+
+def test_a_verdict_that_hangs_on_its_examples_says_so() -> None:
+    good, alone = around(-0.1)
+    results, trials = tables({"good": good, "alone": alone})
+    verdict = verdict_of(results, trials, examples=answered(results, spread=2.0))
+    new = verdict.parts[0].new_data
+    assert new is not None and new[0] < 0 < new[1]
+    assert (verdict.verdict, verdict.holds) == ("supported", THIS_SET)
+    assert said(verdict, "over new seeds the interval excludes 0, over new seeds and new examples it does not")
+    near = verdict_of(results, trials, claim(margin=0.08), examples=answered(results, spread=0.3))
+    assert (near.verdict, near.holds) == ("supported", THIS_SET) and said(near, "the margin 0.08")
+    lost = verdict_of(results, trials, claim("alone", "good"), examples=answered(results))
+    assert (lost.verdict, lost.holds) == ("refuted", NEW_DATA)
+
+
+def test_each_part_of_a_conjunctive_claim_must_hold_on_new_data() -> None:
+    good, alone = around(-0.1)
+    results, trials = tables({"good": good, "alone": alone, "other": {s: v + 0.001 for s, v in alone.items()}})
+    both = claim("good", ("alone", "other"))
+    assert verdict_of(results, trials, both, examples=answered(results)).holds == NEW_DATA
+    rows = answered(results)
+    draw = np.random.default_rng(1).normal(size=200)
+    rows.loc[rows["arm"] == "other", "loss"] += np.tile(6 * (draw - draw.mean()), 5)
+    verdict = verdict_of(results, trials, both, examples=rows)
+    assert (verdict.verdict, verdict.holds) == ("supported", THIS_SET)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [("none", "none are stored"), ("empty", "none are stored"), ("early", "at the end of a phase only"),
+     ("dev", "at the end of a phase only"), ("failed", "a seed failed"), ("other", "none are stored")],
+)  # fmt: skip
+def test_without_answers_the_verdict_says_that_there_is_no_such_interval(change: str, why: str) -> None:
+    good, alone = around(-0.1)
+    row = {"early": {"progress": 0.5}, "dev": {"split": "dev"}}.get(change, {})
+    failed = {"good": (2,)} if change == "failed" else None
+    if change == "failed":
+        good = {seed: value for seed, value in good.items() if seed != 2}
+    results, trials = tables({"good": good, "alone": alone}, failed=failed, **row)
+    of = claim(at=0.5) if change == "early" else claim(split="dev") if change == "dev" else claim()
+    examples = {"none": None, "empty": answered(results).head(0), "other": answered(results).assign(model="teacher")}
+    verdict = verdict_of(results, trials, of, examples=examples.get(change, answered(results)))
+    assert verdict.parts[0].new_data is None
+    assert said(verdict, "no interval over new examples: ") and said(verdict, why)
+    assert verdict.holds == (None if change == "failed" else THIS_SET)
+
+
+def test_one_seed_speaks_of_its_two_runs_alone() -> None:
+    results, trials = tables({"good": {0: 2.9}, "alone": {0: 3.0}})
+    verdict = verdict_of(results, trials, examples=answered(results))
+    assert (verdict.verdict, verdict.holds, verdict.parts[0].new_data) == ("undecided", None, None)
+    assert said(verdict, "n = 1: an effect of two runs; without a second seed")
+    (note,) = (note for note in verdict.notes if note.startswith("of these two runs alone"))
+    low, high = (float(x.replace("\N{MINUS SIGN}", "-")) for x in note.partition("[")[2].partition("]")[0].split(", "))
+    assert low < -0.1 < high and note.endswith("it says nothing about other seeds")
+
+
+# ----------------------------------------------------------------------------------------------- means over data sets
+
+
+def fanned(
+    *names: str, metric: str = "score", lack: tuple[str, int] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Each data set a point higher than the one before; `lack`: data set and seed that `good` has not."""
+    good, alone = around(-0.1, base=60.0)
+    results, trials = tables({"good": alone, "alone": good}, metric=metric)
+    rows = [results.assign(task=name, phase="finetune", value=results["value"] + i) for i, name in enumerate(names)]
+    if lack:
+        rows = [r[~((r["arm"] == "good") & (r["task"] == lack[0]) & (r["seed"] == lack[1]))] for r in rows]
+    phases = {f"finetune[{name}]": {"key": name, "flops": 50.0, "device_seconds": 8.0} for name in names}
+    trials["phases"] = [json.dumps({k: {**v, "key": f"{k}{i}"} for k, v in phases.items()}) for i in range(len(trials))]
+    return pd.concat(rows), trials
+
+
+def over(*names: str, each: bool = True) -> Tasks:
+    return Tasks({"finetune": names if each else ()}, dict.fromkeys(names, "accuracy"), {n: n for n in names})
+
+
+TASK = {"metric": "score", "phase": "finetune"}
+
+
+@pytest.mark.parametrize("task", [None, "rte", ("rte",), ("sst2", "rte"), ["cola", "rte"]])
+def test_a_claim_is_over_the_data_sets_that_it_names(task: Any) -> None:
+    names = (
+        {None: ("cola", "sst2", "rte"), "rte": ("rte",)}.get(task)
+        if not isinstance(task, list | tuple)
+        else tuple(task)
+    )
+    verdict = verdict_of(*fanned("cola", "sst2", "rte"), claim(task=task, **TASK), tasks=over("cola", "sst2", "rte"))
+    assert names is not None and verdict.reading.tasks == names
+    higher = np.mean([("cola", "sst2", "rte").index(name) for name in names])
+    assert verdict.parts[0].arm_values == pytest.approx([v + higher for v in around(0, base=60.0)[1].values()])
+    assert said(verdict, f"mean over {', '.join(names)}") == (len(names) > 1)
+    assert list(verdict.by_task) == (list(names) if len(names) > 1 else [])
+    for parts in verdict.by_task.values():
+        assert parts[0].differences == pytest.approx(verdict.parts[0].differences)
+
+
+def test_a_mean_over_fewer_data_sets_than_planned_is_missing() -> None:
+    results, trials = fanned("cola", "rte")
+    planned = over("cola", "rte", "qnli")
+    verdict = verdict_of(results, trials, claim(**TASK), tasks=planned)
+    assert (verdict.verdict, verdict.parts) == ("undecided", ())
+    assert said(verdict, "'good' has no qnli at seed 0, 1, 2, 3, 4: no mean over fewer tasks is taken")
+    assert verdict.by_task["cola"][0].n == 5 and verdict.by_task["qnli"] == ()
+    lacking = verdict_of(*fanned("cola", "rte", lack=("rte", 3)), claim(**TASK), tasks=over("cola", "rte"))
+    assert lacking.parts[0].seeds == (0, 1, 2, 4) and said(lacking, "'good' has no rte at seed 3")
+    some = claim(task=None, metric="accuracy", phase="finetune")  # a part of a score, which not every task has
+    assert verdict_of(*fanned("cola", "rte", metric="accuracy"), some, tasks=planned).parts[0].n == 5
+
+
+def test_branches_of_a_phase_are_added_up_whatever_their_rows_call_it() -> None:
+    verdict = verdict_of(*fanned("cola", "rte"), claim(**TASK), tasks=over("cola", "rte"))
+    assert verdict.costs["good"].student_tokens == 2000 and verdict.costs["good"].flops == 100
+    results, trials = fanned("cola", "rte")
+    before = {f"teach[{name}]": {"key": name, "flops": 7.0, "device_seconds": 1.0} for name in ("cola", "rte")}
+    trials["phases"] = [json.dumps({**before, **json.loads(cell)}) for cell in trials["phases"]]
+    both, one = (verdict_of(results, trials, claim(task=task, **TASK)) for task in (None, "rte"))
+    assert both.costs["good"].flops == 100 + 14 and one.costs["good"].flops == 50 + 7
+    assert said(both, "all 5 seeds share one phase 'teach' on cola, rte: the verdict holds for this one teacher")
+    assert said(one, "one phase 'teach' on rte:") and not said(one, "cola")
+
+
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+
+
+@pytest.mark.parametrize(
+    ("names", "comparable"),
+    [(GLUE, True), ((*GLUE, "wnli"), True), (GLUE[1:], False), (("rte",), True), (("cola", "x"), False)],
+)
+def test_an_average_over_some_of_glue_is_not_the_papers(names: tuple[str, ...], comparable: bool) -> None:
+    tasks = over(*names)
+    tasks = Tasks(tasks.each, tasks.rules, {n: n for n in names if n != "x"})
+    verdict = verdict_of(*fanned(*names), claim(paper=0.1, **TASK), tasks=tasks)
+    assert verdict.paper == ("inside" if comparable else "not comparable")
+    assert said(verdict, "the average is not comparable with the papers'") == (not comparable)
+
+
+def test_new_data_are_those_of_each_data_set() -> None:
+    results, trials = fanned("cola", "rte", metric="task_loss")
+    examples = answered(results, spread=0.2)
+    verdict = verdict_of(
+        results, trials, claim(metric="task_loss", phase="finetune"), tasks=over("cola", "rte"), examples=examples
+    )
+    assert verdict.parts[0].new_data is not None
+    each = [parts[0].new_data for parts in verdict.by_task.values()]
+    assert all(interval is not None for interval in each) and each[0] != each[1]
+
+
+def test_a_claim_of_a_file_names_data_sets_once() -> None:
+    about = {"arm": "a", "against": "b", "model": "m", "metric": "score"}
+    assert Claim.model_validate({**about, "task": ["cola", "rte"]}).task == ("cola", "rte")
+    assert Claim.model_validate({**about, "task": "cola"}).task == "cola"
+    for wrong in ([], ["cola", "cola"]):
+        with pytest.raises(ValueError, match=r"cola|least 1"):
+            Claim.model_validate({**about, "task": wrong})
+
+
+@pytest.mark.parametrize("task", [None, ["cola", "rte"], "rte"])
+def test_an_objective_with_a_data_set_missing_is_missing(task: Any) -> None:
+    what = {"phase": "finetune", "model": "student", "metric": "score", "mode": "max", "task": task}
+    trial = {"phases": {"finetune": {"each": ["cola", "rte"]}}}
+    study = Study(name="s", file="s.yaml", question="?", trial=trial, objective=what)  # type: ignore[arg-type]
+    row = {"phase": "finetune", "model": "student", "metric": "score", "split": "dev", "progress": 1.0}
+    records = [{**row, "task": name, "value": value} for name, value in (("cola", 40.0), ("rte", 60.0), ("other", 0.0))]
+    assert objective(study, records) == (60.0 if task == "rte" else 50.0)
+    assert objective(study, [{**r, "phase": f"finetune[{r['task']}]"} for r in records]) == objective(study, records)
+    assert objective(study, [r for r in records if r["task"] != "rte"]) is None
+    assert objective(study, [{**r, "progress": 0.5} for r in records]) is None
 
 
 # --------------------------------------------------------------------------------------------------------- confirm

@@ -28,6 +28,7 @@ from trainables.evaluate import evaluate
 from trainables.losses.logits import cross_entropy, divergence
 from trainables.models import ModelError
 from trainables.spec import NUMERICS, Data, Depth, Masking, Model, TrialSpec, trial_id
+from trainables.streams import Reader
 
 REFERENCE = Path(__file__).parent / "references" / "trajectory.json"
 TO_STUDENT = "phases.distil.terms.teacher_to_student"
@@ -55,7 +56,7 @@ def close_numbers(a: Ran, b: Ran, *, rtol: float) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
     """What trials of this test saw: `begin` (phase, model) -> weights at the start, `batch` (phase, stream, step) -> batch."""
     seen: dict[str, dict[Any, Any]] = {"begin": {}, "batch": {}}
-    begin, batch = loop._begin, loop._Stream.batch
+    begin, batch = loop._begin, Reader.batch
 
     def watch_begin(run: Any, instance: Any) -> Any:
         found = begin(run, instance)
@@ -69,7 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
         return found
 
     monkeypatch.setattr(loop, "_begin", watch_begin)
-    monkeypatch.setattr(loop._Stream, "batch", watch_batch)
+    monkeypatch.setattr(Reader, "batch", watch_batch)
     return seen
 
 
@@ -131,7 +132,7 @@ def test_every_initialisation_trains_a_step(lab: Lab, watched: dict[str, Any], i
     assert torch.equal(start[word], teacher[word]) == (init["kind"] == "remap")
 
 
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("kind", ["python_docs", "files", "hub"])  # tasks: test_finetune.py
 def test_every_data_set_and_tokenizer_trains_a_step(
     lab: Lab, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -297,15 +298,15 @@ def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes
 ) -> None:
     small, full = new_lab(), new_lab()
     expected = small.run(small.spec(together()), micro_batch=2)
-    real = loop._forward
+    real = loop._run
 
-    def hungry(at: Any, live: Any, parts: Any, low: int) -> Any:
-        found = real(at, live, parts, low)
+    def hungry(at: Any, live: Any, parts: Any, *more: Any) -> Any:
+        found = real(at, live, parts, *more)
         if len(parts["main"].ids_BT) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(loop, "_forward", hungry)
+    monkeypatch.setattr(loop, "_run", hungry)
     same_numbers(full.run(full.spec(together())), expected)
 
 
@@ -739,7 +740,7 @@ def test_out_of_memory_is_an_outcome(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     def hungry(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(loop, "_forward", hungry)
+    monkeypatch.setattr(loop, "_run", hungry)
     end = attempt.run(job(lab, lab.spec(distillation())), Listener())
     assert (end["status"], end["reason"]) == ("failed", "out of memory: CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -798,9 +799,9 @@ def test_evaluation_does_not_depend_on_how_the_split_is_divided_and_leaves_the_m
     shape = Model.model_validate(model(dropout=0.3))
     net = models.build(shape, name="m", seed=0, vocab_size=corpus.vocab_size, special_ids={}, length=32)
     net.train()
-    whole = evaluate(net, corpus, "dev", Masking(), device="cpu")
+    whole = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
     monkeypatch.setattr("trainables.evaluate.ROWS", 5)
-    parts = evaluate(net, corpus, "dev", Masking(), device="cpu")
+    parts = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
     assert net.training and parts["mlm_accuracy"] == whole["mlm_accuracy"]
     assert parts["mlm_loss"] == pytest.approx(whole["mlm_loss"], rel=1e-6)
 

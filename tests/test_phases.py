@@ -167,8 +167,8 @@ def test_each_data_set_of_a_fan_out_is_an_instance_with_a_key_of_its_own() -> No
     assert [str(i) for i in tunes] == ["tune[corpus]", "tune[other]"]
     assert [streams_of(spec, i)["main"].data for i in tunes] == ["corpus", "other"]
     assert len({phase_key(spec, i, FOUND) for i in tunes}) == 2
-    assert origin_of(spec, "tune", "student") == Origin(Instance("distil"), "student", 1.0)
-    origin = origin_of(spec, "go_on", "student")
+    assert origin_of(spec, Instance("tune", "other"), "student") == Origin(Instance("distil"), "student", 1.0)
+    origin = origin_of(spec, Instance("go_on"), "student")
     assert origin == Origin(Instance("tune", "other"), "student", 0.5) and origin.entry == "student@0.5"
 
 

@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 from scipy import stats
 
 from orchestrator import results
+from orchestrator.claims import NEW_DATA, THIS_SET, judge
+from orchestrator.readings import task_facts
 from orchestrator.report import Report, main, make_report, point_scores
 from orchestrator.results import RESULTS, TRIALS, Tables
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
+from trainables.data.scores import scores
 from trainables.store import Storage
 
 STUDY = """
@@ -434,6 +438,183 @@ def test_early_stopping_comes_with_its_rank_correlation(tmp_path: Path) -> None:
     assert "Rank correlation of rung and end: 1.00 (Spearman, n = 4" in page
 
 
+# ------------------------------------------------------------------------------------- data sets, new data, and models
+
+
+TASKS = """
+data:
+  cola: {kind: glue, task: cola, length: 64, tokenizer: {kind: wordpiece, size: 1024}}
+  rte: {kind: glue, task: rte, tokenizer: {kind: wordpiece, size: 1024}}
+  sst2: {kind: glue, task: sst2, tokenizer: {kind: wordpiece, size: 1024}}
+models:
+  teacher: {family: bert, layers: 4, width: 64}
+  student: {family: bert, layers: 2, width: 64}
+phases:
+  teach:
+    train: {teacher: full}
+    each: [cola, rte, sst2]
+    streams: {main: {data: cola}}
+    budget: {steps: 100}
+    batch: 8
+    optimizer: {lr: 3e-3}
+    terms: {teacher_hard: {kind: cross_entropy, of: teacher}}
+  finetune:
+    train: {student: full}
+    each: [cola, rte, sst2]
+    streams: {main: {data: cola}}
+    budget: {steps: 100}
+    batch: 8
+    optimizer: {lr: 3e-3}
+    terms:
+      student_hard: {kind: cross_entropy, of: student}
+      teacher_to_student: {kind: forward_kl, from: teacher, to: student, tau_squared: true}
+"""
+NUM = {"cola": 400, "rte": 277, "sst2": 300}
+RULES: dict[str, Any] = {"cola": "matthews", "rte": "accuracy", "sst2": "accuracy"}
+OFF = {"phases.finetune.terms.teacher_to_student.weight": 0}
+
+
+def study_of_tasks(seeds: int = 5, more: int = 0) -> Study:
+    about = {"arm": "taught", "against": "alone", "model": "student", "metric": "score"}
+    claims = {
+        "teaching_helps": {"says": "A teacher helps over three tasks", "paper": 2.5, **about},
+        "on_cola": {"says": "A teacher helps on CoLA", "task": "cola", "paper": 0.1, **about},
+        "on_rte": {"says": "A teacher helps on RTE", "task": ["rte"], **about},
+    }
+    claims |= {f"again_{i}": {"task": "sst2", **about} for i in range(more)}
+    objective = {"phase": "finetune", "model": "student", "metric": "score", "mode": "max"}
+    arms = {"alone": OFF, "taught": {}}
+    whole = {
+        "name": "tasks",
+        "file": "tasks.yaml",
+        "question": "Does a teacher help on tasks?",
+        "trial": YAML(typ="safe").load(TASKS),
+    }
+    return Study.model_validate({**whole, "objective": objective, "arms": arms, "claims": claims, "seeds": seeds})
+
+
+def tables_of_tasks(study: Study, *, lack: tuple[str, str, int] | None = None) -> Tables:
+    """Each run is right about an example with a chance that the example, the arm and the seed set; `lack`: arm, data set
+    and seed that has not been run."""
+    draw, rows, trials, files = np.random.default_rng(2), list[dict[str, Any]](), [], dict[str, pd.DataFrame]()
+    hard = {task: draw.normal(1.0, 1.2, num) for task, num in NUM.items()}
+    gold = {task: draw.integers(0, 2, num) for task, num in NUM.items()}
+    for arm, gain in (("alone", 0.0), ("taught", 0.5)):
+        for seed in range(study.seeds):
+            trial, phases, luck = f"{arm}{seed}", dict[str, Any](), np.random.default_rng(seed).normal(0, 0.08)
+            whose = {"study": "tasks", "trial": trial, "point": arm, "arm": arm, "seed": seed, "kind": "trial"}
+            whose |= {"planned": True}
+            for task in NUM if lack is None or (arm, seed) != (lack[0], lack[2]) else set(NUM) - {lack[1]}:
+                if arm == "taught":
+                    phases[f"teach[{task}]"] = {"key": f"teach{task}", "reused": seed > 0, **cost(9e9, 30.0, 60_000)}
+                phases[f"finetune[{task}]"] = {"key": f"{trial}{task}", "reused": False, **cost(5e9, 14.0, 20_000)}
+                right = draw.random(NUM[task]) < 1 / (1 + np.exp(-(hard[task] + gain + luck)))
+                predicted = np.where(right, gold[task], 1 - gold[task])
+                columns = {"model": "student", "task": task, "part": 0, "example": range(NUM[task]), "count": 1}
+                files[f"{trial}{task}"] = pd.DataFrame(
+                    {
+                        **columns,
+                        "split": "test",
+                        "label": 1.0 * gold[task],
+                        "prediction": 1.0 * predicted,
+                        "loss": 1.0 - right,
+                    }
+                )
+                about = {"model": "student", "phase": "finetune", "task": task, "step": 100, "progress": 1.0, "t": 1}
+                found = scores(RULES[task], predicted, gold[task])
+                for split, metric, value in [
+                    *((split, *item) for split in ("dev", "test") for item in found.items()),
+                    ("system", "parameters", 1.5e6),
+                    ("system", "forward_flops", 2e8 if task == "cola" else 4e8),
+                    ("system", "latency_ms", 3.0 + 0.1 * seed),
+                ]:
+                    rows.append(
+                        {**whose, **about, **cost(5e9, 14.0, 20_000), "split": split, "metric": metric, "value": value}
+                    )
+            row = {"params": "{}", "status": "ended", "attempts": 1, "node": "here", "started": 1, "ended": 2}
+            trials.append({**whose, **row, "phases": phases, "params": {}, "peak_memory": 4e8})
+    made = results.tables("tasks", trials, {}, files.get)
+    return Tables(pd.DataFrame(rows, columns=RESULTS.names), made.trials, made.examples)
+
+
+@pytest.fixture(scope="module")
+def by_task() -> tuple[Study, Tables, str]:
+    study = study_of_tasks()
+    tables = tables_of_tasks(study)
+    return study, tables, make_report(study, tables, PROVENANCE).html
+
+
+def test_scores_stand_by_data_set_and_their_mean_is_what_is_judged(by_task: tuple[Study, Tables, str]) -> None:
+    _, tables, page = by_task
+    r = tables.results[(tables.results["metric"] == "score") & (tables.results["split"] == "test")]
+    (row,) = (row for row in rows_with(page, "taught") if len(row) == 5 and row[0] == "taught" and "5)" in row[1])
+    table = r[r["arm"] == "taught"].pivot(index="seed", columns="task", values="value")
+    for cell, values in zip(
+        row[1:], (*(table[task] for task in ("cola", "rte", "sst2")), table.mean(axis=1)), strict=True
+    ):
+        assert numbers(cell) == pytest.approx([values.mean(), values.std(), 5], abs=0.06)
+    line = claim_rows(page)[0]
+    assert "mean over cola, rte, sst2" in line[1]
+    assert numbers(line[3])[0] == pytest.approx(table.mean(axis=1).mean(), abs=0.06)
+    differences = [row for row in rows_with(page, "teaching_helps") if len(row) == 7]
+    assert [row[2] for row in differences] == ["score, cola", "score, rte", "score, sst2", "score, mean"]
+    assert "the average is not comparable with the papers" in html.unescape(page)
+
+
+def test_both_intervals_are_shown_and_labelled(by_task: tuple[Study, Tables, str]) -> None:
+    study, tables, page = by_task
+    verdicts = judge(
+        study.claims, tables.results, tables.trials, default_phase="finetune", examples=tables.examples,
+        tasks=task_facts(study),
+    )  # fmt: skip
+    for line, v in zip(claim_rows(page), verdicts.values(), strict=True):
+        (c,) = v.parts
+        assert c.interval is not None and c.new_data is not None
+        assert re.search(r"\] seeds .*\] new data$", line[5])
+        places = 1 - np.floor(np.log10((c.interval[1] - c.interval[0]) / 2))
+        shown = pytest.approx([c.effect, *c.interval, *c.new_data], abs=0.5 * 10**-places + 1e-9)
+        assert numbers(line[5]) == shown
+        assert line[2].endswith(str(v.holds) if v.holds else "more seeds")
+        assert c.new_data[1] - c.new_data[0] > c.interval[1] - c.interval[0]
+    assert [v.holds for v in verdicts.values()] == [NEW_DATA, NEW_DATA, THIS_SET]
+    assert "at this scale, on new data as well for 2 of 3 verdicts" in page
+
+
+def test_models_are_weighed_by_arm_and_a_shared_one_once(by_task: tuple[Study, Tables, str]) -> None:
+    study, tables, page = by_task
+    (row,) = rows_with(page, "taught", "student", "finetune", "1.5\u202fM")
+    assert row[4:6] == ["64–128", "333\u202fM"]
+    mean, sd, n = numbers(row[6])
+    assert (mean, n) == (pytest.approx(3.2, abs=0.01), 15) and sd == pytest.approx(0.146, abs=0.01)
+    shared = json.dumps({f"finetune[{task}]": {"key": task, **cost(1, 1, 1)} for task in NUM})
+    trials = tables.trials.assign(phases=shared)
+    again = make_report(study, Tables(tables.results, trials, tables.examples), {}).html
+    (row,) = rows_with(again, "taught", "student", "finetune", "1.5\u202fM")
+    assert numbers(row[6])[2] == 3
+    assert "What each model weighs" not in make_report(study, Tables(tables.results.head(0), trials), {}).html
+
+
+def test_a_seed_without_one_of_the_data_sets_is_in_no_mean() -> None:
+    study = study_of_tasks()
+    page = make_report(study, tables_of_tasks(study, lack=("taught", "rte", 2)), {}).html
+    lines = claim_rows(page)
+    assert [line[7] for line in lines] == ["4", "5", "4"]
+    assert "’taught’ has no rte at seed 2" in html.unescape(page).replace("'", "’")
+    assert any(
+        row[1].endswith("5)") and row[2].endswith("4)") and row[4].endswith("4)")
+        for row in rows_with(page, "taught")
+        if len(row) == 5
+    )
+
+
+def test_one_seed_of_tasks_says_what_it_can() -> None:
+    study = study_of_tasks(seeds=1)
+    page = html.unescape(make_report(study, tables_of_tasks(study), {}).html)
+    assert "No verdict: with one seed there is an effect of these runs" in page
+    assert "of these two runs alone, on new examples: 95 % interval [" in page
+    assert "new data as well for" not in page
+
+
 # --------------------------------------------------------------------------------------------- nothing to say, and worse
 
 
@@ -588,6 +769,15 @@ def chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+def look(folder: Path, page: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Where the parts of the first screen end, in pixels; and what else a browser found."""
+    file = folder / "look.html"
+    file.write_text(LOOK.replace("PAGE", json.dumps(page).replace("</", "<\\/")))
+    dom = chromium(folder, "--dump-dom", "--virtual-time-budget=4000", file.as_uri()).stdout
+    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom)[1]))  # type: ignore[index]
+    return {name: found[name] for name in ("question", "counts", "claims", "pairs", "recommendation")}, found
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("points", "more"), [(12, 0), (32, 0), (12, 3)])
 def test_the_first_screen_holds_question_claims_pairs_and_advice(tmp_path: Path, points: int, more: int) -> None:
@@ -595,12 +785,17 @@ def test_the_first_screen_holds_question_claims_pairs_and_advice(tmp_path: Path,
         f"  x{i}: {{arm: good, against: too_weak, model: student, metric: mlm_loss}}\n" for i in range(more)
     )
     study = study_of(tmp_path, STUDY.replace("profiles:", f"{extra}profiles:"))
-    page = make_report(study, whole(study, points), PROVENANCE).html
-    file = tmp_path / "look.html"
-    file.write_text(LOOK.replace("PAGE", json.dumps(page).replace("</", "<\\/")))
-    dom = chromium(tmp_path, "--dump-dom", "--virtual-time-budget=4000", file.as_uri()).stdout
-    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dom)[1]))  # type: ignore[index]
-    bottoms = {name: found[name] for name in ("question", "counts", "claims", "pairs", "recommendation")}
+    bottoms, found = look(tmp_path, make_report(study, whole(study, points), PROVENANCE).html)
+    assert max(bottoms.values()) <= 900, bottoms
+    assert found["overflow"] <= 0
+    assert found["collisions"] == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_the_first_screen_has_room_for_intervals_over_new_data(tmp_path: Path, more: int) -> None:
+    study = study_of_tasks(more=more)
+    bottoms, found = look(tmp_path, make_report(study, tables_of_tasks(study), PROVENANCE).html)
     assert max(bottoms.values()) <= 900, bottoms
     assert found["overflow"] <= 0
     assert found["collisions"] == []

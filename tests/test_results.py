@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -61,3 +62,80 @@ def test_empty_tables_have_their_columns_too(tmp_path: Path) -> None:
 def test_a_record_without_a_field_is_refused() -> None:
     with pytest.raises(KeyError):
         results.tables("study", [ROW], {"abc": [{"value": 1.0}]})
+
+
+# -------------------------------------------------------------------------------------------------------- examples
+
+
+def answers(key: str) -> pd.DataFrame | None:
+    """Two of test and one of dev, of a phase that has any."""
+    if key == "old":
+        return None
+    about = {
+        "model": "student",
+        "task": "rte",
+        "part": [0, 1, 0],
+        "split": ["test", "test", "dev"],
+        "example": [3, 4, 3],
+    }
+    return pd.DataFrame({**about, "label": [1.0, np.nan, 1.0], "prediction": 1.0, "loss": len(key) / 2, "count": 1})
+
+
+def of(trial: str, **more: Any) -> dict[str, Any]:
+    return {**ROW, "trial": trial, "phases": {"finetune[rte]": {"key": "k"}, "teach": {"key": "old"}}, **more}
+
+
+def test_examples_of_compared_trials_are_a_table_of_their_own(tmp_path: Path) -> None:
+    searched = {"arm": None, "point": "p001"}
+    trials = [of("a"), of("b", seed=2), of("winner", kind="confirm", **searched), of("point", **searched)]
+    trials += [of("teacher", kind="teacher"), of("tune", kind="tune"), of("gone", planned=False)]
+    made = results.tables("study", trials, {}, answers)
+    assert list(made.examples.columns) == results.EXAMPLES.names
+    assert made.examples["trial"].tolist() == ["a", "a", "b", "b", "winner", "winner"]
+    assert set(made.examples["split"]) == {"test"} and set(made.examples["phase"]) == {"finetune[rte]"}
+    assert made.examples["arm"].isna().tolist() == [False] * 4 + [True] * 2
+    assert made.examples["example"].tolist() == [3, 4] * 3 and made.examples["label"].isna().sum() == 3
+    assert made.examples["seed"].tolist() == [1, 1, 2, 2, 1, 1] and made.examples["loss"].tolist() == [0.5] * 6
+    storage = Storage(str(tmp_path))
+    results.write(made, storage, "")
+    again = results.read(storage, "")
+    assert again is not None
+    pd.testing.assert_frame_equal(again.examples, made.examples)
+    assert str(again.examples["arm"].dtype) == "category"
+
+
+def test_a_phase_that_trials_share_is_read_once() -> None:
+    asked: list[str] = []
+
+    def once(key: str) -> pd.DataFrame | None:
+        asked.append(key)
+        return answers(key)
+
+    results.tables("study", [of("a"), of("b")], {}, once)
+    assert asked == ["k", "old"]
+
+
+def test_tables_of_before_there_were_examples_are_read_without(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    results.write(results.tables("study", [ROW], {}), storage, "")
+    storage.delete("examples.parquet")
+    again = results.read(storage, "")
+    assert again is not None
+    assert again.examples.empty and list(again.examples.columns) == results.EXAMPLES.names
+
+
+def test_a_million_rows_stay_compact(tmp_path: Path) -> None:
+    num = 20_000
+    draw = np.random.default_rng(0)
+    columns = {"label": draw.integers(0, 2, num).astype(float), "prediction": 1.0, "loss": draw.random(num), "count": 1}
+    frame = pd.DataFrame(
+        {"model": "student", "task": "qqp", "split": "test", "part": 0, "example": range(num), **columns}
+    )
+    made = results.tables(
+        "study", [of(str(i), seed=i) for i in range(5)], {}, lambda key: frame if key == "k" else None
+    )
+    assert len(made.examples) == 5 * num
+    assert made.examples.memory_usage(deep=True).sum() < 80 * len(made.examples)  # bytes
+    storage = Storage(str(tmp_path))
+    results.write(made, storage, "")
+    assert storage.size("examples.parquet") < 20 * len(made.examples)

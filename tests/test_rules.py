@@ -65,7 +65,7 @@ def test_there_is_something_to_look_at() -> None:
     for module in ("orchestrator.sweep", "orchestrator.study", "trainables.spec", "trainables.loop", "trainables.data"):
         assert module in sources()
     assert len(sources()) > 25
-    assert imported("trainables.loop") >= {"torch", "trainables.losses.logits", "trainables.models"}
+    assert imported("trainables.loop") >= {"torch", "trainables.passes", "trainables.models"}
     assert reaches("trainables.trial") >= {"trainables.loop", "trainables.spec", "trainables.losses.logits"}
 
 

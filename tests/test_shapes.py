@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from orchestrator.messages import StudyError
 from orchestrator.shapes import At, Live, Rows, Shapes, forward, reachable, reached_at, scores, scoring
 from orchestrator.study import Study
 from trainables import models
+from trainables.losses.fused import Side
 from trainables.spec import Model, Phase
 
 SPECIAL = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
@@ -43,9 +45,11 @@ def test_a_count_without_content_is_that_of_real_tensors(family: str, precision:
         rows = Rows(num, LENGTH, 4)
         seen, counted = forward(net, rows, trained, at), shapes().forward(value, LENGTH, rows, trained=trained, at=at)
         assert (counted.kept, counted.peak) == (seen.kept, seen.peak)
-        assert (counted.logits_NV.shape, counted.logits_NV.dtype) == (seen.logits_NV.shape, seen.logits_NV.dtype)
+        for ours, theirs in zip(counted.side, seen.side, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert shapes().scoring(value, LENGTH, rows, at=at) == scoring(net, rows, at) > 0
-    assert (counted.kept, seen.logits_NV.dtype == torch.float32) == (0, precision == "fp32")
+    assert counted.kept == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,11 +58,11 @@ def test_what_is_kept_is_what_autograd_saves(family: str, precision: Any) -> Non
     """The plain way to count: a hook on each tensor that autograd saves, weights aside."""
     net = real(of(family)).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
-    saved: dict[int, Any] = {}
+    saved: list[Any] = []  # weak: what only the head's empty product saved goes with it
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
+            saved.append(weakref.ref(tensor.untyped_storage()))
         return tensor
 
     rows = Rows(3, LENGTH, 4)
@@ -69,9 +73,10 @@ def test_what_is_kept_is_what_autograd_saves(family: str, precision: Any) -> Non
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        logits_NV = models.logits_at(net, ids_BT, positions_N)
-    saved.pop(logits_NV.untyped_storage().data_ptr(), None)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        given_N = (models.logits_at if models.head_of(net) is None else models.hidden_at)(net, ids_BT, positions_N)
+    found = {storage.data_ptr(): storage.nbytes() for ref in saved if (storage := ref()) is not None}
+    found.pop(given_N.untyped_storage().data_ptr(), None)
+    total = sum(found.values())
     assert forward(net, rows, True, At("cpu", precision)).kept == total
 
 
@@ -116,12 +121,29 @@ def test_losses_without_content_take_what_real_ones_take(kind: str) -> None:
     names = ["student"] if kind == "hard" else ["student", "teacher"]
 
     def count(num: int, device: str, dtype: torch.dtype = torch.float32) -> int:
-        return scores(value, {(name, "main"): torch.zeros(num, 32, device=device, dtype=dtype) for name in names})
+        def side() -> Side:
+            hidden_ND = torch.zeros(num, 16, device=device, dtype=dtype)
+            return Side(hidden_ND, torch.zeros(5000, 16, device=device, dtype=dtype), None)
+
+        return scores(value, {(name, "main"): side() for name in names}, At("cpu"))
 
     assert count(6, "meta") == count(6, "cpu") and count(6, "meta", torch.bfloat16) == count(6, "cpu", torch.bfloat16)
-    one = 6 * 32 * 4
-    assert count(6, "meta") >= (2 + 2 * len(names)) * one  # logits, log-probabilities, gradients
-    assert 1.9 < count(12, "meta") / count(6, "meta") < 2.1
+    one = 6 * 5000 * 4
+    assert count(6, "meta") >= (2 + len(names)) * one  # logits, log-probabilities, a gradient
+    two, three = count(10_000, "meta") - count(5_000, "meta"), 5_000 * 16 * 4 * 3 * len(names)
+    assert 0 < two <= three  # beyond a chunk only what the head reads grows, and its gradient: no logits
+
+
+def test_a_task_is_counted_with_a_head_of_its_own() -> None:
+    one, at = shapes(), At("cpu")
+    for num_labels in (1, 3):
+        rows = Rows(2, LENGTH, 1, num_labels)
+        taken = one.forward(of("bert"), LENGTH, rows, trained=True, at=at)
+        assert taken.side.hidden_ND.shape == (2, num_labels) and taken.side.weight_VD is None
+        net = models.skeleton(one.config(of("bert"), LENGTH), num_labels)
+        seen = forward(net, rows, True, at)
+        assert (taken.kept, taken.peak) == (seen.kept, seen.peak)
+        assert one.scoring(of("bert"), LENGTH, rows, at=at) == scoring(net, rows, at) > 0
 
 
 def test_what_lives_is_counted_and_what_is_gone_is_not() -> None:

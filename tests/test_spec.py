@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
-from conftest import distillation, flow, hard, model, phase
+from conftest import distillation, flow, hard, inner, model, phase
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from trainables.spec import (
@@ -33,6 +33,9 @@ DATA: dict[str, dict[str, Any]] = {
     "python_docs": {"kind": "python_docs", "tokenizer": WORDPIECE},
     "files": {"kind": "files", "train": "a.txt", "tokenizer": WORDPIECE, "columns": {"text": "body"}},
     "hub": {"kind": "hub", "name": "x/y", "tokenizer": WORDPIECE, "config": "c", "dev": "validation"},
+    "glue": {"kind": "glue", "task": "mrpc", "source": "folder"},
+    "python_task": {"kind": "python_task", "task": "topic", "tokenizer": {"kind": "same", "as": "corpus"}},
+    "labelled_files": {"kind": "labelled_files", "train": "a.csv", "classes": ["no", "yes"], "score": "f1"},
 }
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "wordpiece": WORDPIECE,
@@ -48,6 +51,10 @@ TERMS: dict[str, dict[str, Any]] = {
     "reverse_kl": flow("teacher", "student", "reverse_kl"),
     "jeffreys": flow("teacher", "student", "jeffreys"),
     "jsd": flow("teacher", "student", "jsd", beta=0.1),
+    "hidden_mse": inner("teacher", "student", "hidden_mse", layers=[[1, 1]], positions="first", normalise=True),
+    "hidden_cosine": inner("teacher", "student", "hidden_cosine", projector=True),
+    "attention_mse": inner("teacher", "student", "attention_mse"),
+    "relation_kl": inner("teacher", "student", "relation_kl", heads=2),
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear", "start": 4, "end": 1},
@@ -171,7 +178,7 @@ def refused(message: str, change: Callable[[dict[str, Any]], Any]) -> Any:
             "optimizer for 'teacher', which",
             lambda v: v["phases"]["distil"].update(optimizer={"all": {"lr": 1}, "teacher": {"lr": 1}}),
         ),
-        refused("every term has weight 0", lambda v: v["phases"]["teach"]["terms"]["teacher_hard"].update(weight=0)),
+        refused("every term has weight 0", lambda v: [term.update(weight=0) for part in v["phases"].values() for term in part["terms"].values()]),
         refused("reads stream 'side'", lambda v: v["phases"]["teach"]["terms"]["teacher_hard"].update(on="side")),
         refused("evaluate must rise and end in 1", lambda v: v["phases"]["teach"].update(evaluate=[0.5])),
         refused("evaluate must rise and end in 1", lambda v: v["phases"]["teach"].update(evaluate=[0.5, 0.25, 1])),

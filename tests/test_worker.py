@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Lab, Ran, flow, hard, model, phase
+from conftest import Lab, Ran, flow, hard, inner, model, phase
 
 from trainables import loop
 from trainables.loop import Left, Surroundings
@@ -52,12 +52,12 @@ def _rank(
 
 def _have_little_memory(rank: int) -> None:
     """Rank 1 has room for two sequences; what a device would do to find out is done on this machine."""
-    plain = loop._forward
+    plain = loop._run
 
-    def hungry(phase: Any, live: Any, parts: Any, low: int) -> Any:
+    def hungry(phase: Any, live: Any, parts: Any, *more: Any) -> Any:
         if rank == 1 and len(parts["main"].ids_BT) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(phase, live, parts, low)
+        return plain(phase, live, parts, *more)
 
     begin = loop._begin
 
@@ -67,7 +67,7 @@ def _have_little_memory(rank: int) -> None:
         run.at.storage.write(f"micro-{rank}-{instance}", str(phase.micro).encode())
         return phase
 
-    loop._forward, loop._begin = hungry, fitted
+    loop._run, loop._begin = hungry, fitted
 
 
 def _on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None, scene: str = "") -> Ran:
@@ -96,6 +96,39 @@ CO_TRAINING = {
         ),
     },
 }  # fmt: skip
+
+
+TASKS = {
+    "models": {"teacher": model(layers=2, width=32), "student": model()},
+    "phases": {
+        "teach": phase("teacher", {"h": hard("teacher")}, each=["single", "number"]),
+        "distil": phase(
+            "student",
+            {
+                "h": hard("student"),
+                "soft": flow("teacher", "student", temperature=2),
+                "states": inner("teacher", "student", "hidden_mse", layers=[[2, 1]], projector=True),
+                "relations": inner("teacher", "student", "relation_kl", heads=4),
+            },
+            each=["single", "number"],
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_two_workers_give_the_numbers_of_one_on_tasks(new_task_lab: Callable[[], Lab], micro: int | None) -> None:
+    one_lab, two_lab = new_task_lab(), new_task_lab()
+    spec = one_lab.spec(TASKS)
+    one, two = one_lab.run(spec), _on_ranks(two_lab, two_lab.spec(TASKS), 2, micro)
+    assert one.values.keys() == two.values.keys()
+    for key, value in one.values.items():
+        if key[4].endswith("_loss") or key[3] == "train":
+            assert two.values[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    frames = [lab.store.examples(lab.key(spec, "distil", "number")) for lab in (one_lab, two_lab)]
+    torch.testing.assert_close(
+        *(torch.tensor(frame["prediction"].to_numpy()) for frame in frames), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("micro", [None, 1])

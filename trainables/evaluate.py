@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.data.batches import evaluation_batches
 from trainables.data.corpus import Corpus
-from trainables.models import logits_at
+from trainables.data.scores import scores
+from trainables.data.tasks import Task, task_evaluation
+from trainables.models import class_logits, logits_at, num_parameters
 from trainables.spec import Masking
 
 ROWS = 32  # sequences of an evaluation batch; no number depends on it beyond float error
+Floats = NDArray[np.float64]
+
+
+class Scored(NamedTuple):
+    """How a model does on a split: over all, and on each example E."""
+
+    metrics: dict[str, float]
+    labels_E: Floats | None  # class or number; None for a corpus, as `predictions_E`
+    predictions_E: Floats | None
+    losses_E: Floats  # nats (squared error for numbers), summed over the example's supervised positions
+    counts_E: Floats  # supervised positions; 1 in a task
+    parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
 
 
 @torch.no_grad()
@@ -27,23 +46,131 @@ def evaluate(
     device: str,
     autocast: Callable[[], Any] = nullcontext,
     session: Any = None,
-) -> dict[str, float]:
+) -> Scored:
     """`mlm_loss` (nats) and `mlm_accuracy` (x 100), or `lm_…` for a next-token stream, over supervised positions."""
     was_training = net.training
     net.eval()
-    rank, world = (session.rank, session.world) if session else (0, 1)
-    total = correct = count = 0.0
+    num, length = len(getattr(corpus, split)), getattr(corpus, split).length
+    losses_E, counts_E, correct = np.zeros(num), np.zeros(num), 0.0
     for i, batch in enumerate(evaluation_batches(corpus, split, corruption, batch=ROWS)):
-        if i % world != rank:
+        if not _is_mine(i, session):
             continue
         labels_N = batch.labels_N.to(device)
         with autocast():
             logits_NV = logits_at(net, batch.ids_BT.to(device), batch.positions_N.to(device)).float()
-        total += F.cross_entropy(logits_NV, labels_N, reduction="sum").item()
+        rows_N = (batch.positions_N // length + i * ROWS).numpy()
+        np.add.at(losses_E, rows_N, F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu().numpy())
+        np.add.at(counts_E, rows_N, 1.0)
         correct += (logits_NV.argmax(-1) == labels_N).sum().item()
-        count += len(labels_N)
     net.train(was_training)
     if session:
-        total, correct, count = session.total([total, correct, count])
+        losses_E, counts_E = _total(session, losses_E), _total(session, counts_E)
+        (correct,) = session.total([correct])
     kind = "lm" if corruption is None else "mlm"
-    return {f"{kind}_loss": total / count, f"{kind}_accuracy": 100 * correct / count}
+    metrics = {f"{kind}_loss": losses_E.sum() / counts_E.sum(), f"{kind}_accuracy": 100 * correct / counts_E.sum()}
+    return Scored({name: float(value) for name, value in metrics.items()}, None, None, losses_E, counts_E)
+
+
+@torch.no_grad()
+def evaluate_task(
+    net: Any,
+    task: Task,
+    split: Literal["dev", "test"],
+    *,
+    made_E: Tensor | None = None,
+    device: str,
+    autocast: Callable[[], Any] = nullcontext,
+    session: Any = None,
+) -> Scored:
+    """`task_loss` (nats, or squared error), and the task's scores (x 100). `made_E`: labels that a model made; with these
+    the score is accuracy."""
+    was_training = net.training
+    net.eval()
+    examples = getattr(task, split)
+    labels_E = torch.as_tensor(examples.labels) if made_E is None else made_E
+    predictions_E, losses_E = np.zeros(len(examples)), np.zeros(len(examples))
+    for i, (indices, batch) in enumerate(task_evaluation(examples, batch=ROWS)):
+        if not _is_mine(i, session):
+            continue
+        with autocast():
+            on = batch.to(device)
+            logits_BC = class_logits(net, on.ids_BT, on.mask_BT, on.types_BT).float().cpu()
+        labels_B = labels_E[torch.as_tensor(indices)]
+        if logits_BC.shape[1] == 1:
+            predicted_B, loss_B = logits_BC[:, 0], (logits_BC[:, 0] - labels_B).square()
+        else:
+            predicted_B, loss_B = logits_BC.argmax(-1), F.cross_entropy(logits_BC, labels_B, reduction="none")
+        predictions_E[indices], losses_E[indices] = predicted_B.double().numpy(), loss_B.double().numpy()
+    net.train(was_training)
+    if session:
+        predictions_E, losses_E = _total(session, predictions_E), _total(session, losses_E)
+    gold_E = labels_E.double().numpy()
+    rule = task.score if made_E is None else "accuracy"
+    found = scores(rule, predictions_E, gold_E, examples.parts, task.part_names) if np.isfinite(losses_E).all() else {}
+    metrics = {"task_loss": float(losses_E.mean()), **found}
+    return Scored(metrics, gold_E, predictions_E, losses_E, np.ones(len(examples)), examples.parts)
+
+
+RUNS = 9  # timed forwards of one sequence, after two that warm up
+
+
+@torch.no_grad()
+def size_and_speed(
+    net: Any, *, length: int, is_task: bool, device: str, autocast: Callable[[], Any] = nullcontext
+) -> dict[str, float]:
+    """`parameters` (shared ones once), `forward_flops` of one sequence, `latency_ms`: the median time of one by itself.
+
+    A sequence of `length` tokens without padding, through everything, the head at all positions. Other trials that run
+    on the machine make it slower.
+    """
+    was_training = net.training
+    net.eval()
+    ids_BT = torch.ones((1, length), dtype=torch.long, device=device)
+
+    def forward() -> None:
+        with autocast():
+            if is_task:
+                class_logits(net, ids_BT, torch.ones_like(ids_BT), None)
+            else:
+                logits_at(net, ids_BT, torch.arange(length, device=device))
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        forward()
+    forward()
+    times = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - started)
+    net.train(was_training)
+    found = {"parameters": num_parameters(net), "forward_flops": counter.get_total_flops()}
+    return {**{name: float(value) for name, value in found.items()}, "latency_ms": 1000 * sorted(times)[RUNS // 2]}
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Two products for each pair of positions."""
+    b, h, t, d = query
+    return int(2 * b * h * t * key[2] * (d + value[3]))
+
+
+def _attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Five products: the scores are made again, then gradients of values, of weights, of queries and of keys."""
+    b, h, t, d = query
+    return int(2 * b * h * t * key[2] * (3 * d + 2 * value[3]))
+
+
+_ATEN = torch.ops.aten
+FLOPS = {  # PyTorch has formulas for the kernels of GPUs, but none for that of CPUs
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def _is_mine(index: int, session: Any) -> bool:
+    return session is None or index % session.world == session.rank
+
+
+def _total(session: Any, values: Floats) -> Floats:
+    return np.asarray(session.total(values.tolist()))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainables.layouts import is_transposed, place_of, shape_of
+from trainables.layouts import family_of, is_transposed, place_of, shape_of
 
 
 def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
@@ -21,7 +21,7 @@ def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
     Channels: mean size of what norms put out. Heads, neurons: mean size of what they add to the residual stream.
     `layers`: where the list of layers lies in the state dict.
     """
-    family, shape = net.config.model_type, shape_of(net.config)
+    family, shape = family_of(net.config), shape_of(net.config)
     channels = torch.zeros(shape.hidden, dtype=torch.float64)
     found = [{"x": channels} for _ in range(net.config.num_hidden_layers)]
 
@@ -47,7 +47,7 @@ def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
 
 def shares(net: Any, kept: Tensor) -> dict[str, float]:
     """By norm: root mean square of its input over the kept channels, over that of all; its gain is to shrink by that."""
-    family, found = net.config.model_type, dict[str, float]()
+    family, found = family_of(net.config), dict[str, float]()
 
     def look(name: str, module: nn.Module, given: Tensor, _made: Tensor) -> None:
         if place_of(family, f"{name}.weight") in ("norm", "last norm"):

@@ -70,6 +70,11 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
 NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}
 
 
+def family_of(config: Any) -> str:
+    """The family whose layout a transformers config has: layers that run more than once lie as those that run once."""
+    return str(config.model_type).removeprefix("shared_")
+
+
 def place_of(family: str, name: str) -> str | None:
     """Where the tensor `name` stands, by the longest known end of its module's path; None: nowhere that is known."""
     path, layout = name.rpartition(".")[0], LAYOUTS.get(family, {})

@@ -20,28 +20,37 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainables import models, remap
-from trainables.data.batches import batch_indices, corrupt
+from trainables import models, passes, remap
 from trainables.data.corpus import Corpus
-from trainables.data.masking import MaskedBatch, slice_batch
-from trainables.evaluate import evaluate
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.data.tasks import Task
+from trainables.evaluate import FLOPS, Scored, size_and_speed
 from trainables.losses.schedules import lr_factor, weight_at
 from trainables.notice import Ask, Notice
-from trainables.phases import Instance, longest, num_steps, origin_of, phase_key, seed_of, streams_of
+from trainables.passes import Batch, units
+from trainables.phases import (
+    Instance,
+    TaskHead,
+    head_of,
+    longest,
+    num_steps,
+    origin_of,
+    phase_key,
+    seed_of,
+    streams_of,
+)
 from trainables.spec import (
     CrossEntropy,
     OffWhenBetter,
     Phase,
     Remap,
-    Stream,
-    Term,
+    Tasks,
     TrialSpec,
     random_stream,
     reads,
     target,
 )
 from trainables.store import (
+    EXAMPLES,
     Corrupt,
     PhaseStore,
     Published,
@@ -51,6 +60,7 @@ from trainables.store import (
     log,
     save_checkpoint,
 )
+from trainables.streams import Reader, open_reader
 
 Record = dict[str, Any]
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -125,7 +135,7 @@ class Run:
 
     spec: TrialSpec  # pruned
     fingerprints: Mapping[str, str]
-    corpora: Mapping[str, Corpus]
+    data: Mapping[str, Corpus | Task]
     store: PhaseStore
     at: Surroundings
     session: Session
@@ -144,28 +154,35 @@ class Run:
 # ------------------------------------------------------------------------------------------------------- making models
 
 
-def make(run: Run, phase: str, name: str) -> Any:
-    """The model as it is when `phase` starts: from an earlier phase, from pretrained weights, remapped, or fresh."""
-    spec = run.spec
-    origin = origin_of(spec, phase, name)
+def make(run: Run, instance: Instance, name: str, head: TaskHead | None) -> Any:
+    """The model as it is when the instance starts: from an earlier phase, from pretrained weights, remapped, or fresh.
+
+    `head`: of a task, drawn anew unless the model had it before; None: of a language model. A remap's source has the same.
+    """
+    spec, model = run.spec, run.spec.models[name]
+    origin, seed = origin_of(spec, instance, name), seed_of(spec, instance.phase)
+    num_labels = head.num_labels if head is not None else None
     if origin is not None:
         key = run.key(origin.instance)
         published = run.store.find(key)
         if published is None:
             raise Corrupt(key, "is not there")
-        return models.restore(published.configs[name], run.store.weights(key, origin.entry))
-    model = spec.models[name]
-    corpus = next(iter(run.corpora.values()))
+        config, weights = published.configs[name], run.store.weights(key, origin.entry)
+        if head == head_of(spec, origin.instance, name):
+            return models.restore(config, weights)
+        return models.with_head(config, weights, num_labels, models.initial(model), name=name, seed=seed)
+    data = next(iter(run.data.values()))
     net = models.build(
         model,
         name=name,
-        seed=seed_of(spec, phase),
-        vocab_size=corpus.vocab_size,
-        special_ids=models.special_ids(corpus.tokenizer),
+        seed=seed,
+        vocab_size=data.vocab_size,
+        special_ids=models.special_ids(data.tokenizer),
         length=longest(spec),
+        num_labels=num_labels,
     )
     if isinstance(model.init, Remap):
-        source = make(run, phase, model.init.from_)
+        source = make(run, instance, model.init.from_, head)
         layers = remap.check(model.init.depth, source.config, net.config, model.init.width)
         remap.apply(source, net, layers, model.init.width)
     return net
@@ -185,22 +202,9 @@ class _Progress:
     records: list[Record] = field(default_factory=list)
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # weights kept on the way
     latched: dict[str, bool] = field(default_factory=dict)  # off-switches that have switched off
-    flops_of: dict[str, float] = field(default_factory=dict)  # per sequence, by the terms that are live
+    flops_of: dict[str, float] = field(default_factory=dict)  # per sequence, by the terms that are live and lengths
     sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record, over all ranks
     counts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Stream:
-    name: str
-    spec: Stream
-    corpus: Corpus
-
-    def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch:
-        """The global batch of a step: a pure function of (seed, phase, stream, step)."""
-        indices = batch_indices(len(self.corpus.train), size, step, seed=seed, stream=f"{phase}/{self.name}")
-        masks = random_stream(seed, "mask", phase, self.name, step)
-        return corrupt(self.corpus.train.rows(indices), self.corpus, self.spec.corruption, seed=masks)
 
 
 @dataclass
@@ -211,14 +215,18 @@ class _Phase:
     instance: Instance
     spec: Phase
     seed: int
-    streams: Mapping[str, _Stream]
-    nets: Mapping[str, Any]
+    streams: Mapping[str, Reader]
+    models: passes.Models
     optimizer: torch.optim.Optimizer
     total: int  # optimizer steps
     progress: _Progress
     micro: int  # sequences of one forward
-    wrapped: Mapping[str, Any]  # what is trained, as it is called: over several ranks in DistributedDataParallel
-    local: dict[str, Tensor]  # sums of each term on this rank since they were last added up
+    local: dict[str, Tensor] = field(default_factory=dict)  # sums of each term on this rank since they were added up
+    scored: dict[tuple[str, str], Scored] = field(default_factory=dict)  # on test at the end, by model and stream
+
+    @property
+    def nets(self) -> Mapping[str, Any]:
+        return self.models.nets
 
 
 def train_phase(run: Run, instance: Instance) -> Published:
@@ -257,6 +265,9 @@ def train_phase(run: Run, instance: Instance) -> Published:
                 log.info("phase %s: left at step %d of %d (%s)", instance, progress.step, total, asked)
                 raise Left(asked)
             started = time.monotonic()
+    for model, stream in _scored(phase):  # a trial that was killed between the last look and here
+        if (model, stream) not in phase.scored:
+            phase.scored[model, stream] = _score(phase, model, phase.streams[stream], "test")
     published = run.session.agree(_publish(phase, key) if run.session.rank == 0 else None)
     return published  # type: ignore[no-any-return]
 
@@ -311,6 +322,7 @@ def _publish(phase: _Phase, key: str) -> Published:
             "flops": progress.flops,
         },
         provenance={**at.provenance, "trial": at.trial, "finished": int(time.time() * 1000)},
+        examples=run.store.put_examples(key, _examples(phase)),
     )
     published = run.store.publish(published)
     for folder in (*at.earlier, at.folder):
@@ -325,31 +337,60 @@ def _step_of(fraction: float, total: int) -> int:
 
 def _begin(run: Run, instance: Instance) -> _Phase:
     """Models, optimizer and, where the phase was interrupted, the state in which it was."""
-    spec, at = run.spec.phases[instance.phase], run.at
-    streams = {n: _Stream(n, s, run.corpora[s.data]) for n, s in streams_of(run.spec, instance).items()}
-    train = streams[spec.pace].corpus.train
-    nets = {name: make(run, instance.phase, name).to(at.device) for name in run.spec.models_of(instance.phase)}
+    spec, at, seed = run.spec.phases[instance.phase], run.at, seed_of(run.spec, instance.phase)
+    streams, flops = _readers(run, instance, seed)
+    read = dict.fromkeys(model for term in spec.terms.values() for model in reads(term))
+    nets = {name: make(run, instance, name, head_of(run.spec, instance, name)).to(at.device) for name in read}
     for name, net in nets.items():
         net.train(name in spec.train).requires_grad_(name in spec.train)
-        for term in spec.terms.values():
-            if name in reads(term):
-                models.check_stream(net.config, streams[term.on].spec.corruption, name)
-    wrapped = {name: _wrap(nets[name], at.device) if run.session.world > 1 else nets[name] for name in spec.train}
-    optimizer = _optimizer(spec, nets)
-    total = num_steps(spec, length=train.length, num_sequences=len(train))
-    progress = _Progress()
+        for on in {term.on for term in spec.terms.values() if name in reads(term)}:
+            if streams[on].num_labels is None:
+                models.check_stream(net.config, streams[on].spec.corruption, name)
+            else:
+                models.check_task(net.config, name)
+    passes.check_inner(spec.terms, nets)
+    projectors = passes.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
+    learning = {name: nets[name] for name in spec.train}
+    learning |= {f"project {name}": module.to(at.device) for name, module in projectors.items()}
+    wrapped = {name: _wrap(net, at.device) if run.session.world > 1 else net for name, net in learning.items()}
+    language = [name for name in nets if head_of(run.spec, instance, name) is None]
+    with run.autocast():
+        heads = {name: models.head_of(nets[name]) for name in language}
+    optimizer = _optimizer(spec, learning)
+    total = num_steps(spec, length=streams[spec.pace].length, num_sequences=streams[spec.pace].num)
+    progress = _Progress(flops=flops)
     saved = load_checkpoint(at.storage, (*at.earlier, at.folder), run.key(instance))
     if saved is not None:
         for name, state in saved.pop("models").items():
-            nets[name].load_state_dict(state)
+            learning[name].load_state_dict(state)
         optimizer.load_state_dict(saved.pop("optimizer"))
         progress = _Progress(**{key: value for key, value in saved.items() if key != "key"})
     log.info("phase %s: from step %d of %d (%s)", instance, progress.step, total, run.key(instance))
     if spec.batch % run.session.world:
         raise ValueError(f"phase {instance}: a batch of {spec.batch} cannot be shared by {run.session.world} workers")
     micro = min(spec.batch // run.session.world, at.micro_batch or spec.batch)
-    seed = seed_of(run.spec, instance.phase)
-    return _Phase(run, instance, spec, seed, streams, nets, optimizer, total, progress, micro, wrapped, {})
+    called = passes.Models(nets, frozenset(spec.train), heads, wrapped, projectors)
+    return _Phase(run, instance, spec, seed, streams, called, optimizer, total, progress, micro)
+
+
+def _readers(run: Run, instance: Instance, seed: int) -> tuple[dict[str, Reader], float]:
+    """The streams of an instance, and the FLOPs of making their labels."""
+    readers, flops = dict[str, Reader](), 0.0
+    for name, stream in streams_of(run.spec, instance).items():
+        data = run.spec.data[stream.data]
+        head = TaskHead(stream.data, data.num_labels, False) if isinstance(data, Tasks) else None
+        readers[name], spent = open_reader(
+            name,
+            stream,
+            run.data[stream.data],
+            lambda model, head=head: make(run, instance, model, head),  # type: ignore[misc]
+            seed=seed,
+            phase=str(instance),
+            device=run.at.device,
+            autocast=run.autocast,
+        )
+        flops += spent
+    return readers, flops
 
 
 def _fit_micro(phase: _Phase) -> None:
@@ -362,15 +403,12 @@ def _fit_micro(phase: _Phase) -> None:
     batches = {
         n: s.batch(phase.progress.step, spec.batch, phase.seed, str(phase.instance)) for n, s in phase.streams.items()
     }
-    alone = replace(phase, wrapped={}, progress=_Progress(step=phase.progress.step))
+    alone = replace(phase, models=replace(phase.models, wrapped={}))
     while True:
         failed: BaseException | None = None
-        parts = {n: slice_batch(batch, 0, phase.micro).to(phase.run.at.device) for n, batch in batches.items()}
+        parts = {n: batch.rows(0, phase.micro).to(phase.run.at.device) for n, batch in batches.items()}
         try:
-            logits = _forward(alone, spec.terms, parts, 0)
-            losses = [_value(term, logits, parts[term.on].labels_N) for term in spec.terms.values()]
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-            del logits, losses
+            _run(alone, spec.terms, parts, dict.fromkeys(spec.terms, 1.0), 0)[0].backward()  # type: ignore[no-untyped-call]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -390,16 +428,22 @@ def _wrap(net: Any, device: str) -> Any:
     return DistributedDataParallel(net, device_ids=[torch.cuda.current_device()] if device.startswith("cuda") else None)
 
 
-def _optimizer(spec: Phase, nets: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """One AdamW with groups per model: matrices decay, vectors (norms, biases) do not."""
+def _optimizer(spec: Phase, learning: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """One AdamW with groups per model: matrices decay, vectors (norms, biases) do not. A term's projector learns with the
+    model that it projects."""
     groups: list[dict[str, Any]] = []
     for name in spec.train:
         o = spec.optimizer_of(name)
-        parameters = [p for p in nets[name].parameters() if p.requires_grad]
+        parameters = _parameters(spec, learning, name)
         common = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "model": name}
         groups.append({**common, "params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.decay})
         groups.append({**common, "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def _parameters(spec: Phase, learning: Mapping[str, Any], model: str) -> list[Any]:
+    beside = [f"project {name}" for name, term in spec.terms.items() if target(term) == model]
+    return [p for name in (model, *beside) if name in learning for p in learning[name].parameters() if p.requires_grad]
 
 
 def _step(phase: _Phase) -> None:
@@ -433,7 +477,7 @@ def _step(phase: _Phase) -> None:
     for name in spec.train:
         clip = spec.optimizer_of(name).clip
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(phase.nets[name].parameters(), clip)
+            torch.nn.utils.clip_grad_norm_(_parameters(spec, phase.models.wrapped, name), clip)
     phase.optimizer.step()
     phase.optimizer.zero_grad(set_to_none=True)
     for (
@@ -441,62 +485,46 @@ def _step(phase: _Phase) -> None:
         value,
     ) in sums.items():  # in double precision sums of floats are exact, so it is equal when they are added up
         phase.local[name] = phase.local[name] + value if name in phase.local else value
-        progress.counts[name] = progress.counts.get(name, 0) + len(batches[spec.terms[name].on].labels_N)
-    progress.tokens += sum(batch.ids_BT.numel() for batch in batches.values())  # packed: no padding
+        term = spec.terms[name]
+        progress.counts[name] = progress.counts.get(name, 0) + units(term, batches[term.on])
+    progress.tokens += sum(batch.num_tokens for batch in batches.values())
     progress.step += 1
 
 
-def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str, MaskedBatch]) -> dict[str, Tensor]:
+def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str, Batch]) -> dict[str, Tensor]:
     """Gradients of one step, over micro-batches of this rank's share. Each model runs once per stream.
 
     Returns each term's sum over the share, detached. Gradients are averaged over ranks by whoever wraps the models, so
-    the loss, divided by the positions of the *global* batch, is multiplied by their number.
+    the loss, divided by the units of the *global* batch, is multiplied by their number.
     """
     spec, device, session = phase.spec, phase.run.at.device, phase.run.session
     share = spec.batch // session.world
     first, last = session.rank * share, (session.rank + 1) * share
     live = {name: term for name, term in spec.terms.items() if weights[name]}
+    scale = {name: weights[name] / units(term, batches[term.on]) for name, term in live.items()}
     sums: dict[str, Tensor] = {}
     for low in range(first, last, phase.micro):
         high = min(low + phase.micro, last)
-        parts = {name: slice_batch(batch, low, high).to(device) for name, batch in batches.items()}
-        with _counting(phase.progress, live, high - low, session.world), _synchronised(phase, high == last):
-            logits = _forward(phase, live, parts, low)
-            loss = torch.zeros((), device=device)
-            for name, term in live.items():
-                value = _value(term, logits, parts[term.on].labels_N)
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-                loss = loss + weights[name] * value / len(batches[term.on].labels_N)
+        parts = {name: batch.rows(low, high).to(device) for name, batch in batches.items()}
+        shape = "x".join(str(part.ids_BT.shape[1]) for part in parts.values())
+        with _counting(phase.progress, live, shape, high - low, session.world), _synchronised(phase, high == last):
+            loss, found = _run(phase, live, parts, scale, low)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
             if live:  # else every weight is zero just now
                 (loss * session.world).backward()  # type: ignore[no-untyped-call]
     return sums
 
 
-def _forward(
-    phase: _Phase, live: Mapping[str, Term], parts: Mapping[str, MaskedBatch], low: int
-) -> dict[tuple[str, str], Tensor]:
-    """Logits at supervised positions by (model, stream)."""
-    logits: dict[tuple[str, str], Tensor] = {}
-    autocast = phase.run.autocast
-    for term in live.values():
-        for model in reads(term):
-            if (model, term.on) in logits:
-                continue
-            trained, part = model in phase.spec.train, parts[term.on]
-            if trained:  # dropout has a stream of its own, whatever else runs
-                where = (str(phase.instance), model, term.on, phase.progress.step, low)
-                torch.manual_seed(random_stream(phase.seed, "dropout", *where))
-            with torch.set_grad_enabled(trained), autocast():
-                logits[model, term.on] = models.logits_at(
-                    phase.nets[model], part.ids_BT, part.positions_N, through=phase.wrapped.get(model)
-                )
-    return logits
+def _run(
+    phase: _Phase, live: Mapping[str, Any], parts: Mapping[str, Batch], scale: Mapping[str, float], low: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    def dropout(model: str, stream: str) -> int:
+        where = (str(phase.instance), model, stream, phase.progress.step, low)
+        return random_stream(phase.seed, "dropout", *where)
 
-
-def _value(term: Term, logits: Mapping[tuple[str, str], Tensor], labels_N: Tensor) -> Tensor:
-    if isinstance(term, CrossEntropy):
-        return cross_entropy(logits[term.of, term.on], labels_N)
-    return divergence(term, logits[term.from_, term.on], logits[term.to, term.on])
+    how: dict[str, Any] = {"device": phase.run.at.device, "autocast": phase.run.autocast, "dropout": dropout}
+    return passes.run_terms(phase.models, live, parts, scale, **how)
 
 
 @contextmanager
@@ -504,19 +532,19 @@ def _synchronised(phase: _Phase, is_last: bool) -> Iterator[None]:
     """Ranks exchange gradients once a step, with the last micro-batch."""
     with ExitStack() as stack:
         if phase.run.session.world > 1 and not is_last:
-            for wrapped in phase.wrapped.values():
+            for wrapped in phase.models.wrapped.values():
                 stack.enter_context(wrapped.no_sync())
         yield
 
 
 @contextmanager
-def _counting(progress: _Progress, live: Mapping[str, Term], rows: int, world: int) -> Iterator[None]:
-    """Adds the FLOPs of a micro-batch, over all ranks: counted once for each set of live terms, then multiplied."""
-    which = ",".join(sorted(live))
+def _counting(progress: _Progress, live: Mapping[str, Any], shape: str, rows: int, world: int) -> Iterator[None]:
+    """Adds the FLOPs of a micro-batch, over all ranks: counted once for live terms and lengths, then multiplied."""
+    which = f"{','.join(sorted(live))} {shape}"
     if which in progress.flops_of:
         yield
     else:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             yield
         progress.flops_of[which] = counter.get_total_flops() / rows
     progress.flops += progress.flops_of[which] * rows * world
@@ -533,7 +561,7 @@ def _look(phase: _Phase, fraction: float) -> None:
             assert not isinstance(term, CrossEntropy)
             for model in (term.from_, term.to):
                 if (model, term.on) not in losses:
-                    losses[model, term.on] = _loss(_evaluate(phase, model, phase.streams[term.on], "dev"))
+                    losses[model, term.on] = _loss(_score(phase, model, phase.streams[term.on], "dev").metrics)
             phase.progress.latched[name] = losses[term.to, term.on] < losses[term.from_, term.on]
             if phase.progress.latched[name]:
                 log.info("%s is off from step %d on", name, phase.progress.step)
@@ -566,20 +594,32 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
             mean = progress.sums[name] / progress.counts[name]
             add(target(term), phase.streams[term.on].spec.data, "train", name, mean)
     progress.sums, progress.counts = {}, {}
+    if fraction == 1:
+        for stream in phase.streams.values():
+            labellers = ",".join(stream.spec.labels.of) if stream.spec.labels else ""
+            for metric, value in stream.about.items():
+                add(labellers, stream.spec.data, "train", metric, value)
     losses: dict[tuple[str, str], float] = {}
-    for model in spec.train:
-        for name, stream in phase.streams.items():
-            if not any(term.on == name and model in reads(term) for term in spec.terms.values()):
-                continue
-            for split in ("dev", "test"):
-                found = _evaluate(phase, model, stream, split)
-                for metric, value in found.items():
-                    add(model, stream.spec.data, split, metric, value)
-                if split == "dev":
-                    losses[model, name] = _loss(found)
-                    if not math.isfinite(_loss(found)):  # the last update broke what the train loss still saw whole
-                        what = f"the dev loss of {model} is {_loss(found)} at step {progress.step}"
-                        raise Diverged(f"phase {phase.instance}: {what}")
+    for model, name in _scored(phase):
+        stream = phase.streams[name]
+        for split in ("dev", "test"):
+            found = _score(phase, model, stream, split)
+            if split == "test" and fraction == 1:
+                phase.scored[model, name] = found
+            for metric, value in found.metrics.items():
+                add(model, stream.spec.data, split, metric, value)
+            if split == "dev":
+                losses[model, name] = _loss(found.metrics)
+                if not math.isfinite(losses[model, name]):  # the last update broke what the train loss still saw whole
+                    what = f"the dev loss of {model} is {losses[model, name]} at step {progress.step}"
+                    raise Diverged(f"phase {phase.instance}: {what}")
+    if fraction == 1:
+        for model, name in dict(_scored(phase)).items():
+            stream, at = phase.streams[name], phase.run
+            how: dict[str, Any] = {"is_task": stream.num_labels is not None, "device": at.at.device}
+            sizes = size_and_speed(phase.nets[model], length=stream.length, autocast=at.autocast, **how)
+            for metric, value in sizes.items():
+                add(model, stream.spec.data, "system", metric, value)
     machine = {"peak_memory": peak_memory(phase.run.at.device)}
     if progress.seconds > 0:
         machine["tokens_per_second"] = progress.tokens / progress.seconds
@@ -588,22 +628,47 @@ def _records(phase: _Phase, fraction: float) -> tuple[list[Record], dict[tuple[s
     return records, losses
 
 
-def _evaluate(phase: _Phase, model: str, stream: _Stream, split: Any) -> dict[str, float]:
+def _scored(phase: _Phase) -> list[tuple[str, str]]:
+    """Trained models with the streams that they read."""
+    terms = phase.spec.terms.values()
+    return [
+        (model, name)
+        for model in phase.spec.train
+        for name in phase.streams
+        if any(term.on == name and model in reads(term) for term in terms)
+    ]
+
+
+def _score(phase: _Phase, model: str, stream: Reader, split: Any) -> Scored:
     at = phase.run
     at.at.notice.look()
-    return evaluate(
-        phase.nets[model],
-        stream.corpus,
-        split,
-        stream.spec.corruption,
-        device=at.at.device,
-        autocast=at.autocast,
-        session=at.session,
-    )
+    return stream.score(phase.nets[model], split, device=at.at.device, autocast=at.autocast, session=at.session)
+
+
+def _examples(phase: _Phase) -> dict[str, list[Any]]:
+    """The scores of each example of test, as columns."""
+    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
+    for (model, stream), scored in phase.scored.items():
+        num = len(scored.losses_E)
+        unknown = [None] * num
+        values = {
+            "model": [model] * num,
+            "task": [phase.streams[stream].spec.data] * num,
+            "split": ["test"] * num,
+            "part": [0] * num if scored.parts_E is None else scored.parts_E.tolist(),
+            "example": list(range(num)),
+            "label": unknown if scored.labels_E is None else scored.labels_E.tolist(),
+            "prediction": unknown if scored.predictions_E is None else scored.predictions_E.tolist(),
+            "loss": scored.losses_E.tolist(),
+            "count": scored.counts_E.astype(int).tolist(),
+        }
+        for name, column in values.items():
+            columns[name] += column
+    return columns
 
 
 def _loss(found: Mapping[str, float]) -> float:
-    return next(value for metric, value in found.items() if metric.endswith("_loss"))
+    return next(value for metric, value in found.items() if metric.endswith("_loss"))  # of each kind of data
 
 
 def _add_up(phase: _Phase) -> None:
@@ -621,7 +686,9 @@ def _checkpoint(phase: _Phase) -> None:
     if phase.run.session.rank == 0:
         state = {name: getattr(phase.progress, name) for name in _Progress.__dataclass_fields__}
         state |= {"key": phase.run.key(phase.instance), "optimizer": phase.optimizer.state_dict()}
-        state["models"] = {name: phase.nets[name].state_dict() for name in phase.spec.train}
+        learning = {**{name: phase.nets[name] for name in phase.spec.train}}
+        learning |= {f"project {name}": module for name, module in phase.models.projectors.items()}
+        state["models"] = {name: net.state_dict() for name, net in learning.items()}
         save_checkpoint(phase.run.at.storage, phase.run.at.folder, state, room=phase.run.at.checkpoint_bytes)
     phase.run.at.notice.look()
 

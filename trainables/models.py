@@ -5,6 +5,7 @@ No family is named here: what differs between families is read off the transform
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from trainables import sharing
 from trainables.spec import Masking, Model, Random, random_stream
 
 
@@ -29,18 +38,32 @@ class ModelError(ValueError):
     """A model that cannot be made; the message says which, why, and what would be valid."""
 
 
-def build(model: Model, *, name: str, seed: int, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
+def build(
+    model: Model,
+    *,
+    name: str,
+    seed: int,
+    vocab_size: int,
+    special_ids: dict[str, int],
+    length: int,
+    num_labels: int | None = None,
+) -> Any:
     """A model in fp32 on the CPU. Its initial weights depend on (seed, name, module) and on nothing else.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
+    `num_labels`: a head for so many classes (1: a number), drawn anew, instead of that of a language model.
     """
     if model.pretrained is not None:
-        return _load(model, vocab_size)
+        return _load(model, vocab_size, num_labels, special_ids, name=name, seed=seed)
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
-    net = skeleton(config)
-    init = model.init if isinstance(model.init, Random) else model.init.rest
-    initialise(net, init, name=name, seed=seed)
+    net = skeleton(config, num_labels)
+    initialise(net, initial(model), name=name, seed=seed)
     return net
+
+
+def initial(model: Model) -> Random:
+    """How what no other weights fill is drawn."""
+    return model.init if isinstance(model.init, Random) else model.init.rest
 
 
 def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
@@ -78,7 +101,13 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
         if not hasattr(config, key):
             raise ModelError(f"a {model.family} config has no field {key!r}")
         fields[key] = value
-    return AutoConfig.for_model(model.family, **fields)
+    config = AutoConfig.for_model(model.family, **fields)
+    if model.sharing is None:
+        return config
+    try:
+        return sharing.shared(config, model.sharing.order, model.sharing.swap)
+    except sharing.SharingError as error:
+        raise ModelError(str(error)) from None
 
 
 @cache
@@ -100,7 +129,7 @@ def _dropouts(config: Any) -> Iterator[str]:
 
 
 def is_masked_lm(family: str) -> bool:
-    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return family in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, sharing.FAMILY)
 
 
 def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
@@ -112,7 +141,17 @@ def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
         raise ModelError(f"model {name!r} ({config.model_type}) {need}")
 
 
-def _load(model: Model, vocab_size: int) -> Any:
+def check_task(config: Any, name: str) -> None:
+    """Whether the family has a head for classes, and knows where a padded sequence of its own ends."""
+    if config.model_type not in (*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, sharing.FAMILY):
+        raise ModelError(f"model {name!r}: transformers has no classifier of family {config.model_type!r}")
+    if not is_masked_lm(config.model_type) and config.pad_token_id is None:
+        raise ModelError(f"model {name!r} ({config.model_type}): its tokenizer has no padding token, which tasks need")
+
+
+def _load(
+    model: Model, vocab_size: int, num_labels: int | None, special_ids: dict[str, int], *, name: str, seed: int
+) -> Any:
     try:
         config = AutoConfig.from_pretrained(
             model.pretrained, revision=model.revision or "main", trust_remote_code=False
@@ -120,14 +159,20 @@ def _load(model: Model, vocab_size: int) -> Any:
         _refuse_code_of_the_hub(config, repr(model.pretrained))
         if model.dropout is not None:
             config.update({key: model.dropout for key in _dropouts(config)})
-        auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
-        net = auto.from_pretrained(
+        if num_labels is not None:
+            _give_labels(config, num_labels)
+            if config.pad_token_id is None:
+                config.pad_token_id = special_ids.get("pad_token_id")
+        auto = _auto(config, num_labels)
+        net, about = auto.from_pretrained(
             model.pretrained,
             revision=model.revision or "main",
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=num_labels is not None,  # a head of other classes is none of ours
         )
     except ModelError:
         raise
@@ -140,12 +185,28 @@ def _load(model: Model, vocab_size: int) -> Any:
         raise ModelError(
             f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
         )
+    if num_labels is not None:
+        absent = {*about["missing_keys"], *(entry[0] for entry in about["mismatched_keys"])}
+        _draw_again(net, {path.rpartition(".")[0] for path in absent}, name=name, seed=seed)
     return net
+
+
+@torch.no_grad()
+def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) -> None:
+    """The family's own rule for these modules, from their own streams: transformers drew them from the process'."""
+    modules = dict(net.named_modules())
+    with torch.random.fork_rng(devices=[]):
+        for path in sorted(paths):
+            for tensor in modules[path].parameters(recurse=False):
+                tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+            torch.manual_seed(random_stream(seed, "init", name, path))
+            net._init_weights(modules[path])
 
 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     """A model as it was stored: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
-    net = skeleton(AutoConfig.for_model(**config))
+    made = AutoConfig.for_model(**config)
+    net = skeleton(made, made.num_labels if _is_classifier(config) else None)
     missing, unexpected = net.load_state_dict(dict(weights), strict=False)
     net.tie_weights()
     state = net.state_dict()
@@ -158,11 +219,55 @@ def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     return net
 
 
-def skeleton(config: Any) -> Any:
-    """A language model of this config with weights of no meaning (none at all on the meta device)."""
+@torch.no_grad()
+def with_head(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    num_labels: int | None,
+    init: Random,
+    *,
+    name: str,
+    seed: int,
+) -> Any:
+    """A stored model with a head of its own for `num_labels` (None: of a language model), drawn anew.
+
+    As transformers does, what has a name and shape in both is carried on; from one classifier to another only the trunk
+    is, whose head may have as many labels of another meaning.
+    """
+    net = skeleton(AutoConfig.for_model(**config), num_labels)
+    initialise(net, init, name=name, seed=seed)
+    only = f"{net.base_model_prefix}." if num_labels is not None and _is_classifier(config) else ""
+    state = net.state_dict()
+    for path, tensor in weights.items():
+        if path.startswith(only) and path in state and state[path].shape == tensor.shape:
+            state[path].copy_(tensor)
+    return net
+
+
+def _is_classifier(config: Mapping[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def skeleton(config: Any, num_labels: int | None = None) -> Any:
+    """A language model of this config with weights of no meaning (none at all on the meta device); or a classifier."""
     _refuse_code_of_the_hub(config, config.model_type)
-    auto = AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
-    return auto.from_config(config, trust_remote_code=False)
+    if num_labels is not None:
+        config = copy.deepcopy(config)
+        _give_labels(config, num_labels)
+    net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+    net.config.architectures = [type(net).__name__]
+    return net
+
+
+def _auto(config: Any, num_labels: int | None) -> Any:
+    if num_labels is not None:
+        return AutoModelForSequenceClassification
+    return AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+
+
+def _give_labels(config: Any, num_labels: int) -> None:
+    config.num_labels = num_labels
+    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
 
 
 def _refuse_code_of_the_hub(config: Any, where: str) -> None:
@@ -187,7 +292,7 @@ def weights_of(net: nn.Module) -> dict[str, Tensor]:
 
 def plain_config(config: Any) -> dict[str, Any]:
     """What `restore` needs of a transformers config."""
-    drop = ("transformers_version", "_name_or_path", "dtype", "architectures")
+    drop = ("transformers_version", "_name_or_path", "dtype")
     return {key: value for key, value in config.to_dict().items() if key not in drop}
 
 
@@ -290,6 +395,16 @@ def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: n
         logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_no_cache(net)).logits
     whole = logits_BTV.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
     return logits_BTV.flatten(0, 1).index_select(0, positions_N) if whole else logits_BTV[0]
+
+
+def class_logits(
+    net: nn.Module, ids_BT: Tensor, mask_BT: Tensor, types_BT: Tensor | None, *, through: nn.Module | None = None
+) -> Tensor:
+    """[B, C]: one row a sequence. `mask_BT` is 0 at padding; `types_BT` tells a pair's halves apart, where a family can."""
+    takes_types = types_BT is not None and getattr(net.config, "type_vocab_size", 0) > 1
+    inputs = {"token_type_ids": types_BT} if takes_types else {}
+    logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_no_cache(net)).logits
+    return logits_BC
 
 
 def _no_cache(net: nn.Module) -> dict[str, bool]:

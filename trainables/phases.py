@@ -18,10 +18,12 @@ from trainables.spec import (
     Remap,
     Steps,
     Stream,
+    Tasks,
     Tokens,
     TrialSpec,
     digest,
     parse_start,
+    reads,
 )
 
 SHARED_SEED = -1  # of phases that say `seed: shared`
@@ -52,25 +54,54 @@ class Origin:
         return self.model if self.fraction == 1.0 else f"{self.model}@{self.fraction:g}"
 
 
+@dataclass(frozen=True)
+class TaskHead:
+    """What stands on a model's trunk while it reads a task; two heads that are equal are the same one."""
+
+    data: str
+    num_labels: int  # 1: a number
+    is_derived: bool  # of labels that a model made
+
+
 def instances(spec: TrialSpec) -> tuple[Instance, ...]:
     """All that the trial runs, in an order that respects the DAG. `spec` is pruned."""
     return tuple(Instance(name, item) for name in spec.order() for item in (spec.phases[name].each or (None,)))
 
 
 def streams_of(spec: TrialSpec, instance: Instance) -> dict[str, Stream]:
-    """The streams of an instance: a phase that fans out reads its own item in each."""
-    streams = spec.phases[instance.phase].streams
-    if instance.item is None:
-        return dict(streams)
-    return {name: stream.model_copy(update={"data": instance.item}) for name, stream in streams.items()}
+    """The streams of an instance: a phase that fans out reads its own item in each. Tasks are read as they are."""
+    found = {}
+    for name, stream in spec.phases[instance.phase].streams.items():
+        data = instance.item or stream.data
+        is_task = isinstance(spec.data[data], Tasks)
+        found[name] = stream.model_copy(update={"data": data} | ({"corruption": None} if is_task else {}))
+    return found
 
 
-def origin_of(spec: TrialSpec, phase: str, model: str) -> Origin | None:
-    start = spec.origin(phase, model)
+def origin_of(spec: TrialSpec, instance: Instance, model: str) -> Origin | None:
+    """Where `model` has its weights from when the instance starts. Branches of the same data go on from each other."""
+    start = spec.origin(instance.phase, model)
     if start is None:
         return None
     source, fraction, item = parse_start(start)
+    if spec.phases[source].each:
+        item = item or instance.item
     return Origin(Instance(source, item), model, fraction)
+
+
+def head_of(spec: TrialSpec, instance: Instance, model: str) -> TaskHead | None:
+    """The head of a model in an instance, or None for that of a language model."""
+    phase, streams = spec.phases[instance.phase], streams_of(spec, instance)
+    read = {term.on for term in phase.terms.values() if model in reads(term)}
+    for name, stream in streams.items():
+        data = spec.data[stream.data]
+        if not isinstance(data, Tasks):
+            continue
+        if name in read and stream.labels is not None:
+            return TaskHead(stream.data, stream.labels.NUM, True)
+        if name in read or (stream.labels is not None and model in stream.labels.of):
+            return TaskHead(stream.data, data.num_labels, False)
+    return None
 
 
 def seed_of(spec: TrialSpec, phase: str) -> int:
@@ -102,17 +133,15 @@ def phase_key(spec: TrialSpec, instance: Instance, fingerprints: Mapping[str, st
             name: {**stream.model_dump(mode="json", exclude={"data"}), "data": fingerprints[f"data:{stream.data}"]}
             for name, stream in streams_of(spec, instance).items()
         },
-        "models": {
-            model: _weights(spec, instance.phase, model, fingerprints) for model in spec.models_of(instance.phase)
-        },
+        "models": {model: _weights(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
     }
     return digest(value, 32)
 
 
-def _weights(spec: TrialSpec, phase: str, name: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What a model's weights and its behaviour are a function of when the phase starts."""
-    model = spec.models[name]
-    origin = origin_of(spec, phase, name)
+def _weights(spec: TrialSpec, instance: Instance, name: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What a model's weights and its behaviour are a function of when the instance starts; its head is the stream's."""
+    model, phase = spec.models[name], instance.phase
+    origin = origin_of(spec, instance, name)
     if origin is not None:
         return {"phase": phase_key(spec, origin.instance, fingerprints), "entry": origin.entry}
     if model.pretrained is not None:
@@ -121,7 +150,7 @@ def _weights(spec: TrialSpec, phase: str, name: str, fingerprints: Mapping[str, 
     value["shape"] = model.model_dump(mode="json", exclude={"init"})
     if isinstance(model.init, Remap):
         value["remap"] = model.init.model_dump(mode="json", include={"depth", "width", "rest"})
-        value["source"] = _weights(spec, phase, model.init.from_, fingerprints)
+        value["source"] = _weights(spec, instance, model.init.from_, fingerprints)
     else:
         value["init"] = model.init.model_dump(mode="json")
     return value

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainables import models
-from trainables.layouts import LAYOUTS, NORM_EPS, Shape, place_of, shape_of
+from trainables.layouts import LAYOUTS, NORM_EPS, Shape, family_of, place_of, shape_of
 from trainables.spec import Depth, Model, Remap, Width
 from trainables.width import is_padded, resize, resizing, with_own_rows
 
@@ -65,16 +66,21 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
 def check(depth: Depth, source: Any, target: Any, width: Width | None = None) -> Layers:
     """The plan between two transformers configs, or RemapError naming what stands in the way."""
     for key in ("model_type", "vocab_size", *SWITCHES):
-        ours, theirs = getattr(source, key, None), getattr(target, key, None)
+        of = family_of if key == "model_type" else partial(_field, key)
+        ours, theirs = of(source), of(target)
         if ours != theirs:
             raise RemapError(f"a remap needs equal {key}; source has {ours}, target {theirs}")
     if getattr(target, "tie_word_embeddings", True) and not getattr(source, "tie_word_embeddings", True):
         raise RemapError("a remap cannot tie what is apart: target has tie_word_embeddings true, source false")
     if width is None:
         _refuse_widths_that_differ(shape_of(source), shape_of(target))
-    elif source.model_type not in LAYOUTS:
+    elif family_of(source) not in LAYOUTS:
         raise RemapError(f"remaps of width serve the families {', '.join(LAYOUTS)}; these are {source.model_type}")
     return depth_plan(depth, source.num_hidden_layers, target.num_hidden_layers)
+
+
+def _field(key: str, config: Any) -> Any:
+    return getattr(config, key, None)
 
 
 def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
@@ -106,7 +112,7 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
             left.append(name)
             continue
         old = ours[wanted]
-        place = place_of(source.config.model_type, wanted)  # type: ignore[union-attr,arg-type]
+        place = place_of(family_of(source.config), wanted)
         if how is not None:
             if place is None:
                 raise RemapError(f"remaps of width know no place for {wanted} ({tuple(old.shape)})")
@@ -134,7 +140,7 @@ def _wanted(name: str, prefix: str, layers: Layers, ours: Mapping[str, Tensor]) 
 
 def _take_eps(width: Width, source: Any, target: Any) -> None:
     """Norms see what they saw: padded channels make the mean square smaller, by old/new, so their epsilon shrinks too."""
-    key, old, new = NORM_EPS[source.model_type], shape_of(source), shape_of(target.config)
+    key, old, new = NORM_EPS[family_of(source)], shape_of(source), shape_of(target.config)
     eps = getattr(source, key) * (old.hidden / new.hidden if is_padded(width, old, new) else 1)
     setattr(target.config, key, eps)
     for module in target.modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -45,6 +45,13 @@ class PretrainedTokenizer(Value):
     kind: Literal["pretrained"]
     name: str
     revision: str | None = None
+
+
+class SameTokenizer(Value):
+    """The tokenizer of another data set of the trial: a task is read as the models were pretrained."""
+
+    kind: Literal["same"] = "same"
+    as_: Name = Field("corpus", alias="as", validation_alias=AliasChoices("as", "as_"))
 
 
 Tokenizer = Annotated[WordPiece | PretrainedTokenizer, Field(discriminator="kind")]
@@ -94,7 +101,95 @@ class Hub(_Data):
     columns: Columns = Columns()
 
 
-Data = Annotated[PythonDocs | Files | Hub, Field(discriminator="kind")]
+class _Task(Value):
+    """Labelled examples, each a text or a pair of texts, and how predictions are scored (x 100, as `score`)."""
+
+    tokenizer: Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Field(discriminator="kind")] = SameTokenizer()
+    length: int = Field(128, ge=8)  # tokens at most, special ones included; longer texts are cut
+    examples: int | None = Field(None, ge=1)  # at most so many of train
+    evaluate: int | None = Field(None, ge=1)  # at most so many of dev, and of test, are scored
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a model of this task: one for each class, or one number."""
+        raise NotImplementedError
+
+    @property
+    def is_regression(self) -> bool:
+        return self.num_labels == 1
+
+
+class Glue(_Task):
+    """A task of GLUE from the hub, or from a folder with `<task>/train.parquet` and so on, with the hub's columns.
+
+    `test` is the official validation set, `dev` a part of train: official test labels are hidden.
+    """
+
+    kind: Literal["glue"]
+    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    source: str = "nyu-mll/glue"
+    revision: str = "main"
+
+    @property
+    def num_labels(self) -> int:
+        return {"stsb": 1, "mnli": 3}.get(self.task, 2)
+
+
+class PythonTask(_Task):
+    """Made of CPython's own English: which part of the library a text is about (`topic`); whether a text describes a
+    signature (`signature`, a pair). On every machine."""
+
+    kind: Literal["python_task"]
+    task: Literal["topic", "signature"]
+
+    @property
+    def num_labels(self) -> int:
+        return {"topic": 8, "signature": 2}[self.task]
+
+
+class LabelledColumns(Value):
+    """Which column of a file holds what; without `second` each example is a single text."""
+
+    first: str = "sentence"
+    second: str | None = None
+    label: str = "label"
+
+
+class LabelledFiles(_Task):
+    """A task of one's own: Parquet, JSON lines or CSV files, by suffix; a path, a glob or a URI.
+
+    `classes` lists the labels as they stand in the file; without it labels are numbers to be predicted. Without `dev` or
+    `test`, examples are split by a hash of their text.
+    """
+
+    kind: Literal["labelled_files"]
+    train: str
+    dev: str | None = None
+    test: str | None = None
+    columns: LabelledColumns = LabelledColumns()
+    classes: tuple[str | int, ...] | None = Field(None, min_length=2)
+    score: Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"] | None = None
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.classes) if self.classes else 1
+
+    @model_validator(mode="after")
+    def _the_score_fits_the_labels(self) -> LabelledFiles:
+        if self.classes and len(set(map(str, self.classes))) < len(self.classes):
+            raise ValueError("classes must differ")
+        if self.score is not None and (self.score == "pearson_and_spearman") != (self.classes is None):
+            raise ValueError(
+                f"score {self.score} is for {'numbers' if self.classes else 'classes'}, and the labels are not"
+            )
+        if self.score in ("f1", "accuracy_and_f1") and self.num_labels != 2:
+            raise ValueError(f"score {self.score} is for two classes, of which the second is the positive one")
+        return self
+
+
+Corpora = PythonDocs | Files | Hub
+Tasks = Glue | PythonTask | LabelledFiles
+Data = Annotated[PythonDocs | Files | Hub | Glue | PythonTask | LabelledFiles, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -142,6 +237,17 @@ class Remap(Value):
 Init = Annotated[Random | Remap, Field(discriminator="kind")]
 
 
+class Sharing(Value):
+    """Layers that run more than once, for depth without parameters (Cho & Kang 2022, shuffled parameter sharing).
+
+    `order`: all n once more (`twice`), each at once again (`each_twice`), back from n to 1 (`mirror`), or the upper or the
+    lower half once more. `swap`: each further run of a layer has its query and key projections swapped.
+    """
+
+    order: Literal["twice", "each_twice", "mirror", "upper_twice", "lower_twice"] = "twice"
+    swap: bool
+
+
 class Model(Value):
     """A model by shape (`family`, `layers`, `width`) or by `pretrained` weights (hub id or local folder)."""
 
@@ -155,6 +261,7 @@ class Model(Value):
     pretrained: str | None = None
     revision: str | None = None
     init: Init = Random()
+    sharing: Sharing | None = Field(None, exclude_if=lambda sharing: sharing is None)
 
     @model_validator(mode="after")
     def _either_a_shape_or_pretrained_weights(self) -> Model:
@@ -164,6 +271,8 @@ class Model(Value):
                 raise ValueError(f"pretrained weights bring their own shape: remove {', '.join(given) or 'config'}")
             if self.init != Random():
                 raise ValueError("pretrained weights are the initialisation: remove init")
+            if self.sharing is not None:
+                raise ValueError("pretrained weights are not shared: give a shape, and `init: {kind: remap, from: …}`")
             return self
         missing = [key for key in ("family", "layers", "width") if getattr(self, key) is None]
         if missing:
@@ -171,6 +280,10 @@ class Model(Value):
         assert self.width is not None
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.num_heads}")
+        if self.sharing is not None and self.family != "bert":
+            raise ValueError(
+                f"sharing is for family bert, whose query and key can change places; not for {self.family}"
+            )
         return self
 
     @property
@@ -221,7 +334,10 @@ Weight = Annotated[
 
 
 class CrossEntropy(Value):
-    """The hard loss of one model: cross-entropy with the stream's labels, mean over supervised positions."""
+    """The hard loss of one model: cross-entropy with the stream's labels, mean over supervised positions.
+
+    Where the labels are numbers (regression): squared error, the cross-entropy of a Gaussian but for constants.
+    """
 
     kind: Literal["cross_entropy"]
     of: Name
@@ -236,14 +352,12 @@ class CrossEntropy(Value):
 
 
 class _Flow(Value):
-    """A loss whose gradient reaches only `to`; the logits of `from` are detached."""
+    """A loss whose gradient reaches only `to`; what `from` gives is detached."""
 
     from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
     to: Name
     on: Name = "main"
     weight: Weight = 1.0
-    temperature: Positive = 1.0  # of both sides
-    tau_squared: bool  # no default: papers disagree, so every study states it
 
     @model_validator(mode="after")
     def _a_flow_joins_two_models(self) -> _Flow:
@@ -252,33 +366,92 @@ class _Flow(Value):
         return self
 
 
-class ForwardKL(_Flow):
+class _Soft(_Flow):
+    """At the logits, at the supervised positions. Where they are numbers (regression), squared difference instead."""
+
+    temperature: Positive = 1.0  # of both sides
+    tau_squared: bool  # no default: papers disagree, so every study states it
+
+
+class ForwardKL(_Soft):
     """KL(from || to)."""
 
     kind: Literal["forward_kl"]
 
 
-class ReverseKL(_Flow):
+class ReverseKL(_Soft):
     """KL(to || from)."""
 
     kind: Literal["reverse_kl"]
 
 
-class Jeffreys(_Flow):
+class Jeffreys(_Soft):
     """(KL(from || to) + KL(to || from)) / 2."""
 
     kind: Literal["jeffreys"]
 
 
-class JSD(_Flow):
+class JSD(_Soft):
     """beta KL(from || m) + (1 - beta) KL(to || m) with m = beta from + (1 - beta) to (GKD's convention)."""
 
     kind: Literal["jsd"]
     beta: float = Field(0.5, gt=0, lt=1)
 
 
+LayerMap = Annotated[
+    Annotated[Literal["even", "last", "uniform", "top"], Tag("name")]
+    | Annotated[tuple[tuple[int, int], ...], Tag("pairs")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "pairs"),
+]
+
+
+class HiddenMSE(_Flow):
+    """Mean squared error between outputs of layers; `layers` pairs them, (from, to) counted from 1 as they are executed.
+
+    `even`: output j of m layers, the last one not, with layer j L / m where that is whole; `last`: the last but one of both
+    and so on; `uniform`: every one, embeddings too; `top`: the last with the last. `first`: only each sequence's first
+    position; `normalise`: vectors of length one. Patient KD (Sun et al. 2019) is `even`, `first`, normalised; TinyBERT's
+    (Jiao et al. 2020) `uniform` with a projector. `projector`: a learnt matrix takes `to`'s outputs to `from`'s width.
+    """
+
+    kind: Literal["hidden_mse"]
+    layers: LayerMap = "even"
+    positions: Literal["first", "all"] = "all"
+    normalise: bool = False
+    projector: bool = False
+
+
+class HiddenCosine(_Flow):
+    """1 - cosine between the last hidden states at every token (DistilBERT, Sanh et al. 2019)."""
+
+    kind: Literal["hidden_cosine"]
+    projector: bool = False
+
+
+class AttentionMSE(_Flow):
+    """Mean squared error between attention scores before the softmax (TinyBERT); both need the same number of heads."""
+
+    kind: Literal["attention_mse"]
+    layers: LayerMap = "uniform"
+
+
+class RelationKL(_Flow):
+    """KL between relations of queries, of keys and of values, in `heads` relation heads of one layer each (MiniLMv2, Wang
+    et al. 2021). Layers are counted from 1; by default the last ones. Widths may differ."""
+
+    kind: Literal["relation_kl"]
+    heads: int = Field(ge=1)
+    from_layer: int | None = Field(None, ge=1)
+    to_layer: int | None = Field(None, ge=1)
+
+
 Flow = ForwardKL | ReverseKL | Jeffreys | JSD
-Term = Annotated[CrossEntropy | ForwardKL | ReverseKL | Jeffreys | JSD, Field(discriminator="kind")]
+AtLogits = CrossEntropy | Flow
+Inner = HiddenMSE | HiddenCosine | AttentionMSE | RelationKL  # inside the models, not at their logits
+Term = Annotated[
+    CrossEntropy | ForwardKL | ReverseKL | Jeffreys | JSD | HiddenMSE | HiddenCosine | AttentionMSE | RelationKL,
+    Field(discriminator="kind"),
+]
 
 
 # ---------------------------------------------------------------------------------------------------------- phases
@@ -299,11 +472,51 @@ class Masking(Value):
         return self
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class PredictionQuality(Value):
+    """Labels of a task's examples by how a model trained on it does there: 0 right and confident, 1 right and not, 2 wrong
+    and confident, 3 wrong and not (Cho & Kang 2022, pretraining with the teacher's predictions).
+
+    Confident: its largest probability is above the threshold, one for right answers and one for wrong ones, given or the
+    median. Several models: each labels the fold of examples that it was not trained on (`Fold`), the first fold 0.
+    """
+
+    NUM: ClassVar = 4
+
+    kind: Literal["prediction_quality"]
+    of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] | Literal["median"] = (
+        "median"
+    )
+    permuted: bool = False  # dealt out anew at random: as many of each label, and nothing to learn from them
+
+
+class Fold(Value):
+    """All training examples but one part in `num`."""
+
+    num: int = Field(ge=2)
+    leave_out: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _there_is_such_a_fold(self) -> Fold:
+        if self.leave_out >= self.num:
+            raise ValueError(f"leave_out {self.leave_out}: the folds are 0 … {self.num - 1}")
+        return self
+
+
 class Stream(Value):
-    """The sequences that a phase reads. Without corruption each token is the label of the position before it."""
+    """What a phase reads: the sequences of a corpus or the examples of a task.
+
+    Of a corpus without corruption each token is the label of the position before it. A task is read as it is.
+    """
 
     data: Name = "corpus"
     corruption: Masking | None = Masking()
+    labels: PredictionQuality | None = Field(None, exclude_if=lambda labels: labels is None)  # by default the data's
+    fold: Fold | None = Field(None, exclude_if=lambda fold: fold is None)
 
 
 class Steps(Value):
@@ -389,14 +602,15 @@ class Phase(Value):
         """Without terms of weight zero, and without the models that then learn nothing."""
         terms = {name: term for name, term in self.terms.items() if not is_off(term.weight)}
         taught = {target(term) for term in terms.values()}
-        used = taught | {model for term in terms.values() for model in reads(term)}
+        streams = {n: s for n, s in self.streams.items() if any(t.on == n for t in terms.values())}
+        used = taught | {model for term in terms.values() for model in reads(term)} | set(_labellers(streams))
         return self.model_copy(
             update={
                 "terms": terms,
                 "train": {model: how for model, how in self.train.items() if model in taught},
                 "start": {model: start for model, start in self.start.items() if model in used},
                 "optimizer": {model: self.optimizer_of(model) for model in self.train if model in taught},
-                "streams": {n: s for n, s in self.streams.items() if any(t.on == n for t in terms.values())},
+                "streams": streams,
             }
         )
 
@@ -416,11 +630,16 @@ class Phase(Value):
         for name, term in self.terms.items():
             if target(term) not in self.train:
                 raise ValueError(f"term {name!r} teaches {target(term)!r}, which this phase does not train")
-        if all(is_off(term.weight) for term in self.terms.values()):
-            raise ValueError("every term has weight 0: nothing is learnt")
         if not self.evaluate or self.evaluate[-1] != 1.0 or list(self.evaluate) != sorted(set(self.evaluate)):
             raise ValueError("evaluate must rise and end in 1")
         return self
+
+
+def _labellers(streams: Mapping[str, Stream]) -> Iterator[str]:
+    """The models whose predictions label a stream."""
+    for stream in streams.values():
+        if stream.labels is not None:
+            yield from stream.labels.of
 
 
 def target(term: Term) -> str:
@@ -476,7 +695,18 @@ class TrialSpec(Value):
             for stream_name, stream in phase.streams.items():
                 if not phase.each:
                     _known("data set", stream.data, self.data, f"{at}.streams.{stream_name}.data")
+                for used in _labellers({stream_name: stream}):
+                    _known("model", used, self.models, f"{at}.streams.{stream_name}.labels.of")
+        for name, data in self.data.items():
+            if isinstance(data, Tasks) and isinstance(data.tokenizer, SameTokenizer):
+                _known("data set", data.tokenizer.as_, self.data, f"data.{name}.tokenizer.as")
+                if isinstance(self.data[data.tokenizer.as_].tokenizer, SameTokenizer):
+                    raise ValueError(f"data.{name}.tokenizer.as: {data.tokenizer.as_!r} has no tokenizer of its own")
+        if all(is_off(term.weight) for phase in self.phases.values() for term in phase.terms.values()):
+            raise ValueError("phases: every term has weight 0: nothing is learnt")
         self._check_start()
+        self._check_tasks()
+        self._check_inner()
         _refuse_cycle({n: [m.init.from_] for n, m in self.models.items() if isinstance(m.init, Remap)}, "remaps")
         _refuse_cycle({name: list(self._upstream(name)) for name in self.phases}, "phases")
         return self
@@ -492,26 +722,72 @@ class TrialSpec(Value):
                     raise ValueError(f"{at}: phase {source!r} does not train {model!r}")
                 if fraction != 1.0 and fraction not in earlier.keep:
                     raise ValueError(f"{at}: phase {source!r} keeps no weights at {fraction:g}; add it to its `keep`")
-                if (item is None) != (not earlier.each) or (item is not None and item not in earlier.each):
+                if item not in earlier.each if item is not None else not _reaches(earlier, phase):
                     valid = ", ".join(f"{source}[{i}]" for i in earlier.each) or source
                     raise ValueError(f"{at}: {start!r} is not there; valid: {valid}")
 
+    def _check_tasks(self) -> None:
+        """A stream is of a corpus or of a task; whoever reads it has one head."""
+        for name, phase in self.phases.items():
+            for stream_name, stream in phase.streams.items():
+                at = f"phases.{name}.streams.{stream_name}"
+                data = {item: self.data[item] for item in phase.each or (stream.data,)}
+                tasks = [item for item, found in data.items() if isinstance(found, Tasks)]
+                if tasks and len(tasks) < len(data):
+                    raise ValueError(f"phases.{name}.each: {', '.join(data)} are neither all corpora nor all tasks")
+                if tasks and stream.corruption not in (None, Masking()):
+                    raise ValueError(f"{at}.corruption: {tasks[0]} is a task, which is read as it is; remove it")
+                if tasks and isinstance(phase.budget, Tokens):
+                    raise ValueError(f"phases.{name}.budget: a budget of tokens is for corpora; valid: epochs or steps")
+                for part in ("labels", "fold"):
+                    if not tasks and getattr(stream, part) is not None:
+                        raise ValueError(f"{at}.{part}: {next(iter(data))} is a corpus; {part} are for tasks")
+                if stream.labels is not None:
+                    for item in tasks:
+                        if self.data[item].is_regression:  # type: ignore[union-attr]
+                            raise ValueError(f"{at}.labels: {item} is a regression, where no answer is right or wrong")
+                    for labeller in stream.labels.of:
+                        if labeller in phase.train or self.origin(name, labeller) is None:
+                            raise ValueError(f"{at}.labels.of: {labeller!r} must have been trained by an earlier phase")
+            for model in self.models_of(name):
+                read = {t.on for t in phase.terms.values() if model in reads(t)}
+                heads = {(phase.streams[on].data if not phase.each else "", phase.streams[on].labels) for on in read}
+                kinds = {isinstance(self.data[item], Tasks) for on in read for item in (phase.each or (phase.streams[on].data,))}  # fmt: skip
+                if True in kinds and len(heads) > 1:
+                    raise ValueError(
+                        f"phases.{name}: {model!r} reads several streams, and a task needs a head of its own"
+                    )
+
+    def _check_inner(self) -> None:
+        for name, phase in self.phases.items():
+            for term_name, term in phase.terms.items():
+                if isinstance(term, HiddenMSE | HiddenCosine) and not term.projector:
+                    widths = {model: self.models[model].width for model in (term.from_, term.to)}
+                    if None not in widths.values() and len(set(widths.values())) > 1:
+                        about = ", ".join(f"{model} has {width}" for model, width in widths.items())
+                        raise ValueError(
+                            f"phases.{name}.terms.{term_name}: widths differ ({about}); set projector: true"
+                        )
+
     def origin(self, phase: str, model: str) -> str | None:
-        """The phase (as `phase`, `phase@0.5`, `phase[data]`) whose weights `model` has when `phase` starts, or None."""
+        """The phase (as `phase`, `phase@0.5`, `phase[data]`) whose weights `model` has when `phase` starts, or None.
+
+        Where both fan out, `phase` without data means the branch of the same data: branches are never chained.
+        """
         if model in self.phases[phase].start:
             return self.phases[phase].start[model]
         latest = None
         for name, earlier in self.phases.items():
             if name == phase:
                 break
-            if model in earlier.train and not earlier.each:
+            if model in earlier.train and _reaches(earlier, self.phases[phase]):
                 latest = name
         return latest
 
     def models_of(self, phase: str) -> tuple[str, ...]:
         """The models that a phase trains or reads, in the order of the file."""
         p = self.phases[phase]
-        used = set(p.train) | {model for term in p.terms.values() for model in reads(term)}
+        used = set(p.train) | {model for term in p.terms.values() for model in reads(term)} | set(_labellers(p.streams))
         return tuple(name for name in self.models if name in used)
 
     def _upstream(self, phase: str) -> Iterator[str]:
@@ -561,8 +837,8 @@ class TrialSpec(Value):
     def pruned(self) -> TrialSpec:
         """Without what no result depends on: terms that are off, phases that only they read, models that nothing uses.
 
-        A phase that no other phase reads, as the file stands, is a result and stays. Data stay too: models are made for
-        the longest sequence, and that must not change with what is switched off.
+        A phase that no other phase reads, as the file stands, is a result and stays, unless all its terms are off. Data
+        stay too: models are made for the longest sequence, and that must not change with what is switched off.
         """
         read_as_written = {up for name in self.phases for up in self._upstream(name)}
         phases = {name: phase.without_what_is_off() for name, phase in self.phases.items()}
@@ -570,13 +846,16 @@ class TrialSpec(Value):
         for name, phase in phases.items():  # where a phase no longer trains a model, what it had before goes on
             start = {model: lean._trained(model, at) for model, at in phase.start.items()}
             phases[name] = phase.model_copy(update={"start": {m: at for m, at in start.items() if at is not None}})
-        results = [name for name in self.phases if name not in read_as_written]
+        results = [name for name, phase in phases.items() if name not in read_as_written and phase.terms]
         return lean._keep(set(results).union(*(lean._closure(name) for name in results)))
 
     def _trained(self, model: str, start: str | None) -> str | None:
         """`start`, or where that phase got the model from if it does not train it."""
         while start is not None and model not in self.phases[(source := parse_start(start)[0])].train:
-            start = self.origin(source, model)
+            item, start = parse_start(start)[2], self.origin(source, model)
+            if item is not None and start is not None and self.phases[parse_start(start)[0]].each and "[" not in start:
+                name, _, fraction = start.partition("@")
+                start = f"{name}[{item}]" + (f"@{fraction}" if fraction else "")
         return start
 
     def _keep(self, phases: set[str]) -> TrialSpec:
@@ -592,6 +871,11 @@ class TrialSpec(Value):
                 if isinstance(init, Remap) and lean.origin(name, init.from_) is None:
                     todo.append(init.from_)
         return lean.model_copy(update={"models": {n: m for n, m in self.models.items() if n in models}})
+
+
+def _reaches(earlier: Phase, later: Phase) -> bool:
+    """Whether `later`, or each of its branches, can go on from `earlier` without a branch being named."""
+    return not earlier.each or (bool(later.each) and set(later.each) <= set(earlier.each))
 
 
 def parse_start(start: str) -> tuple[str, float, str | None]:

@@ -15,15 +15,33 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 log = logging.getLogger("codistill")
+EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at its end
+    [
+        ("model", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("part", pa.int64()),  # of a test set that has several; 0 in others
+        ("example", pa.int64()),
+        ("label", pa.float64()),  # class or number; null where the data are a corpus, as `prediction`
+        ("prediction", pa.float64()),
+        ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
+        ("count", pa.int64()),  # these positions; 1 in a task
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class Published:
     records: tuple[Mapping[str, Any], ...]
     cost: Mapping[str, float]  # steps, tokens, seconds, device_seconds, flops
     provenance: Mapping[str, Any]  # trial, commit, versions, device, finished (UTC ms)
+    examples: Mapping[str, str] | None = None  # file, sha256: scores of each example of test
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,27 @@ class PhaseStore:
         file = f"{sha256[:16]}.safetensors"
         self.storage.write(f"phases/{key}/{file}", content)
         return {"file": file, "sha256": sha256}
+
+    def put_examples(self, key: str, columns: Mapping[str, list[Any]]) -> dict[str, str]:
+        """Writes scores by example (`EXAMPLES`); what it returns belongs into the marker."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(dict(columns), schema=EXAMPLES), buffer, compression="zstd")
+        sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+        file = f"{sha256[:16]}.parquet"
+        self.storage.write(f"phases/{key}/{file}", buffer.getvalue())
+        return {"file": file, "sha256": sha256}
+
+    def examples(self, key: str) -> pd.DataFrame | None:
+        """Scores by example, or None where the phase has none that are whole."""
+        phase = self.find(key)
+        if phase is None or phase.examples is None:
+            return None
+        content = self.storage.read(f"phases/{key}/{phase.examples['file']}")
+        if content is None or hashlib.sha256(content).hexdigest() != phase.examples["sha256"]:
+            log.warning("phase %s: %s is missing or corrupt", key, phase.examples["file"])
+            return None
+        table: pd.DataFrame = pq.read_table(io.BytesIO(content)).to_pandas()
+        return table
 
     def publish(self, phase: Published) -> Published:
         """Makes the phase visible, unless another publication came first; returns the one that counts."""

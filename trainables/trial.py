@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainables.data.corpus import open_corpus
+from trainables.data.tasks import open_data
 from trainables.loop import Record, Run, Session, Surroundings, peak_memory, train_phase
 from trainables.phases import Instance, instances
 from trainables.spec import TrialSpec
@@ -57,8 +57,8 @@ def run_trial(spec: TrialSpec, fingerprints: Mapping[str, str], at: Surroundings
         session.report(records)
 
     data = at.storage.sub("data").uri
-    corpora = {name: open_corpus(data, fingerprints[f"data:{name}"]) for name in spec.data}
-    run = Run(spec, fingerprints, corpora, PhaseStore(at.storage), at, session, emit)
+    opened = {name: open_data(data, fingerprints[f"data:{name}"]) for name in spec.data}
+    run = Run(spec, fingerprints, opened, PhaseStore(at.storage), at, session, emit)
     done: dict[Instance, Published] = {}
     for instance in instances(spec):
         published = session.agree(run.store.find(run.key(instance)))

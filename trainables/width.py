@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables import importance
-from trainables.layouts import Shape, is_transposed, place_of, shape_of
+from trainables.layouts import Shape, family_of, is_transposed, place_of, shape_of
 from trainables.spec import Width
 
 COPIES: tuple[Width, ...] = ("replicate", "replicate_noise", "aki")
@@ -291,7 +291,7 @@ def resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
     if width == "importance" and new.hidden < old.hidden:
         gains = importance.shares(source, found[0]["x"].pairs.old)
     return Resizing(
-        family=source.config.model_type,
+        family=family_of(source.config),
         layers=layers,
         spaces=found,
         gains=gains,

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainables.data import DataError
 from trainables.data.corpus import Corpus
 from trainables.data.masking import MaskedBatch, mask_batch, next_token_batch, slice_batch
+from trainables.data.tasks import Task
 from trainables.spec import Masking, random_stream
 
 EVALUATION_SEED = random_stream("evaluation masks")  # one for all: models, arms, steps, seeds
@@ -56,16 +57,24 @@ def evaluation_batches(
         yield slice_batch(whole, start, min(start + batch, len(sequences)))
 
 
-def examples(corpus: Corpus, masking: Masking | None, *, num: int = 2, num_tokens: int = 60) -> list[str]:
-    """Beginnings of training sequences, decoded; a supervised token stands as «word→[MASK]»."""
-    ids_BT = corpus.train.rows(range(min(num, len(corpus.train))))
-    seen = corrupt(ids_BT, corpus, masking, seed=EVALUATION_SEED)
+def examples(data: Corpus | Task, masking: Masking | None, *, num: int = 2, num_tokens: int = 60) -> list[str]:
+    """Beginnings of training sequences, decoded; a supervised token stands as «word→[MASK]», a task's label ahead."""
+    if isinstance(data, Task):
+        return [_labelled(data, index, num_tokens) for index in range(min(num, len(data.train)))]
+    ids_BT = data.train.rows(range(min(num, len(data.train))))
+    seen = corrupt(ids_BT, data, masking, seed=EVALUATION_SEED)
     length = ids_BT.shape[1]
     supervised = set(seen.positions_N.tolist()) if masking is not None else set()
     return [
-        _marked(corpus, ids, new, {p - row * length for p in supervised if p // length == row})
+        _marked(data, ids, new, {p - row * length for p in supervised if p // length == row})
         for row, (ids, new) in enumerate(zip(ids_BT[:, :num_tokens], seen.ids_BT[:, :num_tokens], strict=True))
     ]
+
+
+def _labelled(task: Task, index: int, num_tokens: int) -> str:
+    label = task.train.labels[index].item()
+    text = task.tokenizer.decode(task.train.ids(index)[:num_tokens])
+    return f"«{f'{label:g}' if task.is_regression else task.class_names[int(label)]}» {' '.join(text.split())}"
 
 
 def _marked(corpus: Corpus, ids_T: Tensor, seen_T: Tensor, supervised: set[int]) -> str:

@@ -56,7 +56,11 @@ class Corpus:
 def open_corpus(folder: str, fingerprint: str) -> Corpus:
     """A prepared corpus; one in remote storage is copied to this machine's cache first."""
     home = folders.fetch(folder, fingerprint)
-    about = folders.read_about(home)
+    return corpus_in(home, fingerprint, folders.read_about(home))
+
+
+def corpus_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Corpus:
+    """The corpus in a folder of this machine, of which `about` is told."""
     tok = tokenizer.open_tokenizer(str(home / "tokenizer"))
     return Corpus(
         fingerprint=fingerprint,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainables.data import files, python_docs
-from trainables.spec import Data, Files, Hub, PythonDocs, WordPiece
+from trainables.spec import Corpora, Files, Hub, PythonDocs, WordPiece
 
 CUT = 0.08  # of the characters of train, for each of dev and test that the data set does not name
 SHINGLE = 8  # words
@@ -45,7 +45,7 @@ class Splits:
     removed: dict[str, int]  # split -> documents left out because another split has nearly the same text
 
 
-def load_documents(data: Data) -> Documents:
+def load_documents(data: Corpora) -> Documents:
     """Reads the sources; what was read stays in memory as long as the files stay as they are."""
     found: dict[str, tuple[files.Place, ...]] = {}
     if isinstance(data, Files):
@@ -56,7 +56,7 @@ def load_documents(data: Data) -> Documents:
 
 
 @lru_cache(maxsize=4)
-def _load(source: Data, found: tuple[tuple[str, tuple[files.Place, ...]], ...]) -> Documents:
+def _load(source: Corpora, found: tuple[tuple[str, tuple[files.Place, ...]], ...]) -> Documents:
     match source:
         case PythonDocs():
             return Documents(tuple(python_docs.documents()))
@@ -72,9 +72,9 @@ def _load(source: Data, found: tuple[tuple[str, tuple[files.Place, ...]], ...]) 
 def split(documents: Documents) -> Splits:
     """Cuts from train what the data set does not name, and removes near-duplicates across splits."""
     cut_train, dev, test = _cut(documents)
-    in_test = _all_shingles(test)
+    in_test = all_shingles(test)
     kept_dev = _without(dev, in_test)
-    train = _without(cut_train, np.union1d(in_test, _all_shingles(kept_dev)))
+    train = _without(cut_train, np.union1d(in_test, all_shingles(kept_dev)))
     # what is a part of a longer text of train would leak too; a test set that the user names stays as it is
     kept_dev = kept_dev if documents.dev is not None else _without(kept_dev, _common(kept_dev, train))
     kept_test = test if documents.test is not None else _without(test, _common(test, train))
@@ -114,17 +114,21 @@ def _hash(text: str) -> str:
 
 def _without(texts: list[str], held_out: Shingles) -> list[str]:
     """The texts that have less than half of their shingles in `held_out` (sorted)."""
-    kept: list[str] = []
+    return [text for text, there in zip(texts, repeats(texts, held_out), strict=True) if not there]
+
+
+def repeats(texts: Sequence[str], held_out: Shingles) -> NDArray[np.bool_]:
+    """Which texts have half or more of their shingles in `held_out` (sorted)."""
+    found = [np.zeros(0, bool)]
     for chunk in chunks(texts, CHUNK):
         hashes, owner = _shingles(chunk)
-        share = np.bincount(owner, weights=_find(hashes, held_out)[1]) / np.bincount(owner)
-        kept += [text for text, there in zip(chunk, share, strict=True) if there < DUPLICATE]
-    return kept
+        found.append(np.bincount(owner, weights=_find(hashes, held_out)[1]) / np.bincount(owner) >= DUPLICATE)
+    return np.concatenate(found)
 
 
 def _common(few: Sequence[str], many: Sequence[str]) -> Shingles:
     """Shingles in both, sorted; memory is that of the few."""
-    shingles = _all_shingles(few)
+    shingles = all_shingles(few)
     seen = np.zeros(len(shingles), bool)
     for chunk in chunks(many, CHUNK):
         index, there = _find(_shingles(chunk)[0], shingles)
@@ -140,7 +144,7 @@ def _find(hashes: Shingles, among: Shingles) -> tuple[NDArray[np.int64], NDArray
     return index, among[index] == hashes
 
 
-def _all_shingles(texts: Sequence[str]) -> Shingles:
+def all_shingles(texts: Sequence[str]) -> Shingles:
     """Sorted and unique."""
     parts = [np.unique(_shingles(chunk)[0]) for chunk in chunks(texts, CHUNK)]
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)

@@ -1,10 +1,10 @@
-"""Documents from data files and from the hub, as lists of text. Knows no split rule and no tokenizer."""
+"""Documents and columns from data files and from the hub. Knows no split rule and no tokenizer."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
@@ -16,7 +16,8 @@ from pyarrow import csv as pacsv
 from trainables.data import DataError
 from trainables.spec import Hub
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")  # .json too holds one object a line
+TABLES = (".parquet", ".jsonl", ".json", ".csv")  # .json too holds one object a line
+SUFFIXES = (*TABLES, ".txt")
 BLOCK = 1 << 26  # bytes; a JSON line must fit into one block
 
 
@@ -27,7 +28,15 @@ class Place(NamedTuple):
     state: str
 
 
-def find(uri: str, what: str) -> tuple[Place, ...]:
+class Columns(NamedTuple):
+    """Columns of one table, as lists."""
+
+    where: str  # in messages
+    texts: list[list[str | None]]
+    labels: list[Any]
+
+
+def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Place, ...]:
     """The files that a path, glob or URI names, sorted; `what` names the field in messages."""
     try:
         fs, path = fsspec.core.url_to_fs(uri)
@@ -39,8 +48,8 @@ def find(uri: str, what: str) -> tuple[Place, ...]:
         hint = f"it is a folder; name its files, as {uri.rstrip('/')}/*.parquet" if fs.isdir(path) else "check the path"
         raise DataError(f"{what}: no file matches {uri!r}: {hint}")
     for place in found:
-        if not place.uri.endswith(SUFFIXES):
-            raise DataError(f"{what}: cannot tell the format of {place.uri!r}; valid suffixes: {', '.join(SUFFIXES)}")
+        if not place.uri.endswith(suffixes):
+            raise DataError(f"{what}: cannot tell the format of {place.uri!r}; valid suffixes: {', '.join(suffixes)}")
     return found
 
 
@@ -49,24 +58,49 @@ def read(places: Iterable[Place], *, text: str, what: str) -> list[str]:
     return some_text((document for place in places for document in _read(place.uri, text, what)), what)
 
 
+def read_columns(
+    places: Iterable[Place], texts: Sequence[str], label: str, *, fields: Mapping[str, str], what: str
+) -> Iterator[Columns]:
+    """Columns of texts and one of labels, file by file; in a CSV file labels are text. `fields` of a spec name columns."""
+    for place in places:
+        rows = _table(place.uri, texts, label, fields, what)
+        yield Columns(repr(place.uri), [rows[name].to_pylist() for name in texts], rows[label].to_pylist())
+
+
 def read_hub(data: Hub, split: str, *, what: str) -> list[str]:
     """One document per row of a split of a hub data set."""
+    rows = _hub_rows(data.name, data.config, data.revision, split, what)
+    text = data.columns.text
+    _check_column(text, rows.features.arrow_schema, data.name, what)
+    return some_text(rows.data.column(text).to_pylist(), what)
+
+
+def read_hub_columns(
+    name: str, config: str | None, revision: str, split: str, texts: Sequence[str], label: str, *, what: str
+) -> Columns:
+    """Columns of texts and one of labels of a split of a hub data set."""
+    rows = _hub_rows(name, config, revision, split, what)
+    for column in (*texts, label):
+        _check_column(column, rows.features.arrow_schema, name, what, None, is_text=column != label)
+    columns = {column: rows.data.column(column).to_pylist() for column in (*texts, label)}
+    return Columns(f"split {split!r} of {name!r}", [columns[text] for text in texts], columns[label])
+
+
+def _hub_rows(name: str, config: str | None, revision: str, split: str, what: str) -> Any:
+    """A split of a hub data set."""
     import datasets  # here, since it takes a second and most studies need no hub
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(data.name, data.config, revision=data.revision, split=split)
+        return datasets.load_dataset(name, config, revision=revision, split=split)
     except (
         DatasetsError,
         ValueError,
         OSError,
         RuntimeError,
     ) as error:  # unknown split or config, no such set, no network
-        where = f"{data.name!r}" + (f", config {data.config!r}" if data.config else "") + f" at {data.revision!r}"
+        where = f"{name!r}" + (f", config {config!r}" if config else "") + f" at {revision!r}"
         raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {_first_line(error)}") from error
-    text = data.columns.text
-    _check_column(text, rows.features.arrow_schema, data.name, what)
-    return some_text(rows.data.column(text).to_pylist(), what)
 
 
 def some_text(documents: Iterable[str | None], what: str) -> list[str]:
@@ -78,38 +112,60 @@ def some_text(documents: Iterable[str | None], what: str) -> list[str]:
 
 
 def _read(uri: str, text: str, what: str) -> list[str | None]:
+    if not uri.endswith(".txt"):
+        documents: list[str | None] = _table(uri, (text,), None, {text: "columns.text"}, what)[text].to_pylist()
+        return documents
     fs, path = fsspec.core.url_to_fs(uri)
     try:
-        if uri.endswith(".txt"):
-            return list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))
-        rows = pads.dataset(path, filesystem=fs, format=_format(uri, text))
-        _check_column(text, rows.schema, uri, what)
-        documents: list[str | None] = rows.to_table(columns=[text]).column(0).to_pylist()
-        return documents
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{what}: cannot read {uri!r} as its suffix says: {_first_line(error)}") from error
+        return list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))
+    except UnicodeDecodeError as error:
+        raise _unreadable(uri, what, error) from error
 
 
-def _format(uri: str, text: str) -> Any:
+def _table(uri: str, texts: Sequence[str], label: str | None, fields: Mapping[str, str], what: str) -> Any:
+    """Columns of a file, of which `texts` are strings."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    columns = [*texts, *([] if label is None else [label])]
+    try:
+        rows = pads.dataset(path, filesystem=fs, format=_format(uri, columns))
+        for column in columns:
+            _check_column(column, rows.schema, uri, what, fields.get(column), is_text=column in texts)
+        return rows.to_table(columns=columns)
+    except pa.ArrowException as error:
+        raise _unreadable(uri, what, error) from error
+
+
+def _unreadable(uri: str, what: str, error: Exception) -> DataError:
+    return DataError(f"{what}: cannot read {uri!r} as its suffix says: {_first_line(error)}")
+
+
+def _format(uri: str, columns: Sequence[str]) -> Any:
     if uri.endswith(".parquet"):
         return "parquet"
     if uri.endswith(".csv"):
         return pads.CsvFileFormat(
             parse_options=pacsv.ParseOptions(newlines_in_values=True),
             read_options=pacsv.ReadOptions(block_size=BLOCK),
-            convert_options=pacsv.ConvertOptions(column_types={text: pa.string()}),  # "1984" is text here
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string())  # "1984" is text here
+            ),
         )
     return pads.JsonFileFormat(read_options=pajson.ReadOptions(block_size=BLOCK))
 
 
-def _check_column(text: str, schema: Any, where: str, what: str) -> None:
-    if text not in schema.names:
-        near = difflib.get_close_matches(text, schema.names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; set columns.text to one of them"
-        raise DataError(f"{what}: no column {text!r} in {where!r}; there is {', '.join(schema.names)}{hint}")
-    kind = schema.field(text).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{what}: column {text!r} of {where!r} holds {kind}; columns.text must name one of strings")
+def _check_column(
+    column: str, schema: Any, where: str, what: str, field: str | None = "columns.text", *, is_text: bool = True
+) -> None:
+    """`field`: what in a spec names the column, if anything does."""
+    if column not in schema.names:
+        near = difflib.get_close_matches(column, schema.names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; set {field} to one of them"
+        there = f"{what}: no column {column!r} in {where!r}; there is {', '.join(schema.names)}"
+        raise DataError(there + (hint if field else ""))
+    kind = schema.field(column).type
+    if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        must = f"{field} must name one of strings" if field else "it must hold strings"
+        raise DataError(f"{what}: column {column!r} of {where!r} holds {kind}; {must}")
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,15 @@ class MaskedBatch(NamedTuple):
     def to(self, device: str) -> MaskedBatch:
         return MaskedBatch(*(tensor.to(device) for tensor in self))
 
+    def rows(self, start: int, stop: int) -> MaskedBatch:
+        """Rows start … stop - 1, with positions counted from the first of them."""
+        return slice_batch(self, start, stop)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sequences are packed: there is no padding."""
+        return self.ids_BT.numel()
+
 
 def mask_batch(
     ids_BT: Tensor, *, masking: Masking, vocab_size: int, mask_id: int, special_ids: Sequence[int], seed: int

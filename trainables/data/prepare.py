@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -14,39 +15,93 @@ import torch
 from numpy.typing import NDArray
 
 from trainables.data import DataError, folders, tokenizer
-from trainables.data.corpus import Corpus, open_corpus
+from trainables.data.corpus import Corpus
 from trainables.data.documents import CHUNK, SPLITS, Splits, chunks, load_documents, split
-from trainables.spec import Data, PretrainedTokenizer, WordPiece, digest
+from trainables.data.encode import task_fields, training_texts, write_task
+from trainables.data.tasks import Task, open_data
+from trainables.spec import Corpora, Data, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece, digest
 
+NONE: Mapping[str, Data] = MappingProxyType({})
 PREPARE = 1  # raised whenever the same documents would be split or packed otherwise
 
 
-def fingerprint(data: Data) -> str:
-    """16 hex digits over the text and whatever else changes a number; where the data lies does not count."""
-    documents = load_documents(data)
-    of_tokenizer = (
-        data.tokenizer.model_dump(mode="json")
-        if isinstance(data.tokenizer, WordPiece)
-        else {"kind": "pretrained", "behaviour": tokenizer.behaviour(tokenizer.load_pretrained(data.tokenizer))}
-    )
-    fields = {"prepare": PREPARE, "length": data.length, "evaluate": data.evaluate, "tokenizer": of_tokenizer}
-    return digest(fields | {name: _hash_of_texts(getattr(documents, name)) for name in SPLITS}, 16)
+def fingerprint(data: Data, others: Mapping[str, Data] = NONE) -> str:
+    """16 hex digits over the text and whatever else changes a number; where the data lies does not count.
+
+    `others`: the trial's data by name, of which one may lend its tokenizer.
+    """
+    of_tokenizer = {"tokenizer": _fields_of_tokenizer(data, others)}
+    if isinstance(data, Tasks):
+        return digest(task_fields(data) | of_tokenizer, 16)
+    fields = {"prepare": PREPARE, "length": data.length, "evaluate": data.evaluate}
+    return digest(fields | of_tokenizer | _hashes_of_texts(data), 16)
 
 
-def prepare(data: Data, folder: str) -> Corpus:
-    """Makes `<folder>/<fingerprint>/` unless it is there and whole, and opens it. `folder`: a path or any URI."""
-    key = fingerprint(data)
-    folders.publish(folder, key, lambda home: _write(data, split(load_documents(data)), home))
-    return open_corpus(folder, key)
+def lender(data: Data, others: Mapping[str, Data]) -> Data | None:
+    """The data set whose tokenizer `data` has, if it has none of its own."""
+    if not isinstance(data.tokenizer, SameTokenizer):
+        return None
+    if data.tokenizer.as_ not in others:
+        there = ", ".join(others) or "none"
+        raise DataError(f"tokenizer: there is no data set {data.tokenizer.as_!r} to take it from; there is {there}")
+    return others[data.tokenizer.as_]
 
 
-def _write(data: Data, splits: Splits, home: Path) -> dict[str, Any]:
+def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, Any]:
+    """What determines the tokenizer. If it is trained on this very data, the text counts anyway."""
+    source = lender(data, others)
+    match (source or data).tokenizer:
+        case PretrainedTokenizer() as named:
+            return {"kind": "pretrained", "behaviour": tokenizer.behaviour(tokenizer.load_pretrained(named))}
+        case WordPiece() as trained:
+            fields: dict[str, Any] = trained.model_dump(mode="json")
+            if source is None:
+                return fields
+            text = task_fields(source) if isinstance(source, Tasks) else _hashes_of_texts(source)
+            return {**fields, "of": {"prepare": PREPARE, **text}}
+        case SameTokenizer():
+            raise DataError("tokenizer: the data set that lends it has none of its own; name the one that has it")
+
+
+@overload
+def prepare(data: Corpora, folder: str, others: Mapping[str, Data] = ...) -> Corpus: ...
+@overload
+def prepare(data: Tasks, folder: str, others: Mapping[str, Data] = ...) -> Task: ...
+def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Corpus | Task:
+    """Makes `<folder>/<fingerprint>/` unless it is there and whole, and opens it. `folder`: a path or any URI.
+
+    A data set whose tokenizer is trained and lent is prepared first.
+    """
+    return _prepare(data, folder, others)
+
+
+def _prepare(data: Data, folder: str, others: Mapping[str, Data]) -> Corpus | Task:
+    key = fingerprint(data, others)
+
+    def write(home: Path) -> dict[str, Any]:
+        if isinstance(data, Tasks):
+            return write_task(data, _tokenizer(data, folder, others, lambda: training_texts(data)), home)
+        splits = split(load_documents(data))
+        return _write(data, splits, _tokenizer(data, folder, others, lambda: splits.train), home)
+
+    folders.publish(folder, key, write)
+    return open_data(folder, key)
+
+
+def _tokenizer(data: Data, folder: str, others: Mapping[str, Data], texts: Callable[[], Sequence[str]]) -> Any:
+    """Loaded, borrowed from a data set that is prepared for it, or trained on `texts`."""
+    source = lender(data, others)
+    match (source or data).tokenizer:
+        case PretrainedTokenizer() as named:
+            return tokenizer.load_pretrained(named)
+        case WordPiece(size=size) if source is None:
+            return tokenizer.train_wordpiece(texts(), size)
+    assert source is not None
+    return _prepare(source, folder, others).tokenizer
+
+
+def _write(data: Corpora, splits: Splits, tok: Any, home: Path) -> dict[str, Any]:
     """Fills a folder; returns what about.json tells of it."""
-    match data.tokenizer:
-        case WordPiece(size=size):
-            tok = tokenizer.train_wordpiece(splits.train, size)
-        case PretrainedTokenizer():
-            tok = tokenizer.load_pretrained(data.tokenizer)
     tok.save_pretrained(str(home / "tokenizer"))
     counts = {}
     for name in SPLITS:
@@ -109,6 +164,11 @@ def _write_arrow(path: Path, blocks: Iterable[NDArray[np.int32]], length: int) -
             writer.write_batch(pa.record_batch([ids], schema=schema))
             num += len(block)
     return num
+
+
+def _hashes_of_texts(data: Corpora) -> dict[str, str | None]:
+    documents = load_documents(data)
+    return {name: _hash_of_texts(getattr(documents, name)) for name in SPLITS}
 
 
 def _hash_of_texts(texts: Sequence[str] | None) -> str | None:
