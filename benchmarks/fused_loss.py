@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from trainables.loop import peak_memory
 from trainables.losses.fused import Side, fused_terms
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec import JSD, CrossEntropy, Term
+from trainables.spec.terms import JSD, CrossEntropy, Term
 from trainables.trial import fresh
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None

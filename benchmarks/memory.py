@@ -29,7 +29,8 @@ from trainables.data.corpus import open_corpus
 from trainables.data.prepare import prepare
 from trainables.loop import Alone, Record, Surroundings, peak_memory
 from trainables.phases import Instance
-from trainables.spec import PythonDocs, TrialSpec
+from trainables.spec.data import PythonDocs
+from trainables.spec.trial import TrialSpec
 from trainables.store import Storage
 from trainables.trial import run_trial
 

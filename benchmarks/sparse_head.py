@@ -38,7 +38,9 @@ from trainables import models
 from trainables.data.masking import MaskedBatch, mask_batch
 from trainables.loop import peak_memory
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec import ForwardKL, Masking, Model
+from trainables.spec.models import Model
+from trainables.spec.phase import Masking
+from trainables.spec.terms import ForwardKL
 from trainables.trial import fresh
 
 SHAPES = {"4x256": [(4, 256)], "4x256 + 2x128": [(4, 256), (2, 128)]}

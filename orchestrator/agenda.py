@@ -22,7 +22,7 @@ from orchestrator.search import Sampler, State
 from orchestrator.sides import is_of
 from orchestrator.study import Choice, FloatRange, IntRange, Study, tasks_of
 from trainables.mailbox import EARLY
-from trainables.spec import random_stream
+from trainables.spec.value import random_stream
 from trainables.store import PhaseStore, Storage
 
 MIN_SPARED, SPARED_SHARE = 3, 0.1  # of the stopped points, run to the end to see whether stopping was right

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from orchestrator.statistics import ALPHA, Interval, bootstrap_widening
 from trainables.data.scores import METRICS, Rule, resampled_scores
-from trainables.spec import random_stream
+from trainables.spec.value import random_stream
 
 RESAMPLES = 2000
 CHUNK = 1_000_000  # weights that are held at once; more are slower, as they leave the caches

@@ -18,7 +18,9 @@ from trainables.data.batches import corrupt
 from trainables.data.corpus import Corpus
 from trainables.data.tasks import Task
 from trainables.phases import Instance, head_of, longest, num_steps, streams_of
-from trainables.spec import TrialSpec, digest, parse_start, reads
+from trainables.spec.terms import reads
+from trainables.spec.trial import TrialSpec, parse_start
+from trainables.spec.value import digest
 from trainables.store import PhaseStore, Storage
 
 PROBE_FLOPS = 2e11  # a step beyond that is not timed here: the machine that runs it is another one

@@ -94,11 +94,21 @@ def export(
         tokenizer = open_data(storage.sub("data").uri, row["data"]).tokenizer
         net.save_pretrained(str(to))
         tokenizer.save_pretrained(str(to))
+        _name_inputs(to, net)
     except DataError as error:
         raise StudyError(f"{error}; run the sweep again to rebuild it") from None
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
+
+
+def _name_inputs(to: Path, net: Any) -> None:
+    """A model that tells the halves of a pair apart gets told, as in training; transformers keeps no such wish."""
+    path = to / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    if getattr(net.config, "type_vocab_size", 0) > 1 and "model_input_names" not in about:
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _published(store: PhaseStore, key: str) -> Any:

@@ -21,7 +21,9 @@ from orchestrator.study import Slot, Study
 from trainables.evaluate import ROWS
 from trainables.models import ModelError
 from trainables.phases import Instance, head_of, instances, longest, streams_of
-from trainables.spec import CrossEntropy, Model, OffWhenBetter, TrialSpec, reads
+from trainables.spec.models import Model
+from trainables.spec.terms import CrossEntropy, OffWhenBetter, reads
+from trainables.spec.trial import TrialSpec
 
 PROCESS: Mapping[Device, float] = {"cpu": 0.65e9, "cuda": 0.6e9}  # a slot's process (measured) | CUDA (assumed)
 WASTE: Mapping[Device, float] = {"cpu": 0.25, "cuda": 0.1}  # malloc (measured) | CUDA's allocator (assumed) …

@@ -23,7 +23,11 @@ from trainables.data.prepare import fingerprint, prepare
 from trainables.data.tasks import Task, open_data
 from trainables.losses.schedules import weight_at
 from trainables.phases import instances, longest, num_steps, streams_of
-from trainables.spec import CrossEntropy, Inner, PretrainedTokenizer, Remap, Tasks, Term, TrialSpec, digest, reads
+from trainables.spec.data import PretrainedTokenizer, Tasks
+from trainables.spec.models import Remap
+from trainables.spec.terms import CrossEntropy, Inner, Term, reads
+from trainables.spec.trial import TrialSpec
+from trainables.spec.value import digest
 from trainables.store import PhaseStore, Storage
 
 

@@ -13,7 +13,8 @@ from trainables import models
 from trainables.data import DataError
 from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.phases import instances, phase_key
-from trainables.spec import Data, TrialSpec, trial_id
+from trainables.spec.data import Data
+from trainables.spec.trial import TrialSpec, trial_id
 
 SEARCH_SEED = 1000  # of tuning and search: disjoint from the arms' seeds 0, 1, 2 …
 CONFIRM_SEED = 2000  # the first of the fresh seeds

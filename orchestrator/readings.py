@@ -17,7 +17,7 @@ from orchestrator.sides import Reading, is_at, is_of, parsed, spent_on
 from orchestrator.sides import Tasks as TaskFacts
 from orchestrator.study import Study, tasks_of
 from trainables.data.scores import rule_of
-from trainables.spec import Glue, Tasks
+from trainables.spec.data import Glue, Tasks
 
 
 def planned(frame: pd.DataFrame) -> pd.DataFrame:

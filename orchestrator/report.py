@@ -39,7 +39,7 @@ from orchestrator.sides import Reading, with_phases_of
 from orchestrator.statistics import Comparison, lower_is_better
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
-from trainables.spec import TrialSpec
+from trainables.spec.trial import TrialSpec
 
 __all__ = ["Report", "main", "make_report", "point_scores"]
 

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from orchestrator.study import Choice, FloatRange, Study
-from trainables.spec import digest, random_stream
+from trainables.spec.value import digest, random_stream
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -48,7 +48,8 @@ from orchestrator.results import Tables
 from orchestrator.sides import Reading, parsed
 from orchestrator.statistics import Comparison, compare, lower_is_better, rank_correlation
 from orchestrator.study import Choice, Study
-from trainables.spec import CrossEntropy, TrialSpec, is_off, parse_start
+from trainables.spec.terms import CrossEntropy, is_off
+from trainables.spec.trial import TrialSpec, parse_start
 
 PER_FACTOR = 10  # completed trials below which neither importance nor a main effect is shown
 BEST = 10  # points listed

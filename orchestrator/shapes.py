@@ -26,7 +26,10 @@ from trainables.data.corpus import Corpus
 from trainables.data.tasks import Task
 from trainables.losses.fused import Side, fused_terms
 from trainables.passes import chunk
-from trainables.spec import Inner, Model, Phase, TrialSpec, reads
+from trainables.spec.models import Model
+from trainables.spec.phase import Phase
+from trainables.spec.terms import Inner, reads
+from trainables.spec.trial import TrialSpec
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]

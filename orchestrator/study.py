@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, Tag, V
 
 from orchestrator.messages import StudyError, explain, set_path
 from trainables.data.scores import METRICS
-from trainables.spec import Fraction, Name, Positive, TrialSpec, Value, by_key
+from trainables.spec.trial import TrialSpec
+from trainables.spec.value import Fraction, Name, Positive, Value, by_key
 
 # --------------------------------------------------------------------------------------------------------- its values
 

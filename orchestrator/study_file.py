@@ -32,7 +32,8 @@ from orchestrator.messages import (
 from orchestrator.study import Choice, Claim, Objective, Study, label_of, labelled
 from trainables.data.scores import part_names, rule_of, score_names
 from trainables.phases import instances, streams_of
-from trainables.spec import Tasks, TrialSpec
+from trainables.spec.data import Tasks
+from trainables.spec.trial import TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
         "confirm", "limits", "slot")  # fmt: skip

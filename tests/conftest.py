@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 from trainables.data.prepare import prepare
 from trainables.loop import Alone, Surroundings
 from trainables.phases import Instance, phase_key
-from trainables.spec import Data, Files, TrialSpec
+from trainables.spec.data import Data, Files
+from trainables.spec.trial import TrialSpec
 from trainables.store import PhaseStore, Storage
 from trainables.trial import run_trial
 

@@ -24,7 +24,7 @@ from conftest import Listener, wordy_documents
 from orchestrator import results
 from orchestrator.plan import Identity
 from trainables import attempt
-from trainables.spec import TrialSpec
+from trainables.spec.trial import TrialSpec
 from trainables.store import Storage
 
 ROOT = Path(__file__).parent.parent

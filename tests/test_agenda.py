@@ -18,7 +18,7 @@ from orchestrator.agenda import MIN_SPARED, Agenda
 from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Planned
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
-from trainables.spec import digest
+from trainables.spec.value import digest
 from trainables.store import PhaseStore, Published, Storage
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"

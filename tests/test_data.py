@@ -27,7 +27,9 @@ from trainables.data.corpus import Corpus, open_corpus
 from trainables.data.documents import Documents, load_documents, normalise, split
 from trainables.data.masking import mask_batch, next_token_batch, slice_batch
 from trainables.data.prepare import fingerprint, prepare
-from trainables.spec import Files, Hub, Masking, PretrainedTokenizer, PythonDocs, WordPiece, random_stream
+from trainables.spec.data import Files, Hub, PretrainedTokenizer, PythonDocs, WordPiece
+from trainables.spec.phase import Masking
+from trainables.spec.value import random_stream
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL / "glue").is_dir(), reason=f"no data sets in {REAL}: set CODISTILL_DATA")

@@ -24,12 +24,16 @@ SOFT = "phases.distil.terms.teacher_to_student.weight"
 
 @pytest.fixture
 def file(lab: Lab, tmp_path: Path) -> Path:
-    """A study of two arms, run to its end in this process."""
+    """A study of three arms, run to its end in this process."""
     raw = {
         "question": "?",
         "trial": {"data": {"corpus": lab.data["corpus"]}, **distillation()},
         "objective": {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"},
-        "arms": {"alone": {SOFT: 0}, "taught": {}},
+        "arms": {
+            "alone": {SOFT: 0},
+            "taught": {},
+            "shared": {SOFT: 0, "models.student.sharing": {"order": "twice", "swap": True}},
+        },
     }
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(raw))
@@ -60,10 +64,29 @@ def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Pat
         torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
 
 
+def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
+    file: Path, lab: Lab, tmp_path: Path
+) -> None:
+    to = tmp_path / "shared"
+    arguments = [str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "shared", "--phase", "distil"]
+    assert export.main(arguments) == 0
+    net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
+    assert net.config.model_type == "bert" and net.config.num_hidden_layers == 2
+    assert tokenizer("lora", "mitun")["token_type_ids"][-1] == 1  # as a task tells the halves of a pair apart
+    row = next(r for r in Agenda(load_study(file), Identity(None), lab.storage).rows.values() if r["arm"] == "shared")
+    published = lab.store.find(row["phases"]["distil"]["key"])
+    assert published is not None
+    stored = models.restore(published.configs["student"], lab.store.weights(published.key, "student")).eval()
+    ids = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"]).dev.rows(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arm", "nobody"], "no arm 'nobody'; valid: alone, taught"),
+        (["--arm", "nobody"], "no arm 'nobody'; valid: alone, taught, shared"),
+        (["--arm", "alone", "--phase", "teach"], "--phase teach: does not train 'student'; valid: distil"),
         (["--trial", "123"], "no ended trial '123'"),
         (["--arm", "alone", "--model", "teacher"], "trains no model 'teacher'; valid: student"),
         ([], "no winner"),

@@ -15,7 +15,8 @@ from trainables import loop, models, passes
 from trainables.data.tasks import TaskBatch, folds
 from trainables.labels import out_of_fold, prediction_quality
 from trainables.phases import Instance, head_of, origin_of
-from trainables.spec import PredictionQuality, TrialSpec
+from trainables.spec.phase import PredictionQuality
+from trainables.spec.trial import TrialSpec
 from trainables.streams import Reader
 
 QUALITY = {"kind": "prediction_quality", "of": "teacher"}

@@ -24,7 +24,8 @@ from trainables import models
 from trainables.losses.fused import Fused, Side, fused_terms
 from trainables.losses.logits import cross_entropy, divergence
 from trainables.models import ModelError
-from trainables.spec import CrossEntropy, Flow, Model, Term
+from trainables.spec.models import Model
+from trainables.spec.terms import CrossEntropy, Flow, Term
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
 WIDTHS = {"big": 6, "small": 3}

@@ -27,7 +27,10 @@ from trainables.data.prepare import prepare
 from trainables.evaluate import evaluate
 from trainables.losses.logits import cross_entropy, divergence
 from trainables.models import ModelError
-from trainables.spec import NUMERICS, Data, Depth, Masking, Model, TrialSpec, trial_id
+from trainables.spec.data import Data
+from trainables.spec.models import Depth, Model
+from trainables.spec.phase import Masking
+from trainables.spec.trial import NUMERICS, TrialSpec, trial_id
 from trainables.streams import Reader
 
 REFERENCE = Path(__file__).parent / "references" / "trajectory.json"
@@ -847,7 +850,7 @@ def test_the_reference_trajectory_holds(lab: Lab) -> None:
     if os.environ.get("CODISTILL_STORE"):
         store_reference({"numerics": NUMERICS, "tokenizer": corpus.tokenizer_identity, "values": values})
     stored = json.loads(REFERENCE.read_text())
-    anew = "raise NUMERICS (trainables/spec.py) and store it anew: CODISTILL_STORE=1 pytest tests/test_loop.py"
+    anew = "raise NUMERICS (trainables/spec/trial.py) and store it anew: CODISTILL_STORE=1 pytest tests/test_loop.py"
     assert stored["tokenizer"] == corpus.tokenizer_identity, "another version of tokenizers made another vocabulary"
     assert stored["numerics"] == NUMERICS, f"NUMERICS is {NUMERICS}, the trajectory is of {stored['numerics']}: {anew}"
     assert stored["values"].keys() == values.keys(), anew

@@ -16,7 +16,9 @@ from pydantic import TypeAdapter
 from trainables import models
 from trainables.data.masking import mask_batch, next_token_batch
 from trainables.losses.logits import cross_entropy, divergence, jsd, kl
-from trainables.spec import Flow, Masking, Model
+from trainables.spec.models import Model
+from trainables.spec.phase import Masking
+from trainables.spec.terms import Flow
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
 NUM, VOCABULARY = 5, 7

@@ -14,7 +14,8 @@ from torch import nn
 
 from trainables import models
 from trainables.models import ModelError
-from trainables.spec import Masking, Model, Random
+from trainables.spec.models import Model, Random
+from trainables.spec.phase import Masking
 
 SPECIAL = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 VOCABULARY, LENGTH = 60, 16

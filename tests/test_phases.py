@@ -19,7 +19,8 @@ from trainables.phases import (
     seed_of,
     streams_of,
 )
-from trainables.spec import Phase, TrialSpec
+from trainables.spec.phase import Phase
+from trainables.spec.trial import TrialSpec
 
 FOUND = {"data:corpus": "c", "data:other": "o", "model:teacher": "w"}
 DATA = {

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from trainables import models
 from trainables.phases import Instance, phase_key
 from trainables.remap import RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
-from trainables.spec import Depth, Model, Remap, TrialSpec, Width, trial_id
+from trainables.spec.models import Depth, Model, Remap, Width
+from trainables.spec.trial import TrialSpec, trial_id
 
 DEPTHS = get_args(Depth)
 PLANS: dict[str, dict[tuple[int, int], tuple[int | None, ...]]] = {  # (source, target) layers -> plan

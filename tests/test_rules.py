@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -13,7 +14,6 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from orchestrator.study_file import load_study
-from trainables import spec
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -62,11 +62,17 @@ def importers(package: str) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    for module in ("orchestrator.sweep", "orchestrator.study", "trainables.spec", "trainables.loop", "trainables.data"):
+    for module in (
+        "orchestrator.sweep",
+        "orchestrator.study",
+        "trainables.spec.trial",
+        "trainables.loop",
+        "trainables.data",
+    ):
         assert module in sources()
     assert len(sources()) > 25
     assert imported("trainables.loop") >= {"torch", "trainables.passes", "trainables.models"}
-    assert reaches("trainables.trial") >= {"trainables.loop", "trainables.spec", "trainables.losses.logits"}
+    assert reaches("trainables.trial") >= {"trainables.loop", "trainables.spec.trial", "trainables.losses.logits"}
 
 
 # ------------------------------------------------------------------------------------------------------------- imports
@@ -91,6 +97,7 @@ def test_a_trial_runs_without_ray_and_only_its_workers_know_ray_train() -> None:
         ("mlflow", "orchestrator.tracking"),
         ("matplotlib", "orchestrator.figures"),
         ("scipy", "orchestrator.statistics"),
+        ("sklearn", "trainables.data.scores"),
         ("ruamel", "orchestrator.study_file"),
     ],
 )
@@ -99,7 +106,10 @@ def test_each_big_library_has_one_door(package: str, only: str) -> None:
 
 
 TIERS = (  # each may import those before it, never those after it; what is not named is bound by having no cycles
-    {"trainables.spec"},
+    {"trainables.spec.value"},
+    {"trainables.spec.data", "trainables.spec.models", "trainables.spec.terms"},
+    {"trainables.spec.phase"},
+    {"trainables.spec.trial"},
     {"trainables.losses.logits", "trainables.losses.schedules", "trainables.data.prepare", "trainables.data.batches"},
     {"trainables.models", "trainables.remap", "trainables.phases", "trainables.store", "trainables.evaluate"},
     {"trainables.loop"},
@@ -130,8 +140,8 @@ def test_losses_know_only_the_spec_and_data_knows_no_model_and_no_phase() -> Non
     for module in sources():
         ours = within(imported(module), "trainables")
         if module.startswith("trainables.losses"):
-            others = {name for name in ours & sources().keys() if not name.startswith("trainables.losses")}
-            assert others <= {"trainables.spec"}, module
+            own = ("trainables.losses", "trainables.spec")
+            assert not [name for name in ours & sources().keys() if not name.startswith(own)], module
         if module.startswith("trainables.data"):
             assert not [
                 name for name in ours & sources().keys() if not name.startswith(("trainables.data", "trainables.spec"))
@@ -234,10 +244,12 @@ def test_no_field_of_a_trial_is_dead() -> None:
                 read.add(node.attr)
             elif isinstance(node, ast.MatchClass):
                 read.update(node.kwd_attrs)
+    rooms = [importlib.import_module(name) for name in sources() if name.startswith("trainables.spec.")]
     values = [
         v
-        for v in vars(spec).values()
-        if isinstance(v, type) and issubclass(v, BaseModel) and v.__module__ == spec.__name__
+        for room in rooms
+        for v in vars(room).values()
+        if isinstance(v, type) and issubclass(v, BaseModel) and v.__module__ == room.__name__
     ]
     assert len(values) > 20
     for value in values:
@@ -271,11 +283,16 @@ def test_every_study_loads_under_each_of_its_profiles(file: Path, profile: str |
 
 def test_the_readmes_studies_are_studies(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     whole, more = tmp_path / "whole.yaml", tmp_path / "more.yaml"
     whole.write_text(blocks[0])
     more.write_text(blocks[0] + blocks[1])
     assert list(load_study(whole).claims) == ["teacher_helps"] and len(load_study(more).vary) == 4
+    value, parts = (YAML(typ="safe").load(block) for block in (blocks[0], blocks[2]))  # the last one is of a trial
+    value["trial"] |= {"data": parts["data"], "phases": value["trial"]["phases"] | parts["phases"]}
+    with (tuned := tmp_path / "tuned.yaml").open("w") as file:
+        YAML().dump(value, file)
+    assert load_study(tuned).each_of("finetune") == ("rte", "mine")
 
 
 def test_the_readmes_tree_names_every_module() -> None:

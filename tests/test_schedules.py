@@ -9,7 +9,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from trainables.losses.schedules import lr_factor, weight_at
-from trainables.spec import Optimizer, Schedule, Weight
+from trainables.spec.phase import Optimizer
+from trainables.spec.terms import Schedule, Weight
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(get_args(Schedule)[0])]
 VALUES: dict[str, tuple[dict[str, Any], dict[float, float]]] = {  # kind -> (fields, progress -> weight)

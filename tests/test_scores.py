@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics
 
 from trainables.data.scores import Rule, part_names, resampled_scores, rule_of, score_names, scores
-from trainables.spec import Glue, LabelledFiles, PythonTask
+from trainables.spec.data import Glue, LabelledFiles, PythonTask
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 

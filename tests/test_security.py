@@ -32,7 +32,8 @@ from trainables.data import DataError
 from trainables.data.files import read_hub
 from trainables.data.tokenizer import load_pretrained, open_tokenizer, train_wordpiece
 from trainables.models import ModelError
-from trainables.spec import Hub, Model, PretrainedTokenizer, WordPiece
+from trainables.spec.data import Hub, PretrainedTokenizer, WordPiece
+from trainables.spec.models import Model
 from trainables.store import Storage, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from orchestrator.shapes import At, Live, Rows, Shapes, forward, reachable, reac
 from orchestrator.study import Study
 from trainables import models
 from trainables.losses.fused import Side
-from trainables.spec import Model, Phase
+from trainables.spec.models import Model
+from trainables.spec.phase import Phase
 
 SPECIAL = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 LENGTH = 24

@@ -42,7 +42,7 @@ from trainables.sharing import (
     shared,
     unrolled,
 )
-from trainables.spec import Depth, Random, Sharing, Width
+from trainables.spec.models import Depth, Random, Sharing, Width
 
 VOCABULARY, LENGTH = 50, 12
 EVERY = [(order, swap) for order in ORDERS for swap in (False, True)]

@@ -9,24 +9,12 @@ import pytest
 from conftest import distillation, flow, hard, inner, model, phase
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from trainables.spec import (
-    Budget,
-    Data,
-    Init,
-    Phase,
-    Schedule,
-    Stream,
-    Term,
-    Tokenizer,
-    TrialSpec,
-    digest,
-    is_off,
-    parse_start,
-    random_stream,
-    reads,
-    target,
-    trial_id,
-)
+from trainables.spec.data import Data, Tokenizer
+from trainables.spec.models import Init
+from trainables.spec.phase import Budget, Phase, Stream
+from trainables.spec.terms import Schedule, Term, is_off, reads, target
+from trainables.spec.trial import TrialSpec, parse_start, trial_id
+from trainables.spec.value import digest, random_stream
 
 WORDPIECE = {"kind": "wordpiece", "size": 160}
 DATA: dict[str, dict[str, Any]] = {

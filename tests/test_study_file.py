@@ -16,7 +16,7 @@ from orchestrator.messages import StudyError
 from orchestrator.study import Study
 from orchestrator.study_file import load_study
 from trainables.data.tokenizer import train_wordpiece
-from trainables.spec import is_off
+from trainables.spec.terms import is_off
 
 TEXT = """\
 question: Does a teacher help?

@@ -29,7 +29,8 @@ from trainables.data.labelled import Labelled, Sources, divide
 from trainables.data.masking import next_token_batch
 from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.data.tasks import Task, folds, open_data, task_evaluation, task_indices
-from trainables.spec import Data, Files, Glue, LabelledFiles, PretrainedTokenizer, PythonTask, TrialSpec
+from trainables.spec.data import Data, Files, Glue, LabelledFiles, PretrainedTokenizer, PythonTask
+from trainables.spec.trial import TrialSpec
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL / "glue").is_dir(), reason=f"no data sets in {REAL}: set CODISTILL_DATA")
@@ -637,6 +638,25 @@ def test_neither_text_of_a_pair_tells_the_label_alone() -> None:
             for text, label in zip(column, split.labels, strict=True):
                 balance[text] += 1 if label else -1
             assert not any(balance.values())
+        assert len(set(zip(split.first, split.second, strict=True))) == len(split)
+
+
+def test_the_other_description_is_never_of_a_function_of_the_same_name() -> None:
+    draw = np.random.default_rng(0)
+    functions = [python_tasks._Function("m", f"name{draw.integers(40)}", f"s{i}", f"d{i}") for i in range(300)]
+    name_of = {one.description: one.name for one in functions} | {one.signature: one.name for one in functions}
+    pairs = python_tasks._pairs(functions)
+    assert pairs.second is not None
+    others = [
+        (name_of[a], name_of[b]) for a, b, y in zip(pairs.first, pairs.second, pairs.labels, strict=True) if not y
+    ]
+    assert len(others) == 300 and not any(one == other for one, other in others)  # 7 or 8 by chance
+
+
+def test_names_are_split_into_words() -> None:
+    names = ["HTTPConnection.get_response", "__init__", "formatTime", "a", "UUID", "Http2Server"]
+    split = ["HTTP Connection.get response", "init", "format Time", "a", "UUID", "Http2 Server"]
+    assert [python_tasks._split_words(name) for name in names] == split
 
 
 # ----------------------------------------------------------------------------------------------------------- real data

@@ -18,7 +18,7 @@ from trainables import importance, models
 from trainables.layouts import LAYOUTS, NORM_EPS, place_of, shape_of
 from trainables.remap import apply as copy_layers
 from trainables.remap import check, foresee, layers_prefix, measure
-from trainables.spec import Model, Width
+from trainables.spec.models import Model, Width
 from trainables.width import chosen, fit, fit_channels, fit_heads, spaces
 
 WIDTHS: tuple[Width, ...] = get_args(Width)

@@ -16,7 +16,7 @@ from conftest import Lab, Ran, flow, hard, inner, model, phase
 from trainables import loop
 from trainables.loop import Left, Surroundings
 from trainables.notice import Notice, _terminated
-from trainables.spec import TrialSpec
+from trainables.spec.trial import TrialSpec
 from trainables.store import Storage
 from trainables.trial import run_trial
 from trainables.worker import _GroupSession

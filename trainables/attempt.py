@@ -23,7 +23,7 @@ from trainables.loop import Diverged, Left, Session, Stopped, Surroundings, is_o
 from trainables.models import ModelError
 from trainables.notice import LEAVE, Notice, watched
 from trainables.remap import RemapError
-from trainables.spec import TrialSpec
+from trainables.spec.trial import TrialSpec
 from trainables.store import Storage, as_json, attempts, log
 from trainables.trial import run_trial
 

@@ -19,7 +19,7 @@ from trainables.data.corpus import Corpus
 from trainables.data.scores import scores
 from trainables.data.tasks import Task, task_evaluation
 from trainables.models import class_logits, logits_at, num_parameters
-from trainables.spec import Masking
+from trainables.spec.phase import Masking
 
 ROWS = 32  # sequences of an evaluation batch; no number depends on it beyond float error
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainables.spec import PredictionQuality
+from trainables.spec.phase import PredictionQuality
 from trainables.store import log
 
 FEW = 20  # examples: with fewer of a label little can be learnt from it

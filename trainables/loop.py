@@ -38,17 +38,12 @@ from trainables.phases import (
     seed_of,
     streams_of,
 )
-from trainables.spec import (
-    CrossEntropy,
-    OffWhenBetter,
-    Phase,
-    Remap,
-    Tasks,
-    TrialSpec,
-    random_stream,
-    reads,
-    target,
-)
+from trainables.spec.data import Tasks
+from trainables.spec.models import Remap
+from trainables.spec.phase import Phase
+from trainables.spec.terms import CrossEntropy, OffWhenBetter, reads, target
+from trainables.spec.trial import TrialSpec
+from trainables.spec.value import random_stream
 from trainables.store import (
     EXAMPLES,
     Corrupt,
@@ -202,7 +197,7 @@ class _Progress:
     records: list[Record] = field(default_factory=list)
     files: dict[str, dict[str, str]] = field(default_factory=dict)  # weights kept on the way
     latched: dict[str, bool] = field(default_factory=dict)  # off-switches that have switched off
-    flops_of: dict[str, float] = field(default_factory=dict)  # per sequence, by the terms that are live and lengths
+    flops_of: dict[str, float] = field(default_factory=dict)  # per padded token, by the terms that are live and lengths
     sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record, over all ranks
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -506,8 +501,7 @@ def _backward(phase: _Phase, weights: Mapping[str, float], batches: Mapping[str,
     for low in range(first, last, phase.micro):
         high = min(low + phase.micro, last)
         parts = {name: batch.rows(low, high).to(device) for name, batch in batches.items()}
-        shape = "x".join(str(part.ids_BT.shape[1]) for part in parts.values())
-        with _counting(phase.progress, live, shape, high - low, session.world), _synchronised(phase, high == last):
+        with _counting(phase.progress, live, parts, session.world), _synchronised(phase, high == last):
             loss, found = _run(phase, live, parts, scale, low)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value.double()
@@ -538,16 +532,18 @@ def _synchronised(phase: _Phase, is_last: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _counting(progress: _Progress, live: Mapping[str, Any], shape: str, rows: int, world: int) -> Iterator[None]:
-    """Adds the FLOPs of a micro-batch, over all ranks: counted once for live terms and lengths, then multiplied."""
-    which = f"{','.join(sorted(live))} {shape}"
+def _counting(progress: _Progress, live: Mapping[str, Any], parts: Mapping[str, Batch], world: int) -> Iterator[None]:
+    """Adds the FLOPs of a micro-batch, over all ranks: counted once for live terms and lengths to the next multiple of 8,
+    then per padded token."""
+    which = f"{','.join(sorted(live))} {'x'.join(str(-(-part.ids_BT.shape[1] // 8)) for part in parts.values())}"
+    tokens = sum(part.ids_BT.numel() for part in parts.values())
     if which in progress.flops_of:
         yield
     else:
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             yield
-        progress.flops_of[which] = counter.get_total_flops() / rows
-    progress.flops += progress.flops_of[which] * rows * world
+        progress.flops_of[which] = counter.get_total_flops() / max(1, tokens)
+    progress.flops += progress.flops_of[which] * tokens * world
 
 
 # ----------------------------------------------------------------------------------------------------- looking, keeping

@@ -31,7 +31,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainables import sharing
-from trainables.spec import Masking, Model, Random, random_stream
+from trainables.spec.models import Model, Random
+from trainables.spec.phase import Masking
+from trainables.spec.value import random_stream
 
 
 class ModelError(ValueError):

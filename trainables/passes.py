@@ -22,16 +22,8 @@ from trainables.data.tasks import TaskBatch
 from trainables.layouts import family_of, place_of
 from trainables.losses import hidden
 from trainables.losses.fused import Side, fused_terms
-from trainables.spec import (
-    AttentionMSE,
-    HiddenCosine,
-    HiddenMSE,
-    Inner,
-    RelationKL,
-    Term,
-    random_stream,
-    reads,
-)
+from trainables.spec.terms import AttentionMSE, HiddenCosine, HiddenMSE, Inner, RelationKL, Term, reads
+from trainables.spec.value import random_stream
 
 Batch = MaskedBatch | TaskBatch
 

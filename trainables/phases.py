@@ -11,20 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainables.spec import (
-    NUMERICS,
-    Epochs,
-    Phase,
-    Remap,
-    Steps,
-    Stream,
-    Tasks,
-    Tokens,
-    TrialSpec,
-    digest,
-    parse_start,
-    reads,
-)
+from trainables.spec.data import Tasks
+from trainables.spec.models import Remap
+from trainables.spec.phase import Epochs, Phase, Steps, Stream, Tokens
+from trainables.spec.terms import reads
+from trainables.spec.trial import NUMERICS, TrialSpec, parse_start
+from trainables.spec.value import digest
 
 SHARED_SEED = -1  # of phases that say `seed: shared`
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from trainables import models
 from trainables.layouts import LAYOUTS, NORM_EPS, Shape, family_of, place_of, shape_of
-from trainables.spec import Depth, Model, Remap, Width
+from trainables.spec.models import Depth, Model, Remap, Width
 from trainables.width import is_padded, resize, resizing, with_own_rows
 
 Layers = tuple[int | None, ...]  # for each target layer the source layer, or None: keeps its own initialisation

@@ -36,7 +36,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from trainables.layouts import LAYOUTS
-from trainables.spec import Sharing
+from trainables.spec.models import Sharing
 
 ORDERS = get_args(Sharing.model_fields["order"].annotation)
 FAMILY = "shared_bert"

@@ -17,7 +17,8 @@ from trainables.data.corpus import Corpus
 from trainables.data.masking import MaskedBatch
 from trainables.data.tasks import Task, TaskBatch, folds, task_evaluation, task_indices
 from trainables.evaluate import FLOPS, ROWS, Scored, evaluate, evaluate_task
-from trainables.spec import PredictionQuality, Stream, random_stream
+from trainables.spec.phase import PredictionQuality, Stream
+from trainables.spec.value import random_stream
 
 SPLITS: tuple[Literal["train", "dev", "test"], ...] = ("train", "dev", "test")
 

@@ -16,7 +16,7 @@ import torch
 from trainables.data.tasks import open_data
 from trainables.loop import Record, Run, Session, Surroundings, peak_memory, train_phase
 from trainables.phases import Instance, instances
-from trainables.spec import TrialSpec
+from trainables.spec.trial import TrialSpec
 from trainables.store import Corrupt, PhaseStore, Published, log
 
 SAME = ("phase", "model", "task", "split", "metric", "step")  # a phase that is trained again replaces its records

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainables import importance
 from trainables.layouts import Shape, family_of, is_transposed, place_of, shape_of
-from trainables.spec import Width
+from trainables.spec.models import Width
 
 COPIES: tuple[Width, ...] = ("replicate", "replicate_noise", "aki")
 CHOICES: tuple[Width, ...] = ("select", "importance")

@@ -13,7 +13,8 @@ from trainables.data import DataError
 from trainables.data.corpus import Corpus
 from trainables.data.masking import MaskedBatch, mask_batch, next_token_batch, slice_batch
 from trainables.data.tasks import Task
-from trainables.spec import Masking, random_stream
+from trainables.spec.phase import Masking
+from trainables.spec.value import random_stream
 
 EVALUATION_SEED = random_stream("evaluation masks")  # one for all: models, arms, steps, seeds
 

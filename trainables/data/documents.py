@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainables.data import files, python_docs
-from trainables.spec import Corpora, Files, Hub, PythonDocs, WordPiece
+from trainables.spec.data import Corpora, Files, Hub, PythonDocs, WordPiece
 
 CUT = 0.08  # of the characters of train, for each of dev and test that the data set does not name
 SHINGLE = 8  # words

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trainables.data import glue, labelled_files, python_tasks, tokenizer
 from trainables.data.labelled import SPLITS, Divided, Labelled, Sources, divide, hash_of
 from trainables.data.scores import part_names, rule_of
-from trainables.spec import Glue, LabelledFiles, PythonTask, SameTokenizer, Tasks
+from trainables.spec.data import Glue, LabelledFiles, PythonTask, SameTokenizer, Tasks
 
 ENCODE = 1  # raised whenever the same examples would be split or encoded otherwise
 CHUNK = 4_000  # examples that are encoded together

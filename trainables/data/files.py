@@ -14,7 +14,7 @@ import pyarrow.json as pajson
 from pyarrow import csv as pacsv
 
 from trainables.data import DataError
-from trainables.spec import Hub
+from trainables.spec.data import Hub
 
 TABLES = (".parquet", ".jsonl", ".json", ".csv")  # .json too holds one object a line
 SUFFIXES = (*TABLES, ".txt")

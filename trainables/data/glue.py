@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainables.data import files
 from trainables.data.labelled import Labelled, Sources, joined, labelled
-from trainables.spec import Glue
+from trainables.spec.data import Glue
 
 COLUMNS = {
     "cola": ("sentence",),

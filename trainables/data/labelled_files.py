@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainables.data import files
 from trainables.data.labelled import SPLITS, Labelled, Sources, joined, labelled
-from trainables.spec import LabelledFiles
+from trainables.spec.data import LabelledFiles
 
 Found = dict[str, tuple[files.Place, ...]]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainables.spec import Masking
+from trainables.spec.phase import Masking
 
 
 class MaskedBatch(NamedTuple):

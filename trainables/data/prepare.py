@@ -19,7 +19,8 @@ from trainables.data.corpus import Corpus
 from trainables.data.documents import CHUNK, SPLITS, Splits, chunks, load_documents, split
 from trainables.data.encode import task_fields, training_texts, write_task
 from trainables.data.tasks import Task, open_data
-from trainables.spec import Corpora, Data, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece, digest
+from trainables.spec.data import Corpora, Data, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece
+from trainables.spec.value import digest
 
 NONE: Mapping[str, Data] = MappingProxyType({})
 PREPARE = 1  # raised whenever the same documents would be split or packed otherwise

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainables.spec import Glue, LabelledFiles, Tasks
+from trainables.spec.data import Glue, LabelledFiles, Tasks
 
 Rule = Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"]
 

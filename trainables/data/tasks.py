@@ -17,7 +17,7 @@ from torch import Tensor
 from trainables.data import folders, tokenizer
 from trainables.data.corpus import Corpus, corpus_in
 from trainables.data.scores import Rule
-from trainables.spec import random_stream
+from trainables.spec.value import random_stream
 
 WINDOW = 50  # batches within which examples are sorted by length
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainables.data import DataError
-from trainables.spec import PretrainedTokenizer, digest
+from trainables.spec.data import PretrainedTokenizer
+from trainables.spec.value import digest
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec import AtLogits, CrossEntropy, reads, target
+from trainables.spec.terms import AtLogits, CrossEntropy, reads, target
 
 
 class Side(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.spec import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
+from trainables.spec.terms import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from trainables.spec import Cosine, Linear, OffWhenBetter, Optimizer, Step, Weight
+from trainables.spec.phase import Optimizer
+from trainables.spec.terms import Cosine, Linear, OffWhenBetter, Step, Weight
 
 
 def weight_at(weight: Weight, progress: float, *, off: bool = False) -> float:

@@ -1,0 +1,178 @@
+"""A phase: who is trained on which streams, by which terms, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, Tag, model_validator
+
+from trainables.spec.terms import Term, is_off, reads, target
+from trainables.spec.value import Fraction, Name, Positive, Value, by_key, single
+
+
+class Masking(Value):
+    """BERT's corruption: a fixed share of each sequence is supervised; of it `mask` masked, `random` replaced."""
+
+    kind: Literal["mask"] = "mask"
+    probability: float = Field(0.15, gt=0, lt=1)
+    mask: Fraction = 0.8
+    random: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _the_shares_leave_room(self) -> Masking:
+        if self.mask + self.random > 1 + 1e-9:
+            raise ValueError(f"mask {self.mask} and random {self.random} add up to more than 1")
+        return self
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class PredictionQuality(Value):
+    """Labels of a task's examples by how a model trained on it does there: 0 right and confident, 1 right and not, 2 wrong
+    and confident, 3 wrong and not (Cho & Kang 2022, pretraining with the teacher's predictions).
+
+    Confident: its largest probability is above the threshold, one for right answers and one for wrong ones, given or the
+    median. Several models: each labels the fold of examples that it was not trained on (`Fold`), the first fold 0.
+    """
+
+    NUM: ClassVar = 4
+
+    kind: Literal["prediction_quality"]
+    of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] | Literal["median"] = (
+        "median"
+    )
+    permuted: bool = False  # dealt out anew at random: as many of each label, and nothing to learn from them
+
+
+class Fold(Value):
+    """All training examples but one part in `num`."""
+
+    num: int = Field(ge=2)
+    leave_out: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _there_is_such_a_fold(self) -> Fold:
+        if self.leave_out >= self.num:
+            raise ValueError(f"leave_out {self.leave_out}: the folds are 0 … {self.num - 1}")
+        return self
+
+
+class Stream(Value):
+    """What a phase reads: the sequences of a corpus or the examples of a task.
+
+    Of a corpus without corruption each token is the label of the position before it. A task is read as it is.
+    """
+
+    data: Name = "corpus"
+    corruption: Masking | None = Masking()
+    labels: PredictionQuality | None = Field(None, exclude_if=lambda labels: labels is None)  # by default the data's
+    fold: Fold | None = Field(None, exclude_if=lambda fold: fold is None)
+
+
+class Steps(Value):
+    steps: int = Field(ge=1)
+
+
+class Tokens(Value):
+    """Rounded up to whole batches."""
+
+    tokens: int = Field(ge=1)
+
+
+class Epochs(Value):
+    """Of the stream that sets the pace, rounded up to whole batches."""
+
+    epochs: Positive
+
+
+Budget = Annotated[
+    Annotated[Steps, Tag("steps")] | Annotated[Tokens, Tag("tokens")] | Annotated[Epochs, Tag("epochs")],
+    by_key("steps", "tokens", "epochs"),
+]
+
+
+class Optimizer(Value):
+    """AdamW with decoupled decay on matrices, linear warm-up, then `schedule` down to `floor` times `lr`."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    decay: float = Field(0.01, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = 0.0  # fraction of the phase's budget
+    floor: Fraction = 0.0
+    clip: Positive | None = 1.0  # norm of this model's gradient
+
+
+class Phase(Value):
+    """One stage of training."""
+
+    train: dict[Name, Literal["full"]] = Field(min_length=1)
+    start: dict[
+        Name, str
+    ] = {}  # model -> phase, or phase@fraction; by default the latest earlier phase that trained it
+    streams: dict[Name, Stream] = {"main": Stream()}
+    terms: dict[Name, Term] = Field(min_length=1)
+    budget: Budget
+    batch: int = Field(ge=1)  # sequences of a step over all workers; the micro-batch is found, not chosen
+    optimizer: Annotated[dict[Name, Optimizer], single("lr", "all")]  # by model; `all` for each that is not named
+    seed: Literal["trial", "shared"] = "trial"
+    evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
+    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # weights are kept at these fractions too: `phase@0.5`
+    each: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
+
+    @property
+    def pace(self) -> str:
+        """The stream that a budget of tokens or epochs counts: `main`, or the first by name."""
+        return "main" if "main" in self.streams else min(self.streams)
+
+    def optimizer_of(self, model: str) -> Optimizer:
+        return self.optimizer.get(model) or self.optimizer["all"]
+
+    def without_what_is_off(self) -> Phase:
+        """Without terms of weight zero, and without the models that then learn nothing."""
+        terms = {name: term for name, term in self.terms.items() if not is_off(term.weight)}
+        taught = {target(term) for term in terms.values()}
+        streams = {n: s for n, s in self.streams.items() if any(t.on == n for t in terms.values())}
+        used = taught | {model for term in terms.values() for model in reads(term)} | set(labellers(streams))
+        return self.model_copy(
+            update={
+                "terms": terms,
+                "train": {model: how for model, how in self.train.items() if model in taught},
+                "start": {model: start for model, start in self.start.items() if model in used},
+                "optimizer": {model: self.optimizer_of(model) for model in self.train if model in taught},
+                "streams": streams,
+            }
+        )
+
+    @model_validator(mode="after")
+    def _terms_name_streams_and_every_trained_model_is_taught(self) -> Phase:
+        for name, term in self.terms.items():
+            if term.on not in self.streams:
+                raise ValueError(f"term {name!r} reads stream {term.on!r}; there is {', '.join(self.streams)}")
+        taught = {target(term) for term in self.terms.values()}
+        for model in self.train:
+            if model not in taught:
+                raise ValueError(f"model {model!r} is trained but no term teaches it")
+            if "all" not in self.optimizer and model not in self.optimizer:
+                raise ValueError(f"no optimizer for model {model!r}")
+        for model in set(self.optimizer) - set(self.train) - {"all"}:
+            raise ValueError(f"optimizer for {model!r}, which this phase does not train")
+        for name, term in self.terms.items():
+            if target(term) not in self.train:
+                raise ValueError(f"term {name!r} teaches {target(term)!r}, which this phase does not train")
+        if not self.evaluate or self.evaluate[-1] != 1.0 or list(self.evaluate) != sorted(set(self.evaluate)):
+            raise ValueError("evaluate must rise and end in 1")
+        return self
+
+
+def labellers(streams: Mapping[str, Stream]) -> Iterator[str]:
+    """The models whose predictions label a stream."""
+    for stream in streams.values():
+        if stream.labels is not None:
+            yield from stream.labels.of
