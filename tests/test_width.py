@@ -561,3 +561,24 @@ def test_a_trial_remaps_the_trained_model_and_its_key_says_how(lab: Lab) -> None
     assert published is not None and published.configs["student"]["rms_norm_eps"] == 5e-7
     keys = {width: lab.key(lab.spec(trial, {"models.student.init.width": width}), "distil") for width in WIDTHS}
     assert len(set(keys.values())) == len(WIDTHS)
+
+
+@pytest.mark.parametrize("width", ["replicate", "replicate_noise", "importance"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_changes_its_width_as_a_language_model_does(family: str, width: Width) -> None:
+    def classifier(**shape: Any) -> Any:
+        value = Model.model_validate({"family": family, **SMALL, "dropout": 0, **shape})
+        made: Any = models.build(value, name="m", seed=len(shape), vocab_size=40, special_ids={"pad_token_id": 0}, length=16, num_labels=3)  # fmt: skip
+        return made.double().eval()
+
+    source, target = classifier(), classifier(width=2 * SMALL["width"], heads=2 * SMALL["heads"])
+    if width == "importance":  # downwards: whole heads, and every tensor is made
+        source, target = target, source
+    assert resize(width, source, target) == ()
+    ids_BT = torch.tensor([[3, 7, 9, 20, 5, 0], [4, 4, 8, 11, 12, 13]])
+    mask_BT = (ids_BT != 0).long()
+    with torch.no_grad():
+        ours, theirs = (models.class_logits(net, ids_BT, mask_BT, None) for net in (source, target))
+    assert torch.isfinite(theirs).all()
+    if width != "importance":
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

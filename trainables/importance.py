@@ -55,7 +55,7 @@ def shares(net: Any, kept: Tensor) -> dict[str, float]:
             if isinstance(module, nn.LayerNorm):
                 whole, part = (t - t.mean(-1, keepdim=True) for t in (whole, part))
             whole, part = (t.square().mean(-1).sqrt() for t in (whole, part))
-            found[name] = float((part / whole).mean())
+            found[name] = float((part / whole)[whole > 0].mean())  # the row of the padding token is zero
 
     _watch(net, look)
     return found

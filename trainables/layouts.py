@@ -25,6 +25,8 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "transform.LayerNorm": "last norm",
         "predictions.decoder": "head",
         "cls.predictions": "head",
+        "pooler.dense": "x <- x",
+        "classifier": "head",
     },
     "modernbert": {
         "tok_embeddings": "table",
@@ -39,6 +41,7 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "head.dense": "x <- x",
         "head.norm": "last norm",
         "decoder": "head",
+        "classifier": "head",
     },
     "gpt2": {
         "wte": "table",
@@ -51,6 +54,7 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "mlp.c_proj": "x <- inner",
         "ln_f": "last norm",
         "lm_head": "head",
+        "score": "head",
     },
     "llama": {
         "embed_tokens": "table",
@@ -65,6 +69,7 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "down_proj": "x <- inner",
         "model.norm": "last norm",
         "lm_head": "head",
+        "score": "head",
     },
 }
 NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}

@@ -295,7 +295,7 @@ def resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
         layers=layers,
         spaces=found,
         gains=gains,
-        is_tied=target.config.tie_word_embeddings,
+        is_tied=target.config.tie_word_embeddings and target.get_output_embeddings() is not None,
         is_transposed=any(is_transposed(module) for module in source.modules()),
     )
 
