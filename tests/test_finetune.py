@@ -367,6 +367,7 @@ def test_a_student_with_shared_layers_trains_is_stored_and_goes_on(new_task_lab:
         "distil": phase("student", {"h": hard("student"), "p": {**INNER["patient"], "layers": "even"}}, each=["pair"]),
         "more": phase("student", {"h": hard("student")}, each=["pair"]),
     }
+    trial["phases"]["distil"]["terms"]["a"] = {**INNER["attention"], "layers": "uniform"}  # all four runs
     ran = lab.run(lab.spec(trial))
     base, student = ran.weights("pretrain", "base"), ran.weights("distil", "student", "pair")
     assert not any(".layer.2." in name for name in student) and any(".layer.2." in name for name in base)

@@ -273,16 +273,20 @@ def _watching(net: Any, wanted: bool) -> Iterator[list[tuple[nn.Module, Tensor]]
             handle.remove()
 
 
+PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("Wqkv",), ("c_attn",))
+
+
 def _is_attention(family: str, path: str, module: nn.Module) -> bool:
-    """Whether queries, keys and values are made right here."""
-    places = {place_of(family, f"{path}.{child}.weight") for child, _ in module.named_children()}
-    return "q k v <- x" in places or {"q <- x", "k <- x", "v <- x"} <= places
+    """Whether queries, keys and values are made right here; also where they are another module's (shared layers)."""
+    for names in PROJECTIONS:
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            places = [place_of(family, f"{path}.{name}.weight") for name in names]
+            return places in (["q <- x", "k <- x", "v <- x"], ["q k v <- x"])
+    return False
 
 
-def _projections(attention: nn.Module, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projections(attention: nn.Module, hidden_BTD: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values, made once more from what the attention was given; before any rotation."""
-    for names in (("query", "key", "value"), ("q_proj", "k_proj", "v_proj")):
-        if all(hasattr(attention, name) for name in names):
-            return tuple(getattr(attention, name)(hidden_BTD) for name in names)  # type: ignore[return-value]
-    fused = next(getattr(attention, name) for name in ("Wqkv", "c_attn") if hasattr(attention, name))
-    return fused(hidden_BTD).chunk(3, dim=-1)  # type: ignore[no-any-return]
+    names = next(names for names in PROJECTIONS if all(hasattr(attention, name) for name in names))
+    made = tuple(getattr(attention, name)(hidden_BTD) for name in names)
+    return made if len(made) == 3 else made[0].chunk(3, dim=-1)
