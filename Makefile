@@ -22,7 +22,7 @@ test: install  # lint, types, unit tests; no root, no services
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: install  # and what starts Ray, kills processes or opens a browser
 	$(BIN)/python -m pytest -q -m "slow or faults or hosts or browser"

@@ -80,7 +80,9 @@ class Identity:
     def plan(
         self, study: Study, spec: TrialSpec, kind: Kind, point: str, arm: str | None, params: Mapping[str, Any]
     ) -> Planned:
-        lean = spec.pruned()
+        """What is only searched or tuned ends with the phase that the objective looks at."""
+        chosen_by_objective = kind == "tune" or (kind == "trial" and arm is None)
+        lean = (spec.upto(study.objective.phase) if chosen_by_objective else spec).pruned()
         found = self.of(lean)
         keys = {str(instance): phase_key(lean, instance, found) for instance in instances(lean)}
         params = {**strata_of(study, spec), **params}
