@@ -259,7 +259,8 @@ def _data(base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
         lines.append(
             f"{name}: {counts}; {sum(about['removed_duplicates'].values())} near-duplicates across splits removed"
         )
-        lines.append(f"{name}: tokenizer of {corpus.vocab_size:,} tokens, identity {corpus.tokenizer_identity[:12]}")
+    first = next(iter(corpora.values()))  # the same for all, else `check` has said so
+    lines.append(f"tokenizer of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
     shown = set[str]()
     for instance in instances(base):
         for stream in streams_of(base, instance).values():

@@ -93,7 +93,7 @@ def test_remaps_stand_with_their_layers_and_a_measured_verdict(plan: Callable[..
 
 def test_the_plan_says_what_the_data_are_and_shows_examples(plan: Callable[..., dict[str, list[str]]]) -> None:
     lines = plan()
-    assert any(line.startswith("corpus: tokenizer of ") and " tokens, identity " in line for line in lines["data"])
+    assert any(line.startswith("tokenizer of ") and " tokens, identity " in line for line in lines["data"])
     assert sum("→[MASK]»" in line for line in lines["data"]) >= 1
     assert any("parameters" in line for line in lines["models"]) and "optimizer" in lines["memory"][0]
 
