@@ -379,10 +379,10 @@ def test_the_plan_shows_sizes_labels_and_what_was_cut(task: Task, pairs: Task) -
     )
     lines = overview._data(spec, {"mine": task, "other": pairs})
     assert re.search(r"mine: .*train 160 examples \(\d+\.\d% cut, 75% no\); scored by accuracy; 0 near-", lines[0])
-    assert "train 48 examples" in lines[2] and lines[2].endswith(
+    assert "train 48 examples" in lines[1] and lines[1].endswith(
         "scored by pearson and spearman; 0 near-duplicates across splits removed"
     )
-    assert [line.partition(" «")[0] for line in lines[4:]] == ["mine, an example:"] * 2 + ["other, an example:"] * 2
+    assert [line.partition(" «")[0] for line in lines[3:]] == ["mine, an example:"] * 2 + ["other, an example:"] * 2
 
 
 def test_the_plan_knows_tasks_apart_by_who_lends_the_tokenizer(tmp_path: Path, source: str) -> None:
