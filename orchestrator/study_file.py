@@ -260,7 +260,10 @@ def _check(study: Study, lines: Lines) -> None:
     _every_end_of_every_range_is_a_valid_trial(study, lines)
     for arm in study.arms:
         with _blamed_on(f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}"):
-            _learns(study, study.spec(arm=arm, seed=0))
+            _learns(study, spec := study.spec(arm=arm, seed=0))
+            what = study.objective
+            if study.tune and what.model not in spec.pruned().phases[what.phase].train:
+                raise StudyError(f"does not train {what.model!r} in phase {what.phase!r}, by which `tune` chooses")
     for size in study.size_axes():
         if study.vary[size].when:
             raise StudyError(

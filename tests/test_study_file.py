@@ -887,3 +887,21 @@ def test_a_study_is_a_frozen_value(load: Callable[..., Study]) -> None:
         load().seeds = 3  # type: ignore[misc]
     with pytest.raises(StudyError):
         load(overrides=["seeds=0"])
+
+
+def test_an_arm_that_learns_nothing_is_named(refused: Refused) -> None:
+    off = "{phases.distil.terms.soft.weight: 0, phases.distil.terms.student_hard.weight: 0}"
+    text = changed("  taught: {}\n", f"  taught: {{}}\n  idle: {off}\n")
+    said = refused(text)
+    assert f"study.yaml:{line_with(text, 'idle:')}: arm 'idle'" in said and "nothing is learnt" in said
+
+
+def test_an_arm_that_tuning_cannot_look_at_is_named(refused: Refused) -> None:
+    text = changed("      train: {student: full}", "      train: {student: full, teacher: full}")
+    text = changed("      terms:\n", "      terms:\n        own: {kind: cross_entropy, of: teacher}\n", text)
+    text = changed("search:", f"tune: {{grid: {{{LR}: [1e-3, 2e-3, 4e-3]}}}}\nsearch:", text)
+    off = "{phases.distil.terms.soft.weight: 0, phases.distil.terms.student_hard.weight: 0}"
+    text = changed("  taught: {}\n", f"  taught: {{}}\n  other: {off}\n", text)
+    said = refused(text)
+    assert f"study.yaml:{line_with(text, 'other:')}: arm 'other'" in said
+    assert "does not train 'student' in phase 'distil', by which `tune` chooses" in said
