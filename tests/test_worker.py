@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable
@@ -98,7 +99,7 @@ CO_TRAINING = {
 }  # fmt: skip
 
 
-TASKS = {
+TASKS: dict[str, Any] = {
     "models": {"teacher": model(layers=2, width=32), "student": model()},
     "phases": {
         "teach": phase("teacher", {"h": hard("teacher")}, each=["single", "number"]),
@@ -116,11 +117,17 @@ TASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("micro", [None, 2])
-def test_two_workers_give_the_numbers_of_one_on_tasks(new_task_lab: Callable[[], Lab], micro: int | None) -> None:
+@pytest.mark.parametrize(("micro", "only"), [(None, None), (2, None), (None, "states")])
+def test_two_workers_give_the_numbers_of_one_on_tasks(
+    new_task_lab: Callable[[], Lab], micro: int | None, only: str | None
+) -> None:
+    """Also where nothing but a term inside the models teaches, and what is above it learns nothing."""
     one_lab, two_lab = new_task_lab(), new_task_lab()
-    spec = one_lab.spec(TASKS)
-    one, two = one_lab.run(spec), _on_ranks(two_lab, two_lab.spec(TASKS), 2, micro)
+    trial = copy.deepcopy(TASKS)
+    if only is not None:
+        trial["phases"]["distil"]["terms"] = {only: TASKS["phases"]["distil"]["terms"][only]}
+    spec = one_lab.spec(trial)
+    one, two = one_lab.run(spec), _on_ranks(two_lab, two_lab.spec(trial), 2, micro)
     assert one.values.keys() == two.values.keys()
     for key, value in one.values.items():
         if key[4].endswith("_loss") or key[3] == "train":

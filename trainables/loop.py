@@ -24,7 +24,7 @@ from trainables import models, passes, remap
 from trainables.data.corpus import Corpus
 from trainables.data.tasks import Task
 from trainables.evaluate import FLOPS, Scored, size_and_speed
-from trainables.losses.schedules import lr_factor, weight_at
+from trainables.losses.schedules import can_be_zero, lr_factor, weight_at
 from trainables.notice import Ask, Notice
 from trainables.passes import Batch, units
 from trainables.phases import (
@@ -41,7 +41,7 @@ from trainables.phases import (
 from trainables.spec.data import Tasks
 from trainables.spec.models import Remap
 from trainables.spec.phase import Phase
-from trainables.spec.terms import CrossEntropy, OffWhenBetter, reads, target
+from trainables.spec.terms import CrossEntropy, Inner, OffWhenBetter, reads, target
 from trainables.spec.trial import TrialSpec
 from trainables.spec.value import random_stream
 from trainables.store import (
@@ -347,10 +347,14 @@ def _begin(run: Run, instance: Instance) -> _Phase:
     projectors = passes.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
     learning = {name: nets[name] for name in spec.train}
     learning |= {f"project {name}": module.to(at.device) for name, module in projectors.items()}
-    wrapped = {name: _wrap(net, at.device) if run.session.world > 1 else net for name, net in learning.items()}
     language = [name for name in nets if head_of(run.spec, instance, name) is None]
     with run.autocast():
         heads = {name: models.head_of(nets[name]) for name in language}
+    called = passes.Models(nets, frozenset(spec.train), heads, learning, projectors)
+    if any(isinstance(term, Inner) for term in spec.terms.values()):
+        _freeze_unreached(run, instance, called, streams)
+    if run.session.world > 1:
+        called = replace(called, wrapped={name: _wrap(net, at.device) for name, net in learning.items()})
     optimizer = _optimizer(spec, learning)
     total = num_steps(spec, length=streams[spec.pace].length, num_sequences=streams[spec.pace].num)
     progress = _Progress(flops=flops)
@@ -364,8 +368,30 @@ def _begin(run: Run, instance: Instance) -> _Phase:
     if spec.batch % run.session.world:
         raise ValueError(f"phase {instance}: a batch of {spec.batch} cannot be shared by {run.session.world} workers")
     micro = min(spec.batch // run.session.world, at.micro_batch or spec.batch)
-    called = passes.Models(nets, frozenset(spec.train), heads, wrapped, projectors)
     return _Phase(run, instance, spec, seed, streams, called, optimizer, total, progress, micro)
+
+
+def _freeze_unreached(run: Run, instance: Instance, called: passes.Models, streams: Mapping[str, Reader]) -> None:
+    """What no term's gradient reaches does not learn: what stands above the last layer that a term inside a model reads.
+
+    Several ranks would wait for its gradient in vain; a pass over one sequence tells. For the same reason they need terms
+    that are there at every step.
+    """
+    spec, device, seed = run.spec.phases[instance.phase], run.at.device, seed_of(run.spec, instance.phase)
+    passing = [name for name, term in spec.terms.items() if can_be_zero(term.weight)]
+    if passing and run.session.world > 1:
+        raise ValueError(
+            f"phase {instance}: beside terms inside models {passing[0]} may not reach 0 on several workers"
+        )
+    batches = {name: stream.batch(0, spec.batch, seed, str(instance)) for name, stream in streams.items()}
+    parts = {name: batch.rows(0, 1).to(device) for name, batch in batches.items()}
+    how: dict[str, Any] = {"device": device, "autocast": run.autocast, "dropout": lambda *_: 0}
+    loss, _ = passes.run_terms(called, spec.terms, parts, dict.fromkeys(spec.terms, 1.0), **how)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for module in called.wrapped.values():
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
 
 
 def _readers(run: Run, instance: Instance, seed: int) -> tuple[dict[str, Reader], float]:

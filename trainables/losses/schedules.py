@@ -23,6 +23,17 @@ def weight_at(weight: Weight, progress: float, *, off: bool = False) -> float:
             return float(weight)
 
 
+def can_be_zero(weight: Weight) -> bool:
+    """Whether the term is off at some step, though not at all of them."""
+    match weight:
+        case OffWhenBetter():
+            return True
+        case Linear() | Cosine() | Step():
+            return 0 in (weight.start, weight.end)
+        case _:
+            return weight == 0
+
+
 def lr_factor(optimizer: Optimizer, step: int, num_steps: int) -> float:
     """The learning rate of optimizer step `step` (from 0) as a fraction of `lr`."""
     num_warmup = round(optimizer.warmup * num_steps)
