@@ -225,9 +225,8 @@ def scores(phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
         first = known[0]
         is_number = all(side.weight_VD is None and side.hidden_ND.shape[1] == 1 for side in leaves.values())
         labels_N = torch.zeros(len(first), dtype=torch.float32 if is_number else torch.long, device=first.device)
-        width = max(len(side.weight_VD) if side.weight_VD is not None else side.hidden_ND.shape[1] for side in leaves.values())  # fmt: skip
         with Live(known) as live, torch.enable_grad():
-            fused = fused_terms(leaves, labels_N, terms, dict.fromkeys(terms, 1.0), chunk=chunk(width, at.device))
+            fused = fused_terms(leaves, labels_N, terms, dict.fromkeys(terms, 1.0), chunk=chunk(leaves, at.device))
             fused.loss.backward()  # type: ignore[no-untyped-call]
         total = max(total, int(live.peak)) + sum(_bytes(side.hidden_ND) for side in leaves.values())
         if at.precision == "bf16":  # a cast of each head, which meta tensors do not get

@@ -345,12 +345,12 @@ def _begin(run: Run, instance: Instance) -> _Phase:
                 models.check_task(net.config, name)
     passes.check_inner(spec.terms, nets)
     projectors = passes.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
-    learning = {name: nets[name] for name in spec.train}
-    learning |= {f"project {name}": module.to(at.device) for name, module in projectors.items()}
     language = [name for name in nets if head_of(run.spec, instance, name) is None]
     with run.autocast():
         heads = {name: models.head_of(nets[name]) for name in language}
-    called = passes.Models(nets, frozenset(spec.train), heads, learning, projectors)
+    called = passes.Models(nets, frozenset(spec.train), heads, projectors=projectors)
+    learning = {name: module.to(at.device) for name, module in called.learning.items()}
+    called = replace(called, wrapped=learning)
     if any(isinstance(term, Inner) for term in spec.terms.values()):
         _freeze_unreached(run, instance, called, streams)
     if run.session.world > 1:
@@ -463,7 +463,7 @@ def _optimizer(spec: Phase, learning: Mapping[str, Any]) -> torch.optim.Optimize
 
 
 def _parameters(spec: Phase, learning: Mapping[str, Any], model: str) -> list[Any]:
-    beside = [f"project {name}" for name, term in spec.terms.items() if target(term) == model]
+    beside = [passes.projector_of(name) for name, term in spec.terms.items() if target(term) == model]
     return [p for name in (model, *beside) if name in learning for p in learning[name].parameters() if p.requires_grad]
 
 
@@ -708,9 +708,7 @@ def _checkpoint(phase: _Phase) -> None:
     if phase.run.session.rank == 0:
         state = {name: getattr(phase.progress, name) for name in _Progress.__dataclass_fields__}
         state |= {"key": phase.run.key(phase.instance), "optimizer": phase.optimizer.state_dict()}
-        learning = {**{name: phase.nets[name] for name in phase.spec.train}}
-        learning |= {f"project {name}": module for name, module in phase.models.projectors.items()}
-        state["models"] = {name: net.state_dict() for name, net in learning.items()}
+        state["models"] = {name: net.state_dict() for name, net in phase.models.learning.items()}
         save_checkpoint(phase.run.at.storage, phase.run.at.folder, state, room=phase.run.at.checkpoint_bytes)
     phase.run.at.notice.look()
 

@@ -21,7 +21,7 @@ from trainables.data.masking import MaskedBatch
 from trainables.data.tasks import TaskBatch
 from trainables.layouts import family_of, place_of
 from trainables.losses import hidden
-from trainables.losses.fused import Side, fused_terms
+from trainables.losses.fused import Side, fused_terms, num_rows
 from trainables.spec.terms import AttentionMSE, HiddenCosine, HiddenMSE, Inner, RelationKL, Term, reads
 from trainables.spec.value import random_stream
 
@@ -48,6 +48,17 @@ class Models:
         default_factory=dict
     )  # by model, or by term for what it learns beside (`project`)
     projectors: Mapping[str, Projector] = field(default_factory=dict)  # by term
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """What is trained, itself and not as it is called; by the names of `wrapped`."""
+        trained = {name: net for name, net in self.nets.items() if name in self.trained}
+        return {**trained, **{projector_of(term): module for term, module in self.projectors.items()}}
+
+
+def projector_of(term: str) -> str:
+    """What a term's projector is called among the models."""
+    return f"project {term}"
 
 
 def run_terms(
@@ -77,25 +88,23 @@ def run_terms(
         soft = {name: term for name, term in terms.items() if not isinstance(term, Inner)}
         if soft:
             sides = {model: given[model].side for term in soft.values() for model in reads(term)}
-            width = max(
-                side.hidden_ND.shape[1] if side.weight_VD is None else len(side.weight_VD) for side in sides.values()
-            )
             with autocast():
-                fused = fused_terms(sides, batch.labels_N, soft, scale, chunk=chunk(width, device))
+                fused = fused_terms(sides, batch.labels_N, soft, scale, chunk=chunk(sides, device))
             loss, sums = loss + fused.loss, sums | {name: value.detach() for name, value in fused.values.items()}
         mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
         for name, term in terms.items():
             if isinstance(term, Inner):
-                project = on.wrapped.get(f"project {name}", on.projectors.get(name))
+                project = on.wrapped.get(projector_of(name), on.projectors.get(name))
                 with autocast():
                     value = _inside(term, on, given[term.from_], given[term.to], mask_BT, project)
                 loss, sums[name] = loss + scale[name] * value, value.detach()
     return loss, sums
 
 
-def chunk(width: int, device: str) -> int:
+def chunk(sides: Mapping[str, Side], device: str) -> int:
     """Positions of the logits that are there at once: a few MB on a CPU, whose caches they should stay near."""
-    return max(64, 2 ** (25 if device.startswith("cuda") else 22) // width)
+    widest = max(num_rows(side) for side in sides.values())
+    return max(64, 2 ** (25 if device.startswith("cuda") else 22) // widest)
 
 
 def units(term: Term, batch: Batch) -> int:

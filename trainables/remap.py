@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,8 +65,7 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
 def check(depth: Depth, source: Any, target: Any, width: Width | None = None) -> Layers:
     """The plan between two transformers configs, or RemapError naming what stands in the way."""
     for key in ("model_type", "vocab_size", *SWITCHES):
-        of = family_of if key == "model_type" else partial(_field, key)
-        ours, theirs = of(source), of(target)
+        ours, theirs = (family_of(c) if key == "model_type" else getattr(c, key, None) for c in (source, target))
         if ours != theirs:
             raise RemapError(f"a remap needs equal {key}; source has {ours}, target {theirs}")
     if getattr(target, "tie_word_embeddings", True) and not getattr(source, "tie_word_embeddings", True):
@@ -77,10 +75,6 @@ def check(depth: Depth, source: Any, target: Any, width: Width | None = None) ->
     elif family_of(source) not in LAYOUTS:
         raise RemapError(f"remaps of width serve the families {', '.join(LAYOUTS)}; these are {source.model_type}")
     return depth_plan(depth, source.num_hidden_layers, target.num_hidden_layers)
-
-
-def _field(key: str, config: Any) -> Any:
-    return getattr(config, key, None)
 
 
 def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:

@@ -193,28 +193,36 @@ class PhaseStore:
     def put_weights(self, key: str, weights: Mapping[str, Tensor]) -> dict[str, str]:
         """Writes one model's weights; what it returns belongs into the marker."""
         content = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-        sha256 = hashlib.sha256(content).hexdigest()
-        file = f"{sha256[:16]}.safetensors"
-        self.storage.write(f"phases/{key}/{file}", content)
-        return {"file": file, "sha256": sha256}
+        return self._put(key, content, "safetensors")
 
     def put_examples(self, key: str, columns: Mapping[str, list[Any]]) -> dict[str, str]:
         """Writes scores by example (`EXAMPLES`); what it returns belongs into the marker."""
         buffer = io.BytesIO()
         pq.write_table(pa.table(dict(columns), schema=EXAMPLES), buffer, compression="zstd")
-        sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-        file = f"{sha256[:16]}.parquet"
-        self.storage.write(f"phases/{key}/{file}", buffer.getvalue())
+        return self._put(key, buffer.getvalue(), "parquet")
+
+    def _put(self, key: str, content: bytes, suffix: str) -> dict[str, str]:
+        sha256 = hashlib.sha256(content).hexdigest()
+        file = f"{sha256[:16]}.{suffix}"
+        self.storage.write(f"phases/{key}/{file}", content)
         return {"file": file, "sha256": sha256}
+
+    def _get(self, key: str, entry: Mapping[str, Any]) -> bytes:
+        """What was put. Raises Corrupt where the file differs from its checksum."""
+        content = self.storage.read(f"phases/{key}/{entry['file']}")
+        if content is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise Corrupt(key, f"{entry['file']} is {'missing' if content is None else 'corrupt'}")
+        return content
 
     def examples(self, key: str) -> pd.DataFrame | None:
         """Scores by example, or None where the phase has none that are whole."""
         phase = self.find(key)
         if phase is None or phase.examples is None:
             return None
-        content = self.storage.read(f"phases/{key}/{phase.examples['file']}")
-        if content is None or hashlib.sha256(content).hexdigest() != phase.examples["sha256"]:
-            log.warning("phase %s: %s is missing or corrupt", key, phase.examples["file"])
+        try:
+            content = self._get(key, phase.examples)
+        except Corrupt as damage:
+            log.warning("%s", damage)
             return None
         table: pd.DataFrame = pq.read_table(io.BytesIO(content)).to_pandas()
         return table
@@ -232,11 +240,7 @@ class PhaseStore:
         phase = self.find(key)
         if phase is None or model not in phase.files:
             raise Corrupt(key, f"no weights of {model}")
-        entry = phase.files[model]
-        content = self.storage.read(f"phases/{key}/{entry['file']}")
-        if content is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise Corrupt(key, f"{entry['file']} is {'missing' if content is None else 'corrupt'}")
-        tensors: dict[str, Tensor] = load_tensors(content)
+        tensors: dict[str, Tensor] = load_tensors(self._get(key, phase.files[model]))
         return tensors
 
     def set_aside(self, key: str, why: str) -> None:

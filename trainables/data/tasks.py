@@ -122,14 +122,8 @@ class Task:
         return self.num_labels == 1
 
 
-def open_task(folder: str, fingerprint: str) -> Task:
-    """A prepared task; one in remote storage is copied to this machine's cache first."""
-    home = folders.fetch(folder, fingerprint)
-    return _task_in(home, fingerprint, folders.read_about(home))
-
-
 def open_data(folder: str, fingerprint: str) -> Corpus | Task:
-    """A prepared corpus or task, whichever it is."""
+    """A prepared corpus or task, whichever it is; one in remote storage is copied to this machine's cache first."""
     home = folders.fetch(folder, fingerprint)
     about = folders.read_about(home)
     return _task_in(home, fingerprint, about) if "task" in about else corpus_in(home, fingerprint, about)

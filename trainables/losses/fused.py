@@ -61,8 +61,8 @@ def fused_terms(
     """
     read = dict.fromkeys(model for term in terms.values() for model in reads(term))
     taught = {target(term) for name, term in terms.items() if weights[name]} if torch.is_grad_enabled() else set()
-    num_rows = min(_num_rows(sides[model]) for model in read)
-    heads = {model: _head(sides[model], num_rows, is_taught=model in taught) for model in read}
+    fewest = min(num_rows(sides[model]) for model in read)
+    heads = {model: _head(sides[model], fewest, is_taught=model in taught) for model in read}
     values = _walk(heads, labels_N, terms, weights, chunk)
     loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     pairs = [pair for model in read for pair in zip(sides[model], heads[model].gradients, strict=True)]
@@ -158,7 +158,8 @@ def _as_multiplied(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if is_cast else tensor
 
 
-def _num_rows(side: Side) -> int:
+def num_rows(side: Side) -> int:
+    """Entries of the side's vocabulary, or its classes."""
     return side.hidden_ND.shape[1] if side.weight_VD is None else len(side.weight_VD)
 
 

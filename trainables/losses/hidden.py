@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.losses.logits import kl
+from trainables.losses.logits import kl, wide
 
 LayerMap = Literal["even", "last", "uniform", "top", "explicit"]
 
@@ -67,7 +67,7 @@ def attention_mse(from_LBHTT: Sequence[Tensor], to_LBHTT: Sequence[Tensor], mask
     for source, to in zip(from_LBHTT, to_LBHTT, strict=True):
         sees_BTT = _sees(mask, to)
         unseen_B1TT = ~sees_BTT.unsqueeze(1)
-        source, to = (_wide(side).masked_fill(unseen_B1TT, 0) for side in (source.detach(), to))
+        source, to = (wide(side).masked_fill(unseen_B1TT, 0) for side in (source.detach(), to))
         per_query_BT = (to - source).square().mean(1).sum(-1) / sees_BTT.sum(-1).clamp(min=1)
         values.append(per_query_BT.sum())
     return torch.stack(values).mean()
@@ -177,14 +177,9 @@ def _in_range(pairs: Sequence[tuple[int, int]], num_from: int, num_to: int) -> t
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _tokens(side_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Zeros at padding, put there before anything is computed: what is not a number there spoils no gradient then."""
-    side_BTD = _wide(side_BTD)
+    side_BTD = wide(side_BTD)
     return side_BTD if mask_BT is None else side_BTD.masked_fill(~mask_BT.bool().unsqueeze(-1), 0)
 
 
@@ -214,7 +209,7 @@ def _split(side_BTD: Tensor, num_heads: int) -> Tensor:
         valid = ", ".join(str(num) for num in range(1, width + 1) if width % num == 0)
         raise ValueError(f"a width of {width} does not split into {num_heads} heads; valid: {valid}")
     rows, length = side_BTD.shape[:2]
-    return _wide(side_BTD).reshape(rows, length, num_heads, width // num_heads).transpose(1, 2)
+    return wide(side_BTD).reshape(rows, length, num_heads, width // num_heads).transpose(1, 2)
 
 
 def _check(from_L: Sequence[Tensor], to_L: Sequence[Tensor]) -> None:

@@ -19,8 +19,8 @@ from trainables.spec.terms import JSD, Flow, ForwardKL, Jeffreys, ReverseKL
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """-sum_n log softmax(logits_n)[label_n], nats; sum_n (logit_n - label_n)^2 where labels are numbers."""
     if logits_NV.shape[-1] == 1:
-        return F.mse_loss(_wide(logits_NV)[:, 0], labels_N.to(_wide(logits_NV).dtype), reduction="sum")
-    return F.cross_entropy(_wide(logits_NV), labels_N, reduction="sum")
+        return F.mse_loss(wide(logits_NV)[:, 0], labels_N.to(wide(logits_NV).dtype), reduction="sum")
+    return F.cross_entropy(wide(logits_NV), labels_N, reduction="sum")
 
 
 def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
@@ -30,9 +30,9 @@ def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
     gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2). Numbers have no temperature.
     """
     if to_NV.shape[-1] == 1:
-        return F.mse_loss(_wide(to_NV), _wide(from_NV.detach()), reduction="sum")
-    log_p_NV = F.log_softmax(_wide(from_NV.detach()) / flow.temperature, dim=-1)
-    log_q_NV = F.log_softmax(_wide(to_NV) / flow.temperature, dim=-1)
+        return F.mse_loss(wide(to_NV), wide(from_NV.detach()), reduction="sum")
+    log_p_NV = F.log_softmax(wide(from_NV.detach()) / flow.temperature, dim=-1)
+    log_q_NV = F.log_softmax(wide(to_NV) / flow.temperature, dim=-1)
     match flow:
         case ForwardKL():
             value = kl(log_p_NV, log_q_NV)
@@ -45,7 +45,7 @@ def divergence(flow: Flow, from_NV: Tensor, to_NV: Tensor) -> Tensor:
     return value * flow.temperature**2 if flow.tau_squared else value
 
 
-def _wide(logits_NV: Tensor) -> Tensor:
+def wide(logits_NV: Tensor) -> Tensor:
     """At least fp32: sums over a vocabulary lose too much in half precision."""
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
