@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainables.loop import peak_memory
 from trainables.losses.fused import Side, fused_terms
 from trainables.losses.logits import cross_entropy, divergence
+from trainables.running import peak_memory
 from trainables.spec.terms import JSD, CrossEntropy, Term
 from trainables.trial import fresh
 

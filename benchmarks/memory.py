@@ -27,8 +27,8 @@ from orchestrator.shapes import Reached, Shapes
 from orchestrator.study import Slot
 from trainables.data.corpus import open_corpus
 from trainables.data.prepare import prepare
-from trainables.loop import Alone, Record, Surroundings, peak_memory
 from trainables.phases import Instance
+from trainables.running import Alone, Record, Surroundings, peak_memory
 from trainables.spec.data import PythonDocs
 from trainables.spec.trial import TrialSpec
 from trainables.store import Storage

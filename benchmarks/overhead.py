@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainables.loop import Alone
+from trainables.running import Alone
 
 CORES = 2  # that both sides use
 STUDY = """\
@@ -83,7 +83,7 @@ def train(seed: int, study_file: str, folder: str, tell: Any = None, rank: int =
     """One trivial trial in this process, or its part of one."""
     from orchestrator.plan import Identity
     from orchestrator.study_file import load_study
-    from trainables.loop import Surroundings
+    from trainables.running import Surroundings
     from trainables.store import Storage
     from trainables.trial import run_trial
 

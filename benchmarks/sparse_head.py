@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from trainables import models
 from trainables.data.masking import MaskedBatch, mask_batch
-from trainables.loop import peak_memory
 from trainables.losses.logits import cross_entropy, divergence
+from trainables.running import peak_memory
 from trainables.spec.models import Model
 from trainables.spec.phase import Masking
 from trainables.spec.terms import ForwardKL

@@ -28,7 +28,7 @@ _ENDS = (100 * ALPHA / 2, 100 * (1 - ALPHA / 2))
 class Answers(NamedTuple):
     """One data set as both arms (A = 2: arm, against) answered it: S pairs of seeds, E examples, all the same."""
 
-    rule: Rule | Literal["loss"]  # how they are scored; `loss`: their sum over that of the counts
+    rule: Rule | Literal["loss", "mean"]  # how they are scored; `loss`: their sum over that of the counts
     parts_E: NDArray[np.int64]  # of the data set; each is resampled for itself
     labels_E: NDArray[np.float64]
     values_ASE: NDArray[np.float64]  # predictions; of the rule `loss` losses
@@ -92,6 +92,9 @@ def _scores(answers: Answers, weights_RE: NDArray[np.float64]) -> NDArray[np.flo
     if answers.rule == "loss":
         loss_ASR: NDArray[np.float64] = (values @ weights_RE.T) / (counts @ weights_RE.T)
         return loss_ASR
+    if answers.rule == "mean":
+        mean_ASR: NDArray[np.float64] = (values @ weights_RE.T) / weights_RE.sum(1)
+        return mean_ASR
     parts_E = answers.parts_E if answers.parts_E.any() else None
     scored = [
         [resampled_scores(answers.rule, run_E, answers.labels_E, parts_E, weights_RE) for run_E in arm_SE]
@@ -139,9 +142,11 @@ def seed_of(*name: str) -> int:
     return random_stream(0, "new data", *name)
 
 
-def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> Rule | Literal["loss"]:
+def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> Rule | Literal["loss", "mean"]:
     if metric.endswith("_loss"):
         return "loss"
+    if metric == "rougeL":  # of each reply by itself
+        return "mean"
     if metric == "score" and task in rules:
         return rules[task]
     for rule in get_args(Rule):
@@ -151,7 +156,7 @@ def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> Rule | Literal["
 
 
 def _answers(
-    rows: pd.DataFrame, sides: Sequence[str], seeds: Sequence[int], recorded_AS: NDArray[np.float64], rule: Rule | Literal["loss"], task: str
+    rows: pd.DataFrame, sides: Sequence[str], seeds: Sequence[int], recorded_AS: NDArray[np.float64], rule: Rule | Literal["loss", "mean"], task: str
 ) -> Answers:  # fmt: skip
     cells = [[rows[(rows["side"] == side) & (rows["seed"] == seed)] for seed in seeds] for side in sides]
     cells = [[cell.sort_values(["part", "example"], kind="stable") for cell in of_arm] for of_arm in cells]
@@ -162,7 +167,7 @@ def _answers(
         for seed, cell in zip(seeds, of_arm, strict=True):
             if cell.empty:
                 raise Missing(f"those of {task} are not stored for {side!r} at seed {seed}")
-            keys = ("part", "example") if rule == "loss" else ("part", "example", "label")
+            keys = ("part", "example") if rule in ("loss", "mean") else ("part", "example", "label")
             if not all(np.array_equal(cell[key].to_numpy(), first[key].to_numpy()) for key in keys):
                 raise Missing(f"{side!r} at seed {seed} was not scored on the same examples of {task}")
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from orchestrator.agenda import Agenda
-from orchestrator.memory import FP32, bytes_text, num_slots
+from orchestrator.memory import bytes_text, num_slots
 from orchestrator.plan import Planned
 from orchestrator.shapes import Shapes
 from trainables import models
+from trainables.controllers import fresh_share, share_at, share_start
 from trainables.data.batches import corrupt
-from trainables.data.corpus import Corpus
-from trainables.data.tasks import Task
+from trainables.data.exchanges import ExchangeSet
+from trainables.data.tasks import Prepared, Task
+from trainables.generate import sample
 from trainables.phases import Instance, head_of, longest, num_steps, streams_of
+from trainables.spec.phase import Made, RisesWithLoss, Sampled, Stream
 from trainables.spec.terms import reads
 from trainables.spec.trial import TrialSpec, parse_start
 from trainables.spec.value import digest
@@ -26,19 +29,23 @@ from trainables.store import PhaseStore, Storage
 PROBE_FLOPS = 2e11  # a step beyond that is not timed here: the machine that runs it is another one
 
 
+FEW = 9  # tokens of a reply that are timed
+
+
 def cost_lines(
-    agenda: Agenda, trials: list[Planned], data: Mapping[str, Corpus | Task], shapes: Shapes, slots: int | None
+    agenda: Agenda, trials: list[Planned], data: Mapping[str, Prepared], shapes: Shapes, slots: int | None
 ) -> list[str]:
     """Device-hours from a step of each kind of phase, timed here and now; what the store has costs nothing."""
     study = agenda.study
     todo = _todo(agenda, trials)
     per_step: dict[str, float | None] = {}
     seconds, last = 0.0, dict[str, float]()
-    size = largest = 0
+    size = largest = 0.0
+    replied, replying = dict[str, float](), False
     for planned, which in todo.values():
         name, _, item = parse_start(which)
         instance, phase = Instance(name, item), planned.spec.phases[name]
-        sizes = [FP32 * shapes.num_parameters(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
+        sizes = [shapes.num_bytes(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
         size += sum(sizes) * (1 + len(phase.keep))
         largest = max(largest, *sizes)
         read = _of(data, streams_of(planned.spec, instance)[phase.pace].data).train
@@ -47,7 +54,13 @@ def cost_lines(
             per_step[kind] = _time_step(planned.spec, instance, data, shapes)
         step = per_step[kind]
         if step is not None:
-            last[which] = step * num_steps(phase, length=read.length, num_sequences=len(read))
+            steps = num_steps(phase, length=read.length, num_sequences=len(read))
+            last[which] = step * steps
+            for stream in streams_of(planned.spec, instance).values():
+                if stream.replies is not None:
+                    replying = True
+                    fresh = _share_made(stream.replies, steps * phase.batch, len(_of(data, stream.data).train))
+                    last[which] += fresh * steps * _time_replies(planned.spec, name, stream, data, shapes, replied)
             seconds += last[which]
     extra = study.search.points if study.search else 0
     if study.confirm and not any(p.kind == "confirm" for p in trials):
@@ -65,7 +78,7 @@ def cost_lines(
         num = slots or num_slots(study.slot)
         lines.append(
             f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
-            f"{study.slot.workers} x ({study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu) (steps timed here)"
+            f"{study.slot.workers} x ({study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu) (steps timed here{', with replies as long as they may be' if replying else ''})"
         )
     free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
     lines.append(
@@ -103,11 +116,11 @@ def _width(read: Any) -> int:
     return int(read.length if lengths is None else lengths.mean())
 
 
-def _of(data: Mapping[str, Corpus | Task], name: str) -> Corpus | Task:
+def _of(data: Mapping[str, Prepared], name: str) -> Prepared:
     return data.get(name) or next(iter(data.values()))
 
 
-def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Corpus | Task], shapes: Shapes) -> float | None:
+def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Prepared], shapes: Shapes) -> float | None:
     """Seconds of one step of a phase on this machine, with fresh weights; None where it is too large to try."""
     phase = spec.phases[instance.phase]
     stream = streams_of(spec, instance)[phase.pace]
@@ -117,6 +130,8 @@ def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Corpus | 
     for model in used:
         per_token = 2 * shapes.num_parameters(spec.models[model], longest(spec)) * (3 if model in phase.train else 1)
         flops += per_token * phase.batch * _width(read.train)
+    for maker in {name for one in streams_of(spec, instance).values() if one.replies for name in one.replies.makers}:
+        flops += 2 * shapes.num_parameters(spec.models[maker], longest(spec)) * phase.batch * _width(read.train)
     if flops > PROBE_FLOPS:
         return None
     rows = range(min(phase.batch, len(read.train)))
@@ -133,6 +148,10 @@ def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Corpus | 
                 if isinstance(read, Task):
                     part = read.train.rows(rows)
                     loss = models.class_logits(net, part.ids_BT, part.mask_BT, part.types_BT).square().mean()
+                elif isinstance(read, ExchangeSet):
+                    packed = read.train.rows(rows).to("cpu")
+                    logits = models.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
+                    loss = torch.nn.functional.cross_entropy(logits, packed.labels_N)
                 else:
                     batch = corrupt(read.train.rows(rows), read, stream.corruption, seed=0)
                     logits = models.logits_at(net, batch.ids_BT, batch.positions_N)
@@ -144,6 +163,51 @@ def _time_step(spec: TrialSpec, instance: Instance, data: Mapping[str, Corpus | 
     started = time.monotonic()
     step()
     return time.monotonic() - started
+
+
+def _share_made(made: Made, num_read: int, num_prompts: int) -> float:
+    """Of the steps, those that make fresh replies; where that rises with the loss, which nobody knows yet, all of them."""
+    at = [(i + 0.5) / 8 for i in range(8)]
+    if isinstance(made.share, RisesWithLoss):
+        shares = [1.0] * len(at)
+    else:
+        shares = [share_at(made.share, share_start(made.share), progress) for progress in at]
+    if made.replay is not None:
+        rest = max(0.0, 1 - made.replay.size / max(1, num_read))  # of the budget, from when it is full
+        fresh = [1 - rest + rest * fresh_share(made.replay, progress) for progress in at]
+        shares = [share * one for share, one in zip(shares, fresh, strict=True)]
+    mean = sum(shares) / len(shares)
+    if isinstance(made, Sampled) and made.once:
+        mean = min(mean, num_prompts / max(1, num_read))
+    return mean
+
+
+def _time_replies(
+    spec: TrialSpec, name: str, stream: Stream, data: Mapping[str, Prepared], shapes: Shapes, known: dict[str, float]
+) -> float:
+    """Seconds of the replies of a step on this machine, none of which ends before it must: each maker's pass over the
+    prompts, and a pass for each further token, from a few. (A teacher that looks over a draft's blocks takes less.)"""
+    made, read = stream.replies, _of(data, stream.data)
+    assert made is not None and isinstance(read, ExchangeSet)
+    phase, seconds = spec.phases[name], 0.0
+    batch = read.train.rows(range(min(phase.batch, len(read.train))))
+    for maker in made.makers:
+        model = spec.models[maker]
+        shape = model.model_dump(mode="json", exclude={"init"})
+        key = digest([shape, made.model_dump(mode="json"), phase.batch, stream.data])
+        if key not in known:
+            net = models.skeleton(shapes.config(model, longest(spec)))
+            took = {}
+            for num in dict.fromkeys((1, min(FEW, made.max_tokens))):
+                how = made.model_copy(update={"max_tokens": num})
+                started = time.monotonic()
+                sample(net, batch.prompts, how, end_id=-1, pad_id=batch.pad_id, vocab_size=read.vocab_size, seed=0, device="cpu")  # fmt: skip
+                took[num] = time.monotonic() - started
+            few = max(took)
+            each = max(0.0, took[few] - took[1]) / max(1, few - 1)
+            known[key] = took[1] + (made.max_tokens - 1) * each
+        seconds += known[key]
+    return seconds
 
 
 def _existing_parent(storage: Storage) -> str:

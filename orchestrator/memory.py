@@ -2,10 +2,16 @@
 
 Counts what PyTorch holds, from shapes alone (`orchestrator.shapes`), as if all parts were there at once, and adds a share
 for what its allocator wastes. benchmarks/RESULTS.md compares with what processes were seen to take.
+
+Of instructions it is not known which exchanges come together: a micro-batch is counted as so many full rows, with as many
+tokens of replies as the data's exchange with the longest reply for its length has, or the whole row where models reply.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,18 +24,22 @@ import torch
 from orchestrator.messages import StudyError
 from orchestrator.shapes import At, Device, Reached, Rows, Shapes, Uncounted, reachable, reached_at
 from orchestrator.study import Slot, Study
-from trainables.evaluate import ROWS
-from trainables.models import ModelError
+from trainables.evaluate import ROWS, exchange_rows
+from trainables.models import DTYPES, ModelError
 from trainables.phases import Instance, head_of, instances, longest, streams_of
+from trainables.spec.data import Instructions, Sampling
 from trainables.spec.models import Model
-from trainables.spec.terms import CrossEntropy, OffWhenBetter, reads
+from trainables.spec.phase import Interleaved, Phase
+from trainables.spec.terms import CrossEntropy, Flow, OffWhenBetter, reads
 from trainables.spec.trial import TrialSpec
 
 PROCESS: Mapping[Device, float] = {"cpu": 0.65e9, "cuda": 0.6e9}  # a slot's process (measured) | CUDA (assumed)
 WASTE: Mapping[Device, float] = {"cpu": 0.25, "cuda": 0.1}  # malloc (measured) | CUDA's allocator (assumed) …
 STAYING = ("weights", "optimizer", "teacher")  # … of all but these parts, which come and go
+EIGHT_BIT_FROM = 4096  # numbers; tensors of fewer keep moments of adamw_8bit in fp32
+EIGHT_BIT_BLOCK = 256  # numbers that share a scale, fp32
 DRIVER = 1.5e9  # where CPU slots share this machine: the driver and Ray's own processes (measured)
-FP32 = 4  # bytes; weights, gradients and AdamW's two moments are fp32 whatever autocast does
+FP32 = 4  # bytes
 SHORTEST = 16  # tokens; no shorter sequence is proposed
 
 
@@ -120,6 +130,44 @@ def _physical() -> float:
     return total
 
 
+# ------------------------------------------------------------------------------------------------------ what is trained
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a model that is trained, whatever it reads. Autocast changes none of them."""
+
+    weights: float  # each in its own type; with LoRA the base and the pairs
+    gradients: float  # of what learns, in its type
+    optimizer: float
+
+
+def held(shapes: Shapes, model: Model, length: int, phase: Phase, name: str) -> Held:
+    """Of the model `name` of a phase that trains it. Raises ModelError."""
+    net, kind = shapes.net(model, length, how=phase.train[name]), phase.optimizer_of(name).kind
+    every = dict(net.named_parameters())
+    only_pairs = phase.train[name] != "full"
+    learning = [tensor for path, tensor in every.items() if ".lora_" in path or not only_pairs]
+    return Held(
+        float(sum(tensor.nbytes for tensor in every.values())),
+        float(sum(tensor.nbytes for tensor in learning)),
+        float(sum(_state(tensor, kind) for tensor in learning)),
+    )
+
+
+def _state(tensor: torch.Tensor, kind: str) -> int:
+    """Bytes of an optimizer's state of one tensor: two moments in its type, or in 8 bits with scales, or in fp32 the sums
+    over rows and over columns of the second one. (Step numbers and tables, a few KB, aside.)"""
+    if kind == "adafactor":
+        shape = tuple(tensor.shape)
+        rows_and_columns = tensor.numel() // shape[-1] + tensor.numel() // shape[-2] if len(shape) >= 2 else 0
+        return FP32 * (rows_and_columns or tensor.numel())
+    if kind == "adamw_8bit":
+        scales = -(-tensor.numel() // EIGHT_BIT_BLOCK)
+        return 2 * (FP32 * tensor.numel() if tensor.numel() < EIGHT_BIT_FROM else tensor.numel() + FP32 * scales)
+    return 2 * tensor.nbytes
+
+
 # ---------------------------------------------------------------------------------------------------- what a phase needs
 
 
@@ -169,6 +217,7 @@ def need(one: Reached, instance: Instance, slot: Slot, shapes: Shapes, rows: int
         num //= 2
         step = phase.step(num)
     moments = {"": step, " while it is evaluated": phase.evaluation()}
+    moments |= {f" while {maker} replies": parts for maker, parts in phase.replying(share).items()}
     if not slot.gpus:  # else it is the machine's memory
         moments[" while it goes on from a checkpoint"] = phase.restart()
     when, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
@@ -186,50 +235,102 @@ class _Phase:
 
     def least(self) -> float:
         """Of a step, without activations."""
-        trained, teacher = self._weights()
-        return PROCESS[self._at.device] + 4 * trained + teacher
+        held, teacher = self._held(), self._teacher()
+        return PROCESS[self._at.device] + held.weights + held.gradients + held.optimizer + teacher
 
     def step(self, num: int) -> dict[str, float]:
         """With micro-batches of `num` sequences. A trained model keeps its activations for each stream, a frozen one
         runs past; workers exchange gradients from buckets beside them."""
-        train = self.spec.phases[self.instance.phase].train
-        trained, teacher = self._weights()
+        phase, held = self._phase, self._held()
         kept = passing = 0
         sides = {}
         for name, model, on, rows in self._forwards():
-            taken = self.shapes.forward(model, self._length, replace(rows, num=num), trained=name in train, at=self._at)
+            how: dict[str, Any] = {"trained": name in phase.train, "how": phase.train.get(name, "full")}
+            rows = replace(rows, num=num)
+            taken = self.shapes.forward(model, self._length, rows, at=self._at, recompute=phase.recompute, **how)
             sides[name, on] = taken.side
             kept += taken.kept
-            if name not in train:
+            if name not in phase.train:
                 passing = max(passing, taken.peak - taken.side.hidden_ND.nbytes)
         return self._whole(
-            weights=trained,
-            gradients=trained * (2 if self.slot.workers > 1 else 1) + self._tied(),
-            optimizer=2 * trained,
+            weights=held.weights,
+            gradients=held.gradients * (2 if self.slot.workers > 1 else 1) + self._tied(),
+            optimizer=held.optimizer,
             activations=kept + passing,
-            logits=self.shapes.scores(self.spec.phases[self.instance.phase], sides, self._at),
-            teacher=teacher,
+            logits=self.shapes.scores(phase, sides, self._at),
+            teacher=self._teacher(),
         )
 
     def evaluation(self) -> dict[str, float]:
-        """Of what is trained, and of a teacher that is switched off when it is beaten."""
-        phase, (trained, teacher) = self.spec.phases[self.instance.phase], self._weights()
+        """Of what is trained, and of a teacher that is switched off when it is beaten. Who reads instructions answers
+        prompts, too, and is compared with whom it learns from."""
+        phase, held = self._phase, self._held()
         asked = set(phase.train)
         for term in phase.terms.values():
             if isinstance(term.weight, OffWhenBetter) and not isinstance(term, CrossEntropy):
                 asked.add(term.from_)
-        peaks = [self.shapes.scoring(model, self._length, rows, at=self._at) for name, model, _, rows in self._forwards() if name in asked]  # fmt: skip
-        return self._whole(weights=trained, optimizer=2 * trained, evaluation=max(peaks), teacher=teacher)
+        peaks = [0.0]
+        for name, model, rows in self._evaluated():
+            if name not in asked:
+                continue
+            peaks.append(self.shapes.scoring(model, self._length, rows, at=self._at, how=self._how(name)))
+            if rows.packed and any(isinstance(term, Flow) and term.to == name for term in phase.terms.values()):
+                peaks.append(self.shapes.agreeing(rows.num * rows.positions))
+        for name, data in self._answered():
+            num = min(ROWS, data.evaluate or ROWS)
+            peaks.append(sum(self._answering(name, num, data, data.scoring).values()))
+        return self._whole(
+            weights=held.weights, optimizer=held.optimizer, evaluation=max(peaks), teacher=self._teacher()
+        )
+
+    def replying(self, share: int) -> dict[str, dict[str, float]]:
+        """By who makes a stream's replies, all of a worker's share at once; before a step, when there are no gradients."""
+        held, found = self._held(), {}
+        for stream in streams_of(self.spec, self.instance).values():
+            made, data = stream.replies, self.spec.data[stream.data]
+            if made is None or not isinstance(data, Instructions):
+                continue
+            each = [self._answering(name, share, data, made) for name in made.makers]
+            worst = max(each, key=lambda parts: sum(parts.values()))
+            found[" and ".join(made.makers)] = self._whole(
+                weights=held.weights,
+                optimizer=held.optimizer,
+                **worst | {"cache": sum(parts["cache"] for parts in each)},
+                teacher=self._teacher(),
+            )
+            if isinstance(made, Interleaved):  # the teacher's logits of a block are there at once
+                logits = FP32 * share * made.block * self.shapes.vocab_size
+                found[" and ".join(made.makers)]["logits"] += logits
+        return found
 
     def restart(self) -> dict[str, float]:
         """On a CPU: the checkpoint's file and what is read from it, both in memory beside the fresh weights."""
-        trained, teacher = self._weights()
-        return self._whole(weights=trained, checkpoint=2 * 3 * trained, teacher=teacher)
+        held = self._held()
+        checkpoint = 2 * (held.gradients + held.optimizer)  # what learns is as large as its gradients
+        return self._whole(weights=held.weights, checkpoint=checkpoint, teacher=self._teacher())
+
+    def _answering(self, name: str, num: int, data: Instructions, how: Sampling) -> dict[str, float]:
+        """While a model replies to `num` of the longest prompts at length: its cache of keys and values, which grows by a
+        quarter at a time; the prompts' pass; a draw from the logits."""
+        model, tokens = self.spec.models[name], data.prompt_length + how.max_tokens
+        limit = getattr(self.shapes.config(model, self._length), "max_position_embeddings", None) or tokens
+        tokens = min(tokens, limit)
+        of_token = self.shapes.cached(model, self._length, at=self._at, how=self._how(name))
+        rows = Rows(num, data.prompt_length, 1)
+        return {
+            "cache": float(of_token * num * (tokens + tokens // 4 + 32)),
+            "activations": self.shapes.scoring(model, self._length, rows, at=self._at, how=self._how(name)),
+            "logits": self.shapes.drawing(num, how),
+        }
 
     def _whole(self, **parts: float) -> dict[str, float]:
         device = self._at.device
         moving = sum(size for part, size in parts.items() if part not in STAYING)
         return {"process": PROCESS[device], **parts, "allocator": WASTE[device] * moving}
+
+    @property
+    def _phase(self) -> Phase:
+        return self.spec.phases[self.instance.phase]
 
     @property
     def _at(self) -> At:
@@ -239,22 +340,30 @@ class _Phase:
     def _length(self) -> int:
         return longest(self.spec)
 
-    def _weights(self) -> tuple[float, float]:
-        """Of the models that are trained, and of the others."""
-        train, sizes = self.spec.phases[self.instance.phase].train, {True: 0.0, False: 0.0}
-        for name in self.spec.models_of(self.instance.phase):
-            sizes[name in train] += FP32 * self.shapes.num_parameters(self.spec.models[name], self._length)
-        return sizes[True], sizes[False]
+    def _how(self, name: str) -> Any:
+        return self._phase.train.get(name, "full")
+
+    def _held(self) -> Held:
+        """Of the models that are trained."""
+        models = self.spec.models
+        each = [held(self.shapes, models[name], self._length, self._phase, name) for name in self._phase.train]
+        return Held(*(sum(getattr(one, part) for one in each) for part in ("weights", "gradients", "optimizer")))
+
+    def _teacher(self) -> float:
+        """Weights of the other models."""
+        others = (name for name in self.spec.models_of(self.instance.phase) if name not in self._phase.train)
+        return float(sum(self.shapes.num_bytes(self.spec.models[name], self._length) for name in others))
 
     def _tied(self) -> float:
         """Where head and embeddings are one tensor, its two gradients stand beside their sum for a moment."""
-        train = self.spec.phases[self.instance.phase].train
-        return 2.0 * FP32 * max(self.shapes.num_tied(self.spec.models[name], self._length) for name in train)
+        full = [self.spec.models[name] for name, how in self._phase.train.items() if how == "full"]
+        sizes = (self.shapes.num_tied(model, self._length) * _item(model) for model in full)
+        return 2.0 * max(sizes, default=0)
 
     def _forwards(self) -> Iterator[tuple[str, Model, str, Rows]]:
         """(name, model, stream, sequences of an evaluation): each model runs once on each stream that its terms read."""
         streams = streams_of(self.spec, self.instance)
-        terms = self.spec.phases[self.instance.phase].terms.values()
+        terms = self._phase.terms.values()
         for name, on in sorted({(name, term.on) for term in terms for name in reads(term)}):
             data, masking = self.spec.data[streams[on].data], streams[on].corruption
             num = min(ROWS, data.evaluate or ROWS)
@@ -262,17 +371,48 @@ class _Phase:
             if head is not None:
                 yield name, self.spec.models[name], on, Rows(num, data.length, 1, head.num_labels)
                 continue
+            if isinstance(data, Instructions):
+                rows = self._packed(data, min(num, exchange_rows(self.shapes.vocab_size, data.length)))
+                if streams[on].replies is not None:  # these may be as long as they fit
+                    rows = replace(rows, positions=data.length - 1)
+                yield name, self.spec.models[name], on, rows
+                continue
             positions = data.length - 1 if masking is None else max(1, round(masking.probability * data.length))
             yield name, self.spec.models[name], on, Rows(num, data.length, positions)
+
+    def _packed(self, data: Instructions, num: int) -> Rows:
+        most = math.ceil(self.shapes.reply_share * data.length)
+        return Rows(num, data.length, max(1, min(most, data.length - 1)), packed=True)
+
+    def _evaluated(self) -> Iterator[tuple[str, Model, Rows]]:
+        """(name, model, sequences): what models read, replies that models make aside, and further data."""
+        streams = streams_of(self.spec, self.instance)
+        for name, model, on, rows in self._forwards():
+            data = self.spec.data[streams[on].data]
+            yield name, model, self._packed(data, rows.num) if isinstance(data, Instructions) else rows
+        for name, data in self._answered():
+            num = exchange_rows(self.shapes.vocab_size, data.length)
+            yield name, self.spec.models[name], self._packed(data, min(num, data.evaluate or num))
+
+    def _answered(self) -> Iterator[tuple[str, Instructions]]:
+        """Trained models with the prompts that they answer when they are evaluated."""
+        read = [stream.data for stream in streams_of(self.spec, self.instance).values()]
+        for name in self._phase.train:
+            for data in (self.spec.data[item] for item in (*read, *self._phase.scored_on)):
+                if isinstance(data, Instructions):
+                    yield name, data
+
+
+def _item(model: Model) -> int:
+    """Bytes of a weight."""
+    return DTYPES[model.dtype].itemsize
 
 
 def _checkpoints(study: Study, shapes: Shapes, reached: Sequence[Reached]) -> str:
     """Weights and optimizer of all that a phase trains, and whether the room that the study gives them suffices."""
     slot, room = study.slot, study.limits.checkpoint_gb
     size, name = max(
-        (3.0 * FP32 * sum(shapes.num_parameters(one.spec.models[m], longest(one.spec)) for m in phase.train), name)
-        for one in reached
-        for name, phase in one.spec.phases.items()
+        (_checkpoint(shapes, one.spec, phase), name) for one in reached for name, phase in one.spec.phases.items()
     )
     num = 1 if slot.gpus else num_slots(slot)
     places = "each slot keeps" if slot.gpus else f"{num} slots keep"
@@ -284,6 +424,12 @@ def _checkpoints(study: Study, shapes: Shapes, reached: Sequence[Reached]) -> st
     if room is not None and 2 * num * size * (1 + early) > room * 1e9:
         line += f"; limits.checkpoint_gb {room:g} is too little for that, and what does not fit is not written"
     return line
+
+
+def _checkpoint(shapes: Shapes, spec: TrialSpec, phase: Phase) -> float:
+    """Bytes of what learns, and of the optimizer."""
+    each = [held(shapes, spec.models[name], longest(spec), phase, name) for name in phase.train]
+    return sum(one.gradients + one.optimizer for one in each)
 
 
 # -------------------------------------------------------------------------------------------------- the cheapest change
@@ -321,15 +467,15 @@ def _fits(study: Study, shapes: Shapes) -> bool:
 
 
 def _changes(study: Study, shapes: Shapes, worst: Need, have: float) -> Iterator[tuple[str, Study]]:
-    """Changed studies, cheapest first: what leaves the results alone; bf16; smaller batches; shorter sequences; fewer
-    layers."""
+    """Changed studies, cheapest first: what leaves the results alone; what else leaves batches and models as large, alone
+    and together; smaller batches; shorter sequences; fewer layers."""
     slot, spec = study.slot, worst.reached.spec
 
     def with_slot(**values: Any) -> Study:
         return study.model_copy(update={"slot": slot.model_copy(update=values)})
 
     def with_trial(values: Mapping[str, Any]) -> tuple[str, Study]:
-        label = ", ".join(f"trial.{path}: {value}" for path, value in values.items())
+        label = ", ".join(f"trial.{path}: {_said(value)}" for path, value in values.items())
         return label, study.model_copy(update={"fixed": {**study.fixed, **values}})
 
     if slot.gpus and slot.memory_gb is None:
@@ -346,13 +492,13 @@ def _changes(study: Study, shapes: Shapes, worst: Need, have: float) -> Iterator
             is_here = slot.memory_gb is not None or workers <= _num_workers(slot)
             if is_here and not any(batch % workers for batch in batches):
                 yield f"slot.workers: {workers}", with_slot(workers=workers)
-    if spec.precision == "fp32":
-        yield with_trial({"precision": "bf16"})
+    over: dict[str, int] = {}
+    for n in needs(study, shapes, reachable(study)):
+        if n.total > have:
+            over[n.instance.phase] = max(n.share * slot.workers, over.get(n.instance.phase, 0))
+    for values in _leaner(study, spec, tuple(over)):
+        yield with_trial(values)
     if not slot.gpus:
-        over: dict[str, int] = {}
-        for n in needs(study, shapes, reachable(study)):
-            if n.total > have:
-                over[n.instance.phase] = max(n.share * slot.workers, over.get(n.instance.phase, 0))
         for k in range(1, max(over.values()).bit_length()):
             smaller = {f"phases.{name}.batch": max(1, batch >> k) for name, batch in over.items()}
             if not any(batch % slot.workers for batch in smaller.values()):
@@ -368,3 +514,58 @@ def _changes(study: Study, shapes: Shapes, worst: Need, have: float) -> Iterator
     for names in (*((name,) for name in largest_first), tuple(layers)):
         for k in range(1, max(layers[name] for name in names).bit_length()):
             yield with_trial({f"models.{name}.layers": max(1, layers[name] >> k) for name in names})
+
+
+def _leaner(study: Study, spec: TrialSpec, over: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Settings of what is kept and in which type, one by one and then together, fewest first. `over`: phases that do not
+    fit. What the study is about stays as it is: only other models become bf16 or learn by LoRA."""
+    kept = ("recompute", "precision", "dtype", "adamw_8bit", "lora", "adafactor")  # the last ones change most
+    seen = []
+    for num in range(1, len(kept)):  # all but one of the two optimizers
+        for chosen in sorted(itertools.combinations(kept, num), key=lambda some: kept.index(some[-1])):
+            if {"adamw_8bit", "adafactor"} <= set(chosen):
+                continue
+            parts = [_setting(part, chosen, study, spec, over) for part in chosen]
+            values = {path: value for part in parts for path, value in part.items()}
+            if all(parts) and values not in seen:
+                seen.append(values)
+                yield values
+
+
+def _setting(what: str, chosen: Sequence[str], study: Study, spec: TrialSpec, over: Sequence[str]) -> dict[str, Any]:
+    """Trial paths and their values; {} where it is so already."""
+    phases = {name: spec.phases[name] for name in over if name in spec.phases}
+    by_lora = {  # other models that learn whole, and can learn by LoRA
+        f"phases.{at}.train.{name}": {"kind": "lora"}
+        for at, phase in phases.items()
+        for name, how in phase.train.items()
+        if how == "full" and name != study.objective.model
+    }
+    match what:
+        case "recompute":
+            return {f"phases.{name}.recompute": True for name, phase in phases.items() if not phase.recompute}
+        case "precision":
+            return {"precision": "bf16"} if spec.precision == "fp32" else {}
+        case "dtype":
+            whole = {n for phase in spec.phases.values() for n, how in phase.train.items() if how == "full"}
+            if "lora" in chosen:
+                whole -= {path.rsplit(".", 1)[-1] for path in by_lora}
+            read = dict.fromkeys(name for at in phases for name in spec.models_of(at))
+            narrow = [n for n in read if n not in {*whole, study.objective.model} and spec.models[n].dtype == "fp32"]
+            return {f"models.{name}.dtype": "bf16" for name in narrow}
+        case "lora":
+            return by_lora
+        case _:
+            return {
+                f"phases.{at}.optimizer.{'' if 'lr' in study.trial['phases'][at]['optimizer'] else f'{name}.'}kind": what
+                for at, phase in phases.items()
+                for name, optimizer in phase.optimizer.items()
+                if optimizer.kind == "adamw"
+            }
+
+
+def _said(value: Any) -> str:
+    """As YAML has it, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_said(part)}" for key, part in value.items()) + "}"
+    return json.dumps(value) if isinstance(value, bool) else str(value)

@@ -15,15 +15,15 @@ from orchestrator.plan import Planned
 from orchestrator.shapes import Shapes, reachable
 from orchestrator.statistics import detectable_in_sd
 from orchestrator.study import Choice, Study
-from trainables import models, passes, remap
-from trainables.data import DataError, tokenizer
+from trainables import models, optimizers, passes, remap
+from trainables.data import DataError
 from trainables.data.batches import examples
-from trainables.data.corpus import Corpus
+from trainables.data.exchanges import ExchangeSet
 from trainables.data.prepare import fingerprint, prepare
-from trainables.data.tasks import Task, open_data
+from trainables.data.tasks import Prepared, Task, open_data
 from trainables.losses.schedules import weight_at
 from trainables.phases import instances, longest, num_steps, streams_of
-from trainables.spec.data import PretrainedTokenizer, Tasks
+from trainables.spec.data import Instructions, Tasks
 from trainables.spec.models import Remap
 from trainables.spec.terms import CrossEntropy, Inner, Term, reads
 from trainables.spec.trial import TrialSpec
@@ -36,7 +36,7 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
     study = agenda.study
     base = study.spec(seed=0)
     with _corpora(base, agenda.storage) as corpora:
-        shapes = Shapes.of(next(iter(corpora.values())))
+        shapes = Shapes.of(*corpora.values())
         reached = list(reachable(study))
         for spec in (base.pruned(), *(one.spec for one in reached)):
             check(study, spec, {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}, shapes)
@@ -60,10 +60,10 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
 
 
 @contextmanager
-def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Corpus | Task]]:
+def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Prepared]]:
     """The prepared data, from the storage where it has them, else in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="codistill-") as scratch:
-        found = dict[str, Corpus | Task]()
+        found = dict[str, Prepared]()
         for name, data in spec.data.items():
             try:
                 try:
@@ -78,7 +78,7 @@ def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Corpus | T
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus | Task], shapes: Shapes) -> None:
+def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
     """Tokenizers that differ, remaps between shapes that cannot be, heads that do not fit their streams. `spec` is pruned."""
     first = next(iter(corpora.values()))
     at = f"{study.file}: "
@@ -90,15 +90,7 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus | Task], s
     try:
         configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
         for name, model in spec.models.items():
-            if model.pretrained is not None:
-                theirs = tokenizer.load_pretrained(
-                    PretrainedTokenizer(kind="pretrained", name=model.pretrained, revision=model.revision)
-                )
-                if tokenizer.identity(theirs) != first.tokenizer_identity:
-                    raise StudyError(
-                        f"{at}models.{name}: the tokenizer of {model.pretrained!r} ({len(theirs)} tokens) differs from the data's "
-                        f"({first.vocab_size} tokens) by its token → id map; valid: tokenizer: {{kind: pretrained, name: {model.pretrained}}}"
-                    )
+            _check_pretrained(study, spec, name, configs[name], first.tokenizer, next(iter(corpora)))
             if isinstance(model.init, Remap):
                 remap.check(model.init.depth, configs[model.init.from_], configs[name], model.init.width)
         for phase_name, phase in spec.phases.items():
@@ -107,12 +99,15 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus | Task], s
                     f"{at}trial.phases.{phase_name}.batch: {phase.batch} cannot be shared by slot.workers {study.slot.workers}; "
                     f"valid: a multiple of it"
                 )
+            _check_training(study, spec, phase_name, shapes)
         for instance in instances(spec):
             phase, streams = spec.phases[instance.phase], streams_of(spec, instance)
             for term in phase.terms.values():
                 for name in reads(term):
-                    if isinstance(spec.data[streams[term.on].data], Tasks):
+                    if isinstance(read := spec.data[streams[term.on].data], Tasks):
                         models.check_task(configs[name], name)
+                    elif isinstance(read, Instructions):
+                        models.check_stream(configs[name], None, name)
                     else:
                         models.check_stream(configs[name], streams[term.on].corruption, name)
             nets = {name: shapes.net(spec.models[name], longest(spec)) for term in phase.terms.values() for name in reads(term)}  # fmt: skip
@@ -121,6 +116,35 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Corpus | Task], s
         raise StudyError(f"{at}phases: {error}") from None
     except (models.ModelError, remap.RemapError, DataError) as error:
         raise StudyError(f"{at}models: {error}") from None
+
+
+def _check_pretrained(study: Study, spec: TrialSpec, name: str, config: Any, tokenizer: Any, data_name: str) -> None:
+    """Whether pretrained weights read the data's tokens, and as many of them as the longest sequences have."""
+    model = spec.models[name]
+    if model.pretrained is None:
+        return
+    try:
+        models.check_tokenizer(model, tokenizer, data_name)
+    except models.ModelError as error:
+        raise StudyError(f"{study.file}: models.{name}: {error}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < longest(spec):
+        data = max(spec.data, key=lambda item: spec.data[item].length)
+        raise StudyError(
+            f"{study.file}: models.{name}: {model.pretrained!r} has {positions} positions, and sequences of data.{data} have "
+            f"up to {spec.data[data].length} tokens; valid: data.{data}.length: {positions} at most"
+        )
+
+
+def _check_training(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> None:
+    """Whether the phase's optimizers are installed, and whether its models can be trained as it says."""
+    phase, length = spec.phases[name], longest(spec)
+    try:
+        optimizers.check_optimizers(phase)
+        for model, how in phase.train.items():
+            shapes.net(spec.models[model], length, how=how, recompute=phase.recompute)
+    except models.ModelError as error:
+        raise StudyError(f"{study.file}: trial.phases.{name}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -161,7 +185,7 @@ def _trials(agenda: Agenda, trials: list[Planned]) -> list[str]:
     return lines
 
 
-def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
+def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     store = PhaseStore(agenda.storage)
     keys: dict[str, set[str]] = {}
     for planned in trials:
@@ -245,10 +269,14 @@ def _remaps(specs: Iterable[TrialSpec]) -> list[str]:
     return list(seen.values())
 
 
-def _data(base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
+def _data(base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     lines = []
     for name, corpus in corpora.items():
         about = corpus.about
+        removed = sum(about["removed_duplicates"].values())
+        if isinstance(corpus, ExchangeSet):
+            lines.append(f"{name}: {_exchanged(corpus)}; {removed:,} duplicates across splits removed")
+            continue
         if isinstance(corpus, Task):
             counts = f"{_sizes(about['splits'])}; scored by {corpus.score.replace('_', ' ')}"
         else:
@@ -256,9 +284,7 @@ def _data(base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
                 f"{split} {found['documents']:,} documents / {found['sequences']:,} sequences"
                 for split, found in about["splits"].items()
             )
-        lines.append(
-            f"{name}: {counts}; {sum(about['removed_duplicates'].values())} near-duplicates across splits removed"
-        )
+        lines.append(f"{name}: {counts}; {removed} near-duplicates across splits removed")
     first = next(iter(corpora.values()))  # the same for all, else `check` has said so
     lines.append(f"tokenizer of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
     shown = set[str]()
@@ -267,8 +293,28 @@ def _data(base: TrialSpec, corpora: Mapping[str, Corpus | Task]) -> list[str]:
             if stream.data in corpora and stream.data not in shown:
                 shown.add(stream.data)
                 found = examples(corpora[stream.data], stream.corruption, num=2)
-                lines += [f"{stream.data}, an example: {_shorten(text)}" for text in found]
+                width = 500 if isinstance(corpora[stream.data], ExchangeSet) else 150  # the reply stands at the end
+                lines += [f"{stream.data}, an example: {_shorten(text, width)}" for text in found]
     return lines
+
+
+def _exchanged(data: ExchangeSet) -> str:
+    """Exchanges by split; which share of the replies is cut; what was left out, and why."""
+    splits = {split: data.about["splits"][split] for split in ("train", "dev", "test")}
+    sizes = ", ".join(
+        f"{split} {found['exchanges']:,} exchanges" for split, found in splits.items() if found["exchanges"]
+    )
+    num = sum(found["exchanges"] for found in splits.values())
+    cut = sum(found["truncated"] * found["exchanges"] for found in splits.values()) / num
+    dropped: dict[str, int] = {}
+    for found in splits.values():
+        for reason, rows in found["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + rows
+    out = ", ".join(f"{rows:,} with {reason}" for reason, rows in sorted(dropped.items()))
+    return (
+        f"{sizes}; {data.about['exchanges']['template']} template; {cut:.1%} of the replies cut at {data.length} tokens of "
+        f"prompt and reply; rows left out: {out or 'none'}"
+    )
 
 
 def _sizes(splits: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
+from transformers.cache_utils import Cache, DynamicLayer
 
 from orchestrator.plan import strata
 from orchestrator.study import Study
-from trainables import models
-from trainables.data.corpus import Corpus
-from trainables.data.tasks import Task
+from trainables import lora, models
+from trainables.data.exchanges import ExchangeSet
+from trainables.data.tasks import Prepared
+from trainables.generate import draw
 from trainables.losses.fused import Side, fused_terms
-from trainables.passes import chunk
+from trainables.losses.logits import kl
+from trainables.passes import chunk, num_executed
+from trainables.spec.data import Sampling
 from trainables.spec.models import Model
-from trainables.spec.phase import Phase
+from trainables.spec.phase import How, Lora, Phase
 from trainables.spec.terms import Inner, reads
 from trainables.spec.trial import TrialSpec
 
@@ -101,11 +105,14 @@ class Shapes:
 
     vocab_size: int
     special_ids: Mapping[str, int]
+    reply_share: float = 1.0  # of an exchange's tokens, those of its reply at most; packed rows have no more
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, data: Corpus | Task) -> Shapes:
-        return cls(data.vocab_size, models.special_ids(data.tokenizer))
+    def of(cls, data: Prepared, *more: Prepared) -> Shapes:
+        """`more`: further data with the same tokenizer."""
+        shares = [_reply_share(one) for one in (data, *more) if isinstance(one, ExchangeSet)]
+        return cls(data.vocab_size, models.special_ids(data.tokenizer), max(shares, default=1.0))
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
@@ -127,17 +134,38 @@ class Shapes:
         except (OSError, ValueError) as error:
             raise models.ModelError(f"no model at {model.pretrained!r}: {str(error).splitlines()[0]}") from None
 
-    def net(self, model: Model, length: int, num_labels: int | None = None) -> Any:
-        """The model on the meta device, in fp32; with a head for so many labels, or of a language model."""
+    def net(
+        self,
+        model: Model,
+        length: int,
+        num_labels: int | None = None,
+        how: How = "full",
+        recompute: bool = False,
+    ) -> Any:
+        """The model on the meta device, weights in its own type; with a head for so many labels, or of a language model.
+
+        `how` it is trained, where it is; `recompute`: as a phase says. Raises ModelError where it cannot be.
+        """
 
         def make() -> Any:
             with torch.device("meta"):
-                return models.skeleton(self.config(model, length), num_labels).float()
+                net = models.skeleton(self.config(model, length), num_labels).float()
+            for parameter in net.parameters():
+                parameter.data = parameter.data.to(models.DTYPES[model.dtype])
+            if isinstance(how, Lora):
+                lora.attach(net, how, name=model.family or str(model.pretrained), seed=0)
+            if recompute:
+                _recompute(net)
+            return net
 
-        return self._once(("net", *_key(model, length), num_labels), make)
+        return self._once(("net", *_key(model, length), num_labels, _how(how), recompute), make)
 
     def num_parameters(self, model: Model, length: int) -> int:
         return self._once(("size", *_key(model, length)), lambda: models.num_parameters(self.net(model, length)))
+
+    def num_bytes(self, model: Model, length: int) -> int:
+        """Of its weights, in its type."""
+        return self.num_parameters(model, length) * models.DTYPES[model.dtype].itemsize
 
     def num_tied(self, model: Model, length: int) -> int:
         """Entries of the embeddings if they are the head's weights, too."""
@@ -145,21 +173,60 @@ class Shapes:
         embeddings, head = net.get_input_embeddings(), net.get_output_embeddings()
         return embeddings.weight.numel() if head is not None and head.weight is embeddings.weight else 0
 
-    def forward(self, model: Model, length: int, rows: Rows, *, trained: bool, at: At) -> Taken:
-        """What a forward of these sequences takes, with or without gradients. Raises Uncounted."""
-        net = self.net(model, length, rows.num_labels)
-        return self._once(("forward", *_key(model, length), rows, trained, at), lambda: forward(net, rows, trained, at))
+    def forward(
+        self,
+        model: Model,
+        length: int,
+        rows: Rows,
+        *,
+        trained: bool,
+        at: At,
+        how: How = "full",
+        recompute: bool = False,
+    ) -> Taken:
+        """What a forward of these sequences takes, with or without gradients. Raises Uncounted.
 
-    def scoring(self, model: Model, length: int, rows: Rows, *, at: At) -> int:
+        `recompute`: only what goes into each layer is kept, and all of one layer while the backward makes it again.
+        """
+
+        def make(again: bool) -> Taken:
+            net = self.net(model, length, rows.num_labels, how, again)
+            where = ("forward", *_key(model, length), rows, trained, at, _how(how), again)
+            return self._once(where, lambda: forward(net, rows, trained, at))
+
+        if not (recompute and trained):
+            return make(False)
+        whole, least = make(False), make(True)
+        of_one = (whole.kept - least.kept) // num_executed(self.config(model, length))
+        return Taken(least.kept + of_one, max(least.peak, least.kept + of_one), least.side)
+
+    def scoring(self, model: Model, length: int, rows: Rows, *, at: At, how: How = "full") -> int:
         """The most bytes at once while batches of these sequences are evaluated. Raises Uncounted."""
-        net = self.net(model, length, rows.num_labels)
-        return self._once(("scoring", *_key(model, length), rows, at), lambda: scoring(net, rows, at))
+        net = self.net(model, length, rows.num_labels, how)
+        where = ("scoring", *_key(model, length), rows, at, _how(how))
+        return self._once(where, lambda: scoring(net, rows, at))
+
+    def cached(self, model: Model, length: int, *, at: At, how: How = "full") -> int:
+        """Bytes of keys and values of one token while a reply is made. Raises Uncounted."""
+        net = self.net(model, length, None, how)
+        return self._once(("cached", *_key(model, length), at, _how(how)), lambda: cached(net, at))
+
+    def drawing(self, num: int, how: Sampling) -> int:
+        """The most bytes at once while the next token of so many replies is drawn."""
+        return self._once(("drawing", num, how.model_dump_json()), lambda: drawing(num, self.vocab_size, how))
+
+    def agreeing(self, num: int) -> int:
+        """The most bytes at once while the logits of two models at so many positions are compared."""
+        return self._once(("agreeing", num), lambda: agreeing(num, self.vocab_size))
 
     def scores(self, phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
         """The most bytes at once from what the forwards gave to its gradients. `sides`: by (model, stream)."""
         given = tuple((key, tuple(t if t is None else (t.shape, t.dtype) for t in side)) for key, side in sides.items())
         terms = tuple((term.kind, term.on, reads(term)) for term in phase.terms.values())
-        return self._once(("scores", given, terms, tuple(phase.train), at), lambda: scores(phase, sides, at))
+        trained = tuple((name, _how(how)) for name, how in phase.train.items())
+        return self._once(
+            ("scores", given, terms, trained, at), lambda: scores(phase, sides, at, vocab_size=self.vocab_size)
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +237,7 @@ class Rows:
     length: int
     positions: int
     num_labels: int | None = None
+    packed: bool = False  # several exchanges in a row, of which none sees another
 
 
 @dataclass(frozen=True)
@@ -184,49 +252,119 @@ def _key(model: Model, length: int) -> tuple[str, int]:
     return model.model_dump_json(exclude={"init"}), length  # how weights are drawn does not change their number
 
 
+def _how(how: How) -> str:
+    return how if isinstance(how, str) else how.model_dump_json()
+
+
+def _reply_share(data: ExchangeSet) -> float:
+    parts = (data.train, data.dev, data.test)
+    shares = [len(one.reply(i)) / int(one.lengths[i]) for one in parts for i in range(len(one))]
+    return max(shares, default=1.0)
+
+
+def _recompute(net: Any) -> None:
+    try:
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise models.ModelError(f"recompute: {str(error).splitlines()[0]}") from None
+
+
+def _learn(net: Any, learns: bool) -> None:
+    """Weights that gradients are to reach: all, or the pairs of LoRA."""
+    only_pairs = lora.is_attached(net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(learns and (".lora_" in name or not only_pairs))
+
+
 def forward(net: Any, rows: Rows, trained: bool, at: At) -> Taken:
     """Counts a forward, on the device on which `net` is; on meta as if it were on `at.device`."""
-    net.train(trained).requires_grad_(trained)
-    ids_BT, positions_N, _ = _inputs(net, rows)
+    _learn(net.train(trained), trained)
+    given = _inputs(net, rows)
     with _as_if(net, at):
         head = None if rows.num_labels else _head(net)
     with (
         torch.set_grad_enabled(trained),
-        _as_if(net, at),
-        Live([*net.parameters(), *net.buffers(), ids_BT, positions_N]) as live,
+        _as_if(net, at, rows.packed),
+        Live([*net.parameters(), *net.buffers(), *given]) as live,
     ):
-        given_N = _run(net, ids_BT, positions_N, rows, whole=head is None)
+        given_N = _run(net, given, rows, whole=head is None)
     return Taken(live.now - _bytes(given_N), live.peak, Side(given_N.detach(), *(head or ())))
 
 
 @torch.no_grad()
 def scoring(net: Any, rows: Rows, at: At) -> int:
     """Peak of an evaluation, from its second batch on: the logits of the batch before are still there."""
-    net.eval().requires_grad_(True)  # autocast keeps what it casts of weights that learn, also where nothing learns
-    ids_BT, positions_N, labels_N = _inputs(net, rows)
-    with _as_if(net, at), Live([*net.parameters(), *net.buffers(), ids_BT, positions_N, labels_N]) as live:
-        logits_NV = torch.empty(len(positions_N), rows.num_labels or net.config.vocab_size, device=ids_BT.device)
-        logits_NV = _run(net, ids_BT, positions_N, rows, whole=True).float()
+    _learn(net.eval(), True)  # autocast keeps what it casts of weights that learn, also where nothing learns
+    given = _inputs(net, rows)
+    labels_N = torch.zeros_like(given.positions_N)
+    with _as_if(net, at, rows.packed), Live([*net.parameters(), *net.buffers(), *given, labels_N]) as live:
+        num_columns = rows.num_labels or net.config.vocab_size
+        logits_NV = torch.empty(len(labels_N), num_columns, device=labels_N.device)
+        logits_NV = _run(net, given, rows, whole=True).float()
         if rows.num_labels != 1:
             F.cross_entropy(logits_NV, labels_N, reduction="none")
             (logits_NV.argmax(-1) == labels_N).sum()
     return int(live.peak)
 
 
-def scores(phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
+@torch.no_grad()
+def cached(net: Any, at: At) -> int:
+    """Bytes of keys and values that one token leaves, of whatever type the layers make them."""
+    _learn(net.eval(), True)
+    ids_11 = torch.zeros(1, 1, dtype=torch.long, device=next(net.parameters()).device)
+    cache = Cache(layer_class_to_replicate=_Seen)
+    try:
+        with _as_if(net, at):
+            net(input_ids=ids_11, past_key_values=cache, use_cache=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
+    return sum(layer.num_bytes for layer in cache.layers)
+
+
+class _Seen(DynamicLayer):  # type: ignore[misc]
+    """Of a cache: only how much there is to keep."""
+
+    num_bytes = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.num_bytes = key_states.nbytes + value_states.nbytes
+        return key_states, value_states
+
+
+def drawing(num: int, vocab_size: int, how: Sampling) -> int:
+    """Counts one draw, and its logits."""
+    logits_BV = torch.empty(num, vocab_size, device="meta")
+    at_B = torch.empty(num, dtype=torch.float64, device="meta")
+    with Live([logits_BV, at_B]) as live:
+        draw(logits_BV, at_B, how)
+    return int(live.peak) + logits_BV.nbytes
+
+
+@torch.no_grad()
+def agreeing(num: int, vocab_size: int) -> int:
+    """Counts the comparison of `evaluate.agreement`, and both models' logits."""
+    ours_NV, theirs_NV = (torch.empty(num, vocab_size, device="meta") for _ in range(2))
+    with Live([ours_NV, theirs_NV]) as live:
+        kl(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1))
+    return int(live.peak) + ours_NV.nbytes + theirs_NV.nbytes
+
+
+def scores(phase: Phase, sides: Mapping[tuple[str, str], Side], at: At, *, vocab_size: int | None = None) -> int:
     """Counts the terms at the logits, by `fused_terms`, and the gradients that it leaves for the backward."""
     total = 0
     for stream in phase.streams:
         terms = {n: term for n, term in phase.terms.items() if term.on == stream and not isinstance(term, Inner)}
         if not terms:
             continue
-        leaves = {m: _leaf(side, m in phase.train) for (m, on), side in sides.items() if on == stream}
+        leaves = {m: _leaf(side, phase.train.get(m)) for (m, on), side in sides.items() if on == stream}
         known = [t for side in leaves.values() for t in side if t is not None]
         first = known[0]
         is_number = all(side.weight_VD is None and side.hidden_ND.shape[1] == 1 for side in leaves.values())
         labels_N = torch.zeros(len(first), dtype=torch.float32 if is_number else torch.long, device=first.device)
         with Live(known) as live, torch.enable_grad():
-            fused = fused_terms(leaves, labels_N, terms, dict.fromkeys(terms, 1.0), chunk=chunk(leaves, at.device))
+            rows = None if all(side.weight_VD is None for side in leaves.values()) else vocab_size
+            how: dict[str, Any] = {"chunk": chunk(leaves, at.device), "vocab_size": rows}
+            fused = fused_terms(leaves, labels_N, terms, dict.fromkeys(terms, 1.0), **how)
             fused.loss.backward()  # type: ignore[no-untyped-call]
         total = max(total, int(live.peak)) + sum(_bytes(side.hidden_ND) for side in leaves.values())
         if at.precision == "bf16":  # a cast of each head, which meta tensors do not get
@@ -234,20 +372,30 @@ def scores(phase: Phase, sides: Mapping[tuple[str, str], Side], at: At) -> int:
     return total
 
 
-def _leaf(side: Side, learns: bool) -> Side:
-    def leaf(tensor: Tensor) -> Tensor:
+def _leaf(side: Side, how: How | None) -> Side:
+    """Anew, of a model that is trained so; None: of one that is not. LoRA leaves the head alone."""
+
+    def leaf(tensor: Tensor, learns: bool) -> Tensor:
         return torch.empty_like(tensor).requires_grad_(learns)
 
-    weight, bias = (None if tensor is None else leaf(tensor) for tensor in side[1:])
-    return Side(leaf(side.hidden_ND), weight, bias)
+    weight, bias = (None if tensor is None else leaf(tensor, how == "full") for tensor in side[1:])
+    return Side(leaf(side.hidden_ND, how is not None), weight, bias)
 
 
-def _inputs(net: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    ids_BT: Tensor
+    positions_N: Tensor
+    places_BT: Tensor
+
+
+def _inputs(net: nn.Module, rows: Rows) -> _Inputs:
+    """Of packed rows, two exchanges each: how many there are changes no shape."""
     device = next(net.parameters()).device
     ids_BT = torch.zeros(rows.num, rows.length, dtype=torch.long, device=device)
     first_B1 = torch.arange(rows.num, device=device)[:, None] * rows.length
     positions_N = (first_B1 + torch.arange(rows.positions, device=device)).flatten()
-    return ids_BT, positions_N, torch.zeros_like(positions_N)
+    places_T = torch.arange(rows.length, device=device) % -(-rows.length // 2)
+    return _Inputs(ids_BT, positions_N, places_T.expand(rows.num, -1).contiguous())
 
 
 def _head(net: Any) -> models.Head | None:
@@ -257,12 +405,14 @@ def _head(net: Any) -> models.Head | None:
         raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
 
 
-def _run(net: Any, ids_BT: Tensor, positions_N: Tensor, rows: Rows, *, whole: bool) -> Tensor:
+def _run(net: Any, given: _Inputs, rows: Rows, *, whole: bool) -> Tensor:
     """Logits (`whole`), or what a linear head makes them from."""
     try:
         if rows.num_labels is not None:
-            return models.class_logits(net, ids_BT, torch.ones_like(ids_BT), None)
-        return (models.logits_at if whole else models.hidden_at)(net, ids_BT, positions_N)
+            return models.class_logits(net, given.ids_BT, torch.ones_like(given.ids_BT), None)
+        places_BT = given.places_BT if rows.packed else None
+        run = models.logits_at if whole else models.hidden_at
+        return run(net, given.ids_BT, given.positions_N, places_BT=places_BT)
     except (RuntimeError, NotImplementedError) as error:
         raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
 
@@ -307,10 +457,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _CAST = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "scaled_dot_product_attention"}  # fmt: skip
 
 
-def _as_if(net: nn.Module, at: At) -> Any:
+def _as_if(net: nn.Module, at: At, packed: bool = False) -> Any:
     device = next(net.parameters()).device.type
     if device == "meta":
-        return _AsIf(at)
+        return _AsIf(at, packed)
     return nullcontext() if at.precision == "fp32" else torch.autocast(device, dtype=torch.bfloat16)
 
 
@@ -319,15 +469,16 @@ class _AsIf(TorchFunctionMode):
     real ones and takes other ways; autocast leaves meta tensors alone.)
     """
 
-    def __init__(self, at: At) -> None:
+    def __init__(self, at: At, packed: bool = False) -> None:
         super().__init__()
         self.at = at
+        self.packed = packed
         self.casts: dict[int, Tensor] = {}  # of weights that learn: autocast makes each once
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name == "__bool__":  # transformers asks whether a mask hides nothing and no row is packed: so it is
-            return True
+        if name == "__bool__":  # transformers asks whether a mask hides nothing, and whether no row is packed
+            return not self.packed
         if name == "__contains__":  # … and warns where there is padding
             return False
         if self.at.precision == "bf16" and name in _CAST:

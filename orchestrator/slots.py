@@ -25,9 +25,9 @@ from ray.tune.trainable.function_trainable import wrap_function
 from orchestrator.agenda import Agenda, objective
 from orchestrator.study import Slot, Study
 from trainables.attempt import Job, run
-from trainables.loop import Alone
 from trainables.mailbox import STOPPED
 from trainables.notice import listen
+from trainables.running import Alone
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
 RETRIES = 3  # of a trial whose process or node was lost

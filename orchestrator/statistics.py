@@ -30,6 +30,9 @@ _KINDS: dict[str, tuple[bool, Interval | None]] = {
     "accuracy": (False, (0.0, 100.0)),
     "f1": (False, (0.0, 100.0)),
     "rougeL": (False, (0.0, 100.0)),
+    "unfinished": (True, (0.0, 100.0)),  # replies that never ended
+    "agreement": (False, (0.0, 100.0)),  # with another model, on the likeliest token
+    "kl": (True, None),  # from another model
     "score": (False, (-100.0, 100.0)),  # of a task by its own protocol; of some a correlation
     "matthews": (False, (-100.0, 100.0)),
     "pearson": (False, (-100.0, 100.0)),

@@ -30,9 +30,9 @@ from orchestrator.messages import (
     without_place,
 )
 from orchestrator.study import Choice, Claim, Objective, Study, label_of, labelled
-from trainables.data.scores import part_names, rule_of, score_names
+from trainables.data.scores import EXCHANGE_METRICS, part_names, rule_of, score_names
 from trainables.phases import instances, streams_of
-from trainables.spec.data import Tasks
+from trainables.spec.data import Instructions, Tasks
 from trainables.spec.trial import TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
@@ -405,6 +405,8 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
         if model not in phase.train:
             raise StudyError(f"{at}: phase {phase_name!r} does not train {model!r}; valid: {', '.join(phase.train)}")
     tasks = phase.each or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
+    if isinstance(what, Claim):  # what is only scored is scored on test
+        tasks = (*tasks, *phase.scored_on)
     wanted = (what.task,) if isinstance(what.task, str) else what.task
     for task in wanted or ():
         if task not in tasks:
@@ -417,7 +419,8 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
 
 def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, ...]:
     """What is measured of a model in each of these data sets, or of language in any of them."""
-    found: dict[str, int] = {}
+    further = set(tasks) & set(spec.phases[phase].scored_on)
+    found: dict[str, int] = dict.fromkeys(EXCHANGE_METRICS, len(further)) if further else {}
     for instance in instances(spec.upto(phase)):
         for stream in streams_of(spec, instance).values() if instance.phase == phase else ():
             data = spec.data[stream.data]
@@ -426,6 +429,8 @@ def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, 
             if not isinstance(data, Tasks):
                 kind = "lm" if stream.corruption is None else "mlm"
                 names: tuple[str, ...] = (f"{kind}_loss", f"{kind}_accuracy")
+                if isinstance(data, Instructions):
+                    names = EXCHANGE_METRICS
             else:
                 rule = "accuracy" if stream.labels else rule_of(data)
                 names = ("task_loss", *score_names(rule, part_names(data)))

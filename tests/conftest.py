@@ -16,8 +16,8 @@ import torch
 from pydantic import TypeAdapter
 
 from trainables.data.prepare import prepare
-from trainables.loop import Alone, Surroundings
 from trainables.phases import Instance, phase_key
+from trainables.running import Alone, Surroundings
 from trainables.spec.data import Data, Files
 from trainables.spec.trial import TrialSpec
 from trainables.store import PhaseStore, Storage
@@ -212,6 +212,38 @@ def new_task_lab(new_lab: Callable[[], Lab], tasks: Any) -> Callable[[], Lab]:
     return lambda: replace(new_lab(), fingerprints=tasks[0], data=tasks[1])
 
 
+def write_questions(file: Path, words: str, *, seed: int) -> None:
+    """A question names two of the words, and the answer repeats them."""
+    pairs = [(a, b) for a in words.split() for b in words.split() if a != b]
+    random.Random(seed).shuffle(pairs)
+    rows = ({"instruction": f"say {a} {b}", "response": f"{a} {b}"} for a, b in pairs)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def instructed(prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, Any]]:
+    """(fingerprints, what a spec says): `ask` to learn from, and `more`, which is only there to be scored."""
+    home, fingerprints = tmp_path_factory.mktemp("instructions"), {}
+    write_questions(home / "ask.jsonl", "red blue green one two three cat dog fish sun moon", seed=0)
+    write_questions(home / "more.jsonl", "red two fish tree", seed=1)
+    common = {"kind": "instruction_files", "length": 80, "prompt_length": 72}
+    scoring = {"max_tokens": 6, "seeds": [10, 20]}
+    data = {
+        "ask": {**common, "train": str(home / "ask.jsonl"), "tokenizer": {"kind": "wordpiece", "size": 220}, "evaluate": 8, "scoring": scoring},
+        "more": {**common, "test": str(home / "more.jsonl"), "tokenizer": {"kind": "same", "as": "ask"}, "evaluate": 6, "scoring": scoring},
+    }  # fmt: skip
+    adapter: Any = TypeAdapter(Data)
+    others = {name: adapter.validate_python(value) for name, value in data.items()}
+    for name, one in others.items():
+        fingerprints[f"data:{name}"] = prepare(one, str(prepared[0]), others).fingerprint
+    return fingerprints, data
+
+
+@pytest.fixture(scope="session")
+def new_instructed_lab(new_lab: Callable[[], Lab], instructed: Any) -> Callable[[], Lab]:
+    return lambda: replace(new_lab(), fingerprints=instructed[0], data=instructed[1])
+
+
 @pytest.fixture
 def lab(new_lab: Callable[[], Lab]) -> Lab:
     return new_lab()
@@ -255,6 +287,29 @@ def distillation(**models: Any) -> dict[str, Any]:
             "distil": phase(
                 "student",
                 {"student_hard": hard("student"), "teacher_to_student": flow("teacher", "student", temperature=2)},
+            ),
+        },
+    }
+
+
+def answering(family: str = "gpt2", **distil: Any) -> dict[str, Any]:
+    """A teacher learns to answer, then a student from it; `distil` says more of that phase."""
+    stream = {"main": {"data": "ask"}}
+    return {
+        "models": {"teacher": model(family, width=32), "student": model(family)},
+        "phases": {
+            "teach": phase(
+                "teacher",
+                {"teacher_hard": hard("teacher")},
+                streams=stream,
+                budget={"steps": 12},
+                evaluate=[1],
+                optimizer={"lr": 1e-2},
+            ),
+            "distil": phase(
+                "student",
+                {"teacher_to_student": flow("teacher", "student")},
+                **{"streams": stream, "batch": 6, "evaluate": [0.5, 1], **distil},
             ),
         },
     }

@@ -17,7 +17,7 @@ def answers(rule: Any = "accuracy", *, seeds: int = 3, parts: tuple[int, ...] = 
     """The arm is right more often, and closer to the numbers, than what it is compared with."""
     draw, num = np.random.default_rng(seed), sum(parts)
     parts_E = np.repeat(np.arange(len(parts)), parts)
-    if rule in ("loss", "pearson_and_spearman"):
+    if rule in ("loss", "mean", "pearson_and_spearman"):
         labels = draw.integers(0, 11, num) / 2
         values = np.abs(labels + draw.normal(0, [[[0.5]], [[1.0]]], (2, seeds, num)))
     else:
@@ -34,13 +34,15 @@ def plainly(found: Answers, run: tuple[int, int], drawn_E: np.ndarray) -> float:
     values, counts = found.values_ASE[run][drawn_E], found.counts_ASE[run][drawn_E]
     if found.rule == "loss":
         return float(values.sum() / counts.sum())
+    if found.rule == "mean":
+        return float(values.mean())
     parts = found.parts_E[drawn_E]
     return scores(found.rule, values, found.labels_E[drawn_E], parts if parts.any() else None)["score"]
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
 def test_a_resample_is_what_writing_it_out_gives(seeds: int) -> None:
-    rules = ("accuracy", "accuracy_and_f1", "matthews", "pearson_and_spearman", "loss")
+    rules = ("accuracy", "accuracy_and_f1", "matthews", "pearson_and_spearman", "loss", "mean")
     data = [answers(rule, seeds=seeds, parts=(25, 15) if i == 0 else (30,), seed=i) for i, rule in enumerate(rules)]
     R = 40
     drawn_RS = np.random.default_rng([9, 0]).multinomial(seeds, np.full(seeds, 1 / seeds), size=R)
@@ -166,6 +168,17 @@ def test_a_metric_that_is_no_score_of_examples_says_so() -> None:
         with pytest.raises(Missing, match=f"{metric} of rte is not scored by example"):
             drawn(table(found), found, metric, rules=rules)
     assert drawn(table(found), found, "accuracy", rules={"rte": "accuracy_and_f1"}).mean[0] < 40
+
+
+def test_replies_are_scored_each_by_itself_and_have_no_label() -> None:
+    found = answers("mean")
+    rows = table(found, "ask").assign(label=None)
+    how = {"recorded": {"ask": score(found)}, "rules": {}}
+    assert score(found) == pytest.approx(found.values_ASE.mean(-1))
+    assert drawn(rows, found, "rougeL", **how) == crossed([found], seed=3)
+    for metric in ("greedy_rougeL", "unfinished", "lm_accuracy"):  # of which no example has one
+        with pytest.raises(Missing, match=f"{metric} of ask is not scored by example"):
+            drawn(rows, found, metric, **how)
 
 
 def test_a_claim_draws_the_same_whatever_stands_beside_it() -> None:

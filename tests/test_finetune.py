@@ -26,7 +26,7 @@ QUALITY = {"kind": "prediction_quality", "of": "teacher"}
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
     """Weights at the start, by phase and model."""
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    begin = loop._begin
+    begin = loop.begin
 
     def watch(run: Any, instance: Any) -> Any:
         at = begin(run, instance)
@@ -34,7 +34,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], dict[str, tor
             found[str(instance), name] = {key: tensor.clone() for key, tensor in net.state_dict().items()}
         return at
 
-    monkeypatch.setattr(loop, "_begin", watch)
+    monkeypatch.setattr(loop, "begin", watch)
     return found
 
 

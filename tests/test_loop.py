@@ -59,7 +59,7 @@ def close_numbers(a: Ran, b: Ran, *, rtol: float) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
     """What trials of this test saw: `begin` (phase, model) -> weights at the start, `batch` (phase, stream, step) -> batch."""
     seen: dict[str, dict[Any, Any]] = {"begin": {}, "batch": {}}
-    begin, batch = loop._begin, Reader.batch
+    begin, batch = loop.begin, Reader.batch
 
     def watch_begin(run: Any, instance: Any) -> Any:
         found = begin(run, instance)
@@ -72,7 +72,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
         seen["batch"][instance, self.name, step] = found
         return found
 
-    monkeypatch.setattr(loop, "_begin", watch_begin)
+    monkeypatch.setattr(loop, "begin", watch_begin)
     monkeypatch.setattr(Reader, "batch", watch_batch)
     return seen
 
@@ -439,9 +439,9 @@ def test_the_gradient_of_each_flow_reaches_only_its_target(lab: Lab, monkeypatch
     seen: dict[str, Any] = {}
     real = loop._backward
 
-    def watch(at: Any, weights: Any, batches: Any) -> Any:
+    def watch(at: Any, terms: Any, weights: Any, batches: Any) -> Any:
         nets = {name: {k: t.clone() for k, t in net.state_dict().items()} for name, net in at.nets.items()}
-        sums = real(at, weights, batches)
+        sums = real(at, terms, weights, batches)
         grads = {n: {k: p.grad.clone() for k, p in net.named_parameters()} for n, net in at.nets.items()}
         seen.update(nets=nets, grads=grads, batch=batches["main"], live=at.nets, sums=sums)
         return sums

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from conftest import distillation, flow, hard, model, phase
 from test_shapes import LENGTH, SPECIAL, shapes, study
 
@@ -15,8 +16,11 @@ from orchestrator.memory import FP32, PROCESS, WASTE, largest, memory_lines, nee
 from orchestrator.messages import StudyError
 from orchestrator.shapes import At, Reached, Rows, Shapes, reachable
 from orchestrator.study import Limits, Search, Slot, StopEarly, Study
-from trainables import models
+from trainables import lora, models
+from trainables.optimizers import make_optimizer
 from trainables.phases import Instance, instances
+from trainables.spec.models import Model
+from trainables.spec.phase import Phase
 
 SOFT = "phases.distil.terms.teacher_to_student"
 
@@ -204,17 +208,25 @@ def changed(value: Study, slot: Mapping[str, Any] | None = None, **trial: Any) -
 
 
 ODD = {"batch": 63}  # no two workers can share it
+LEAN = {"recompute": True, "optimizer": {"lr": 1e-3, "kind": "adafactor"}}
+
+
+def one_over() -> dict[str, Any]:
+    """Nothing but its batch makes a phase large, and the other phase is none."""
+    trial = {**wide(**ODD, **LEAN), "precision": "bf16"}
+    trial["phases"]["teach"]["batch"] = 9
+    return trial
 
 
 @pytest.mark.parametrize(
     ("trial", "slot", "change", "says"),
     [
         (wide(), {}, {"slot": {"workers": 4}}, "slot.workers: 4"),
-        (wide(**ODD), {}, {"precision": "bf16"}, "trial.precision: bf16"),
-        ({**wide(**ODD), "precision": "bf16"}, {}, {"phases__distil__batch": 31, "phases__teach__batch": 31}, "trial.phases.distil.batch: 31"),
-        ({**wide(**ODD), "precision": "bf16"}, {}, {"phases__distil__batch": 7, "phases__teach__batch": 7}, "trial.phases.teach.batch: 7, trial.phases.distil.batch: 7"),
-        (wide(batch=1), {}, {"data__length": 32}, "trial.data.length: 32"),
-        ({**wide(), "precision": "bf16"}, {"gpus": 1}, {"data__length": 32}, "trial.data.length: 32"),
+        (wide(**ODD, recompute=True), {}, {"precision": "bf16"}, "trial.precision: bf16"),
+        (one_over(), {}, {"phases__distil__batch": 31, "phases__teach__batch": 9}, "trial.phases.distil.batch: 31"),
+        ({**wide(**ODD, **LEAN), "precision": "bf16"}, {}, {"phases__distil__batch": 7, "phases__teach__batch": 7}, "trial.phases.teach.batch: 7, trial.phases.distil.batch: 7"),
+        (wide(batch=1, **LEAN), {}, {"data__length": 32}, "trial.data.length: 32"),
+        ({**wide(**LEAN), "precision": "bf16"}, {"gpus": 1}, {"data__length": 32}, "trial.data.length: 32"),
     ],
 )  # fmt: skip
 def test_the_first_change_that_makes_it_fit_is_named(
@@ -275,25 +287,132 @@ def test_fewer_layers_come_last_and_then_there_is_nothing() -> None:
         lines(value.model_copy(update={"slot": Slot(memory_gb=0.1)}))
 
 
-def test_a_billion_parameters_are_counted_without_a_byte() -> None:
-    """A student of 1.2 billion parameters with a teacher of 3 billion has no place on 24 GB."""
-    data = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 160}, "length": 512}
-    trial = {
-        "data": data,
+def billions(terms: dict[str, Any], train: Any = "student") -> dict[str, Any]:
+    return {
+        "data": {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 160}, "length": 512},
         "models": {
             "teacher": {"family": "llama", "layers": 28, "width": 3072, "inner": 8192, "heads": 24},
             "student": {"family": "llama", "layers": 16, "width": 2048, "inner": 8192, "heads": 32},
         },
-        "phases": {
-            "distil": phase("student", {"f": flow("teacher", "student")}, streams={"main": {"corruption": None}})
-        },
+        "phases": {"distil": phase(train, terms, streams={"main": {"corruption": None}})},
     }
+
+
+def test_a_billion_parameters_are_counted_without_a_byte() -> None:
+    """A student of more than a billion parameters with a teacher of 3 billion has no place on 24 GB as it is."""
+    trial = billions({"f": flow("teacher", "student")})
     value = study(trial=trial, slot={"gpus": 1, "memory_gb": 24})
     parts = need_of(value, rows=1).parts
-    assert 1.0e9 < parts["weights"] / FP32 < 1.3e9 and 3.0e9 < parts["teacher"] / FP32 < 3.3e9
-    with pytest.raises(StudyError, match=r"needs 3\d(\.\d)? GB .* a slot has 24 GB .*: trial.models."):
+    # by hand: embeddings and head, attention's four matrices, three of the inner layer, two norms each and a last one
+    student = 2 * 160 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 8192 + 2 * 2048) + 2048
+    teacher = 2 * 160 * 3072 + 28 * (4 * 3072**2 + 3 * 3072 * 8192 + 2 * 3072) + 3072
+    assert (student, teacher) == (1_074_464_768, 3_172_051_968)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * student, 4 * student, 8 * student)
+    assert parts["teacher"] == 4 * teacher
+    with pytest.raises(StudyError, match=r"needs 3\d(\.\d)? GB .* a slot has 24 GB .*fit: (.*)$") as error:
         lines(value)
+    text = str(error.value)
+    assert all(f"{part} " in text for part in ("weights", "gradients", "optimizer", "activations", "logits", "teacher"))
+    assert text.endswith("trial.models.teacher.dtype: bf16, trial.phases.distil.optimizer.kind: adamw_8bit")
+    lean = {
+        "models.teacher.dtype": "bf16",
+        "phases.distil.recompute": True,
+        "phases.distil.optimizer.kind": "adamw_8bit",
+    }
+    fits = value.model_copy(update={"fixed": lean})
+    parts = need_of(fits, rows=1).parts
+    small = 4 * 2 * 33 * 2048  # moments of 33 norms, in fp32: fewer than 4,096 numbers each
+    large = student - 33 * 2048
+    assert parts["teacher"] == 2 * teacher and parts["weights"] == parts["gradients"] == 4 * student
+    assert parts["optimizer"] == 2 * large + 2 * 4 * large // 256 + small
+    assert lines(fits)[0].startswith("up to ") and " of 24 GB in phase distil" in lines(fits)[0]
     assert lines(value.model_copy(update={"slot": Slot(gpus=1, memory_gb=48)}))[0].startswith("up to ")
+
+
+def test_a_teacher_that_learns_too_fits_by_lora() -> None:
+    """Both learn: only the pairs of the teacher have gradients and moments, beside its weights in bf16."""
+    trial = billions(
+        {"a": flow("teacher", "student"), "b": flow("student", "teacher", "reverse_kl")}, train=("teacher", "student")
+    )
+    value = study(trial=trial, slot={"gpus": 1, "memory_gb": 24})
+    with pytest.raises(StudyError, match=r"fit: .*train\.teacher: \{kind: lora\}") as error:
+        lines(value)
+    assert "trial.models.teacher.dtype: bf16" in str(error.value)
+    lora = {"kind": "lora", "rank": 32}
+    kinds = {"student": {"lr": 1e-3, "kind": "adamw_8bit"}, "teacher": {"lr": 1e-3}}
+    trial["phases"]["distil"] |= {"train": {"teacher": lora, "student": "full"}, "recompute": True, "optimizer": kinds}
+    trial["models"]["teacher"]["dtype"] = "bf16"
+    fits = study(trial=trial, slot={"gpus": 1, "memory_gb": 24})
+    parts = need_of(fits, rows=1).parts
+    pairs = 28 * 2 * (32 * 3072 + 3072 * 32)  # query and value of each layer, in fp32
+    student, teacher = 1_074_464_768, 3_172_051_968
+    assert parts["weights"] == 4 * student + 2 * teacher + 4 * pairs and parts["teacher"] == 0
+    assert parts["gradients"] == 4 * student + 4 * pairs
+    large = student - 33 * 2048
+    assert parts["optimizer"] == 2 * large + 8 * large // 256 + 8 * 33 * 2048 + 8 * pairs
+    assert " of 24 GB in phase distil" in lines(fits)[0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("how", ["full", {"kind": "lora", "rank": 4}])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_held_is_what_a_real_optimizer_holds(kind: str, how: Any, dtype: str) -> None:
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    raw = phase("student", {"h": hard("student")}, optimizer={"lr": 1e-3, "kind": kind})
+    spec = Phase.model_validate({**raw, "train": {"student": how}})
+    value = Model.model_validate(model("llama", layers=2, width=64, inner=128, dtype=dtype))
+    net = models.build(value, name="student", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
+    if how != "full":
+        lora.attach(net, spec.train["student"], name="student", seed=0)  # type: ignore[arg-type]
+    learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(spec, {"student": learning})
+    for parameter in learning:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tables = ("qmap1", "qmap2")
+    state = [t for one in optimizer.state.values() for key, t in one.items() if isinstance(t, torch.Tensor) and t.ndim and key not in tables]  # fmt: skip
+    found = memory.held(shapes(), value, LENGTH, spec, "student")
+    assert found.weights == sum(parameter.nbytes for parameter in net.parameters())
+    assert found.gradients == sum(parameter.grad.nbytes for parameter in learning)
+    assert found.optimizer == sum(tensor.nbytes for tensor in state)
+
+
+def instructed(**stream: Any) -> dict[str, Any]:
+    trial = billions({"f": flow("teacher", "student")})
+    trial["models"] = {name: model("llama", layers=layers) for name, layers in (("teacher", 3), ("student", 2))}
+    scoring = {"max_tokens": 8, "seeds": [1]}
+    trial["data"] = {"kind": "python_instructions", "length": 64, "prompt_length": 40, "scoring": scoring, "evaluate": 2}  # fmt: skip
+    trial["data"]["tokenizer"] = {"kind": "wordpiece", "size": 160}
+    trial["phases"]["distil"]["streams"] = {"main": stream}
+    return trial
+
+
+def test_replies_take_a_cache_of_keys_and_values() -> None:
+    by = {"kind": "sampled", "by": "student", "max_tokens": 20}
+    value = study(trial=instructed(replies=by))
+    one, spec = reached(value), value.spec(seed=0)
+    counted = memory._Phase(one.spec, Instance("distil"), value.slot, shapes())
+    (name,) = found = counted.replying(8)
+    of_token = 2 * spec.models["student"].layers * 16 * 4  # type: ignore[operator]
+    assert name == "student" and found[name]["cache"] == of_token * 8 * (60 + 60 // 4 + 32)
+    assert found[name]["weights"] == FP32 * shapes().num_parameters(spec.models["student"], 64)
+    assert "gradients" not in found[name] and found[name]["teacher"] > found[name]["weights"]
+    both = {"kind": "interleaved", "draft": "student", "teacher": "teacher", "max_tokens": 20}
+    value = study(trial=instructed(replies=both))
+    counted = memory._Phase(reached(value).spec, Instance("distil"), value.slot, shapes())
+    assert counted.replying(8)["student and teacher"]["cache"] == 2.5 * found[name]["cache"]
+    assert not memory._Phase(
+        reached(study(trial=instructed())).spec, Instance("distil"), value.slot, shapes()
+    ).replying(8)
+
+
+def test_rows_of_instructions_are_supervised_where_replies_are() -> None:
+    few, rows = Shapes(160, SPECIAL, reply_share=0.25), []
+    for stream in ({}, {"replies": {"kind": "sampled", "by": "student"}}):
+        counted = memory._Phase(reached(study(trial=instructed(**stream))).spec, Instance("distil"), Slot(), few)
+        rows += [found for name, _, _, found in counted._forwards() if name == "student"]
+    assert rows == [Rows(2, 64, 16, packed=True), Rows(2, 64, 63, packed=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the rest

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from conftest import FAMILIES
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load, save
 from torch import nn
 
 from trainables import models
+from trainables.data.tokenizer import train_wordpiece
 from trainables.models import ModelError
 from trainables.spec.models import Model, Random
 from trainables.spec.phase import Masking
@@ -251,6 +254,12 @@ def test_dropout_of_a_pretrained_model_is_set_where_asked_for(tmp_path: Path) ->
     assert rates == {0}
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_at_the_hub(tmp_path: Path) -> None:
+    for ask in (lambda name: build(Model(pretrained=name)), lambda name: models.weights_fingerprint(name, None)):
+        with pytest.raises(ModelError, match=r"no weights at '.*/nowhere' .*: there is no such folder$"):
+            ask(str(tmp_path / "nowhere"))
+
+
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     net = build(shape())
     net.config.save_pretrained(tmp_path)
@@ -275,3 +284,134 @@ def test_weights_are_fingerprinted_by_content_not_by_place(tmp_path: Path) -> No
     config = tmp_path / "b" / "config.json"
     config.write_text(config.read_text().replace('"gelu"', '"relu"'))
     assert models.weights_fingerprint(str(tmp_path / "b"), None) != a
+
+
+# --------------------------------------------------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bf16_are_those_in_fp32_rounded_and_stay_so_when_stored(family: str, tmp_path: Path) -> None:
+    full, half = build(shape(family)), build(shape(family, dtype="bf16")).eval()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for (name, a), b in zip(full.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16), b), name
+    assert models.num_parameters(full) == models.num_parameters(half)  # what is tied is tied
+    assert {n: b.dtype for n, b in half.named_buffers()} == {n: b.dtype for n, b in full.named_buffers()}
+    config = json.loads(json.dumps(models.plain_config(half.config)))
+    weights = load(save({name: tensor.contiguous() for name, tensor in models.weights_of(half).items()}))
+    again = models.restore(config, weights).eval()
+    assert equal(half, again) and {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(half(input_ids=some_ids()).logits, again(input_ids=some_ids()).logits)
+    how: dict[str, Any] = {"name": "m", "seed": 0}
+    headed = models.with_head(config, weights, 3 if family != "llama" else None, Random(), **how)
+    assert {p.dtype for p in headed.parameters()} == {torch.bfloat16}
+    half.save_pretrained(tmp_path)
+    for dtype, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        loaded = build(Model(pretrained=str(tmp_path), dtype=dtype))
+        assert {p.dtype for p in loaded.parameters()} == {expected}
+        assert all(
+            torch.equal(a.float(), b.float()) for a, b in zip(loaded.parameters(), half.parameters(), strict=True)
+        )
+
+
+def test_a_type_that_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in ("fp32", "bf16"):
+        models.check_dtype(dtype, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    models.check_dtype("fp32", "cuda:1")
+    with pytest.raises(ModelError, match=r"^device cuda:1 \(Tesla T4\) does not compute in bf16; valid: fp32$"):
+        models.check_dtype("bf16", "cuda:1")
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def tokenizer_of(*texts: str) -> Any:
+    return train_wordpiece(texts, 200)
+
+
+def test_a_tokenizer_is_compared_by_what_its_ids_mean(tmp_path: Path) -> None:
+    ours, other = tokenizer_of("one two three"), tokenizer_of("four five six")
+    models.check_tokenizer(shape(), ours, "corpus")  # a shape takes the data's
+    build(shape(), vocab_size=len(ours) + 28).save_pretrained(tmp_path)  # rows beyond the tokenizer's are padding
+    mine = Model(pretrained=str(tmp_path))
+    models.check_tokenizer(mine, ours, "corpus")  # a folder without a tokenizer
+    ours.save_pretrained(tmp_path)
+    models.check_tokenizer(mine, tokenizer_of("one two three"), "corpus")
+    with pytest.raises(ModelError) as error:
+        models.check_tokenizer(mine, other, "dolly")
+    said = str(error.value)
+    assert repr(str(tmp_path)) in said and "data 'dolly'" in said
+    assert f"({len(ours)} tokens)" in said and f"({len(other)})" in said and "tokenizer: {kind: pretrained" in said
+    theirs, mine_ids = other.get_vocab(), ours.get_vocab()
+    token = said.partition("tokens: '")[2].partition("'")[0]
+    assert theirs.get(token) != mine_ids.get(token)
+
+
+def test_a_token_that_only_one_side_has_is_told(tmp_path: Path) -> None:
+    ours = tokenizer_of("one two three")
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    ours.add_tokens(["<user>"])
+    with pytest.raises(
+        ModelError, match=r"differ in 1 tokens: '<user>' is not in that of .* and \d+ in that of data c"
+    ):
+        models.check_tokenizer(Model(pretrained=str(tmp_path)), ours, "c")
+
+
+# --------------------------------------------------------------------------------------------------------------- the hub
+
+
+def answer(error: BaseException) -> Any:
+    """A hub that says this: as it does itself, and in transformers' wrapping."""
+
+    def bare(*_args: Any, **_more: Any) -> Any:
+        raise error
+
+    def wrapped(*_args: Any, **_more: Any) -> Any:
+        raise OSError("There was an error when loading x:\nlong story") from error
+
+    return bare, wrapped
+
+
+def refused(kind: type[Exception]) -> BaseException:
+    response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co/x"))
+    return (
+        kind("401 Client Error.\nlong story", response=response)
+        if kind is not OfflineModeIsEnabled
+        else kind("offline")
+    )  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("kind", "offline", "words"),
+    [
+        (GatedRepoError, None, "gated; accept its terms at https://huggingface.co/some/model and set HF_TOKEN"),
+        (RepositoryNotFoundError, None, "the hub shows no such model; if it is private, set HF_TOKEN"),
+        (OfflineModeIsEnabled, "1", "cache does not hold it and HF_HUB_OFFLINE=1 forbids to fetch it; unset it"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_that_the_hub_does_not_give_is_one_message_with_the_variable(
+    kind: Any, offline: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    if offline:
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    model = Model(pretrained="some/model")
+    for how in answer(refused(kind)):
+        monkeypatch.setattr(models, "snapshot_download", how)
+        monkeypatch.setattr(models.AutoConfig, "from_pretrained", how)
+        asks = (
+            lambda: build(model),
+            lambda: models.weights_fingerprint("some/model", None),
+            lambda: models.check_tokenizer(model, tokenizer_of("one two"), "corpus"),
+        )
+        for ask in asks:
+            with pytest.raises(ModelError) as error:
+                ask()
+            said = str(error.value)
+            assert said.startswith("no weights at 'some/model' (valid: a folder") and words in said
+            assert "\n" not in said and "long story" not in said

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from conftest import Lab, Listener, distillation, model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from orchestrator.agenda import Agenda
 from orchestrator.memory import bytes_text
@@ -19,6 +22,8 @@ from orchestrator.plan import Identity
 from orchestrator.study_file import load_study
 from orchestrator.sweep import main
 from trainables.attempt import Job, run
+from trainables.models import build
+from trainables.spec.models import Model
 
 SOFT = "phases.distil.terms.teacher_to_student"
 
@@ -163,3 +168,66 @@ def test_a_batch_that_the_workers_cannot_share_is_refused(plan: Callable[..., di
 )
 def test_sizes_are_readable(size: float, text: str) -> None:
     assert bytes_text(size) == text
+
+
+def instructions(**more: Any) -> dict[str, Any]:
+    """A student that learns from a teacher on instructions; `more` of its stream."""
+    scoring = {"max_tokens": 8, "seeds": [1]}
+    data = {"kind": "python_instructions", "length": 160, "prompt_length": 120, "examples": 40, "evaluate": 4}
+    trial = distillation(teacher=model("llama"), student=model("llama"))
+    trial["phases"]["distil"]["terms"].pop("student_hard")
+    trial["phases"]["distil"]["streams"] = {"main": more}
+    tokenizer = {"kind": "wordpiece", "size": 256}
+    return {**trial, "data": {**data, "tokenizer": tokenizer, "scoring": scoring}}
+
+
+SCORED = {
+    "objective": {"phase": "distil", "model": "student", "metric": "lm_loss", "mode": "min"},
+    "arms": {"taught": {}},
+}
+
+
+def test_instructions_and_replies_are_planned(plan: Callable[..., dict[str, list[str]]]) -> None:
+    found = plan(trial=instructions(), **SCORED)
+    assert "activations" in found["memory"][0] and found["cost"][0].endswith("(steps timed here)")
+    assert any("40 exchanges" in line for line in found["data"])
+    made = plan(trial=instructions(replies={"kind": "sampled", "by": "student", "max_tokens": 16}), **SCORED)
+    assert made["cost"][0].endswith("(steps timed here, with replies as long as they may be)")
+
+
+def test_pretrained_weights_must_read_the_data(
+    plan: Callable[..., dict[str, list[str]]], lab: Lab, tmp_path: Path
+) -> None:
+    def saved(length: int) -> dict[str, Any]:
+        shape = Model.model_validate(model("llama", width=32))
+        special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+        build(shape, name="m", seed=0, vocab_size=160, special_ids=special, length=length).save_pretrained(
+            tmp_path / "m"
+        )
+        return {"pretrained": str(tmp_path / "m")}
+
+    def planned(length: int) -> dict[str, list[str]]:
+        trial = distillation(teacher=saved(length), student=model("llama"))
+        for phase in trial["phases"].values():
+            phase["streams"] = {"main": {"corruption": None}}
+        return plan(trial=trial, objective={"phase": "distil", "model": "student", "metric": "lm_loss", "mode": "min"})
+
+    assert planned(32)["models"]
+    with pytest.raises(
+        StudyError, match=r"models\.teacher: .* has 16 positions, .*; valid: data\.corpus\.length: 16 at most"
+    ):
+        planned(16)
+    other = Tokenizer(WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=other, unk_token="[UNK]").save_pretrained(tmp_path / "m")
+    with pytest.raises(StudyError, match=r"mine\.yaml: models\.teacher: the tokenizers of .* differ in \d+ tokens"):
+        planned(32)
+
+
+def test_a_phase_that_cannot_be_trained_as_it_says_is_refused(
+    plan: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.optimizers.find_spec", lambda _: None)
+    trial = distillation()
+    trial["phases"]["distil"]["optimizer"]["kind"] = "adamw_8bit"
+    with pytest.raises(StudyError, match=r"trial\.phases\.distil: optimizer kind adamw_8bit needs bitsandbytes"):
+        plan(trial=trial)

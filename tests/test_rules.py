@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from orchestrator.study_file import load_study
+from trainables.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -99,6 +100,8 @@ def test_a_trial_runs_without_ray_and_only_its_workers_know_ray_train() -> None:
         ("scipy", "orchestrator.statistics"),
         ("sklearn", "trainables.data.scores"),
         ("ruamel", "orchestrator.study_file"),
+        ("peft", "trainables.lora"),
+        ("rouge_score", "trainables.data.rouge"),
     ],
 )
 def test_each_big_library_has_one_door(package: str, only: str) -> None:
@@ -283,16 +286,18 @@ def test_every_study_loads_under_each_of_its_profiles(file: Path, profile: str |
 
 def test_the_readmes_studies_are_studies(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     whole, more = tmp_path / "whole.yaml", tmp_path / "more.yaml"
     whole.write_text(blocks[0])
     more.write_text(blocks[0] + blocks[1])
     assert list(load_study(whole).claims) == ["teacher_helps"] and len(load_study(more).vary) == 4
-    value, parts = (YAML(typ="safe").load(block) for block in (blocks[0], blocks[2]))  # the last one is of a trial
+    value, parts = (YAML(typ="safe").load(block) for block in (blocks[0], blocks[2]))  # these are of a trial
     value["trial"] |= {"data": parts["data"], "phases": value["trial"]["phases"] | parts["phases"]}
     with (tuned := tmp_path / "tuned.yaml").open("w") as file:
         YAML().dump(value, file)
     assert load_study(tuned).each_of("finetune") == ("rte", "mine")
+    of_decoders = TrialSpec.model_validate(YAML(typ="safe").load(blocks[3]))
+    assert of_decoders.pruned().models_of("distil") == ("teacher", "student")
 
 
 def test_the_readmes_tree_names_every_module() -> None:

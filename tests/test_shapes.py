@@ -15,10 +15,10 @@ from conftest import FAMILIES, distillation, flow, hard, model, phase
 from orchestrator.messages import StudyError
 from orchestrator.shapes import At, Live, Rows, Shapes, forward, reachable, reached_at, scores, scoring
 from orchestrator.study import Study
-from trainables import models
+from trainables import lora, models
 from trainables.losses.fused import Side
 from trainables.spec.models import Model
-from trainables.spec.phase import Phase
+from trainables.spec.phase import Lora, Phase
 
 SPECIAL = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 LENGTH = 24
@@ -222,3 +222,42 @@ def test_no_model_is_there_by_an_unknown_family() -> None:
         shapes().net(of("nonsense"), LENGTH)
     with pytest.raises(StudyError):
         list(reachable(study(arms={"wrong": {"models.student.layers": 0}})))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("how", ["full", Lora(kind="lora", rank=2)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_packed_rows_pairs_and_narrow_weights_are_counted_as_real_ones(precision: Any, how: Any, dtype: str) -> None:
+    value, at = of("llama", dtype=dtype, layers=3), At("cpu", precision)
+    net = models.build(value, name="m", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
+    if how != "full":
+        lora.attach(net, how, name="m", seed=0)
+    rows = Rows(2, LENGTH, 6, packed=True)
+    for trained in (True, False):
+        counted = shapes().forward(value, LENGTH, rows, trained=trained, at=at, how=how)
+        seen = forward(net, rows, trained, at)
+        assert (counted.kept, counted.peak) == (seen.kept, seen.peak)
+    assert shapes().scoring(value, LENGTH, rows, at=at, how=how) == scoring(net, rows, at)
+    alone = shapes().forward(value, LENGTH, Rows(2, LENGTH, 6), trained=True, at=at, how=how)
+    packed = shapes().forward(value, LENGTH, rows, trained=True, at=at, how=how)
+    assert packed.kept >= alone.kept + 2 * LENGTH**2  # who sees whom
+
+
+def test_what_is_made_again_is_not_kept() -> None:
+    value, rows, at = of("llama", layers=6), Rows(2, LENGTH, 4), At("cpu")
+    net = real(value)
+    whole = forward(net, rows, True, at)
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    least = forward(net, rows, True, at)
+    counted = shapes().forward(value, LENGTH, rows, trained=True, at=at, recompute=True)
+    assert counted.kept == least.kept + (whole.kept - least.kept) // 6 < whole.kept / 3
+    inputs = 2 * LENGTH * 16 * 4  # bytes of what goes into a layer
+    assert least.kept >= 6 * inputs
+
+
+def test_a_token_of_a_reply_keeps_keys_and_values_of_each_layer() -> None:
+    grouped = of("llama", layers=3, width=32, heads=4, config={"num_key_value_heads": 2})
+    assert shapes().cached(grouped, LENGTH, at=At()) == 2 * 3 * 2 * 8 * 4
+    narrow = grouped.model_copy(update={"dtype": "bf16"})
+    assert shapes().cached(narrow, LENGTH, at=At()) == 2 * 3 * 2 * 8 * 2
+    assert shapes().cached(of("gpt2"), LENGTH, at=At("cuda", "bf16")) == 2 * 2 * 16 * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from trainables.spec.data import Data, Tokenizer
 from trainables.spec.models import Init
-from trainables.spec.phase import Budget, Phase, Stream
+from trainables.spec.phase import Budget, Made, Phase, Stream
 from trainables.spec.terms import Schedule, Term, is_off, reads, target
 from trainables.spec.trial import TrialSpec, parse_start, trial_id
 from trainables.spec.value import digest, random_stream
@@ -24,6 +25,15 @@ DATA: dict[str, dict[str, Any]] = {
     "glue": {"kind": "glue", "task": "mrpc", "source": "folder"},
     "python_task": {"kind": "python_task", "task": "topic", "tokenizer": {"kind": "same", "as": "corpus"}},
     "labelled_files": {"kind": "labelled_files", "train": "a.csv", "classes": ["no", "yes"], "score": "f1"},
+    "python_instructions": {"kind": "python_instructions", "template": "chat", "scoring": {"seeds": [1], "top_k": 5}},
+    "instruction_files": {
+        "kind": "instruction_files",
+        "train": "a.jsonl",
+        "split_by": "id",
+        "columns": {"messages": "turns"},
+        "tokenizer": WORDPIECE,
+    },
+    "instruction_hub": {"kind": "instruction_hub", "name": "x/y", "test": "train", "columns": {"context": "input"}},
 }
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "wordpiece": WORDPIECE,
@@ -39,6 +49,12 @@ TERMS: dict[str, dict[str, Any]] = {
     "reverse_kl": flow("teacher", "student", "reverse_kl"),
     "jeffreys": flow("teacher", "student", "jeffreys"),
     "jsd": flow("teacher", "student", "jsd", beta=0.1),
+    "skew_kl": flow("teacher", "student", "skew_kl", alpha=0.2),
+    "skew_reverse_kl": flow("teacher", "student", "skew_reverse_kl", alpha=0.2),
+    "total_variation": flow("teacher", "student", "total_variation"),
+    "adaptive_kl": flow("teacher", "student", "adaptive_kl", head=0.4),
+    "interpolated_kl": flow("teacher", "student", "interpolated_kl", start=0.2, end=0.9, alpha=1e-3, beta=0.9),
+    "rank_correlation": flow("teacher", "student", "rank_correlation", top=3, strength=0.5),
     "hidden_mse": inner("teacher", "student", "hidden_mse", layers=[[1, 1]], positions="first", normalise=True),
     "hidden_cosine": inner("teacher", "student", "hidden_cosine", projector=True),
     "attention_mse": inner("teacher", "student", "attention_mse"),
@@ -50,6 +66,13 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "step": {"kind": "step", "start": 4, "end": 1, "at": 0.5},
     "off_when_better": {"kind": "off_when_better", "weight": 4},
 }
+MADE: dict[str, dict[str, Any]] = {
+    "sampled": {
+        "kind": "sampled", "by": "student", "share": {"kind": "rises_with_loss", "step": 0.2},
+        "replay": {"size": 10, "fresh": "constant"}, "temperature": 0.9,
+    },
+    "interleaved": {"kind": "interleaved", "draft": "student", "teacher": "teacher", "top": 3, "share": 0.5},
+}  # fmt: skip
 BUDGETS: dict[str, dict[str, Any]] = {"steps": {"steps": 3}, "tokens": {"tokens": 999}, "epochs": {"epochs": 0.5}}
 LISTS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "data": (Data, DATA),
@@ -57,6 +80,7 @@ LISTS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "init": (Init, INITS),
     "term": (Term, TERMS),
     "schedule": (Schedule, SCHEDULES),
+    "made": (Made, MADE),
     "budget": (Budget, BUDGETS),
 }
 
@@ -196,6 +220,71 @@ def test_a_trial_that_makes_no_sense_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         trial(change)
+
+
+ASKED = {"kind": "python_instructions", "tokenizer": WORDPIECE}
+SCORED = {"kind": "instruction_files", "test": "a.jsonl", "tokenizer": WORDPIECE}
+BY = {name: {"kind": "sampled", "by": name} for name in ("teacher", "student", "nobody")}
+
+
+def answering_trial(change: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda value, main: None) -> TrialSpec:
+    """`change` is given the trial and the stream `main` of its phase `distil`."""
+    data = {"ask": ASKED, "scored": SCORED, "corpus": DATA["python_docs"], "single": DATA["labelled_files"]}
+    value = copy.deepcopy({"data": data, **distillation(teacher=model("gpt2"), student=model("gpt2"))})
+    for part in value["phases"].values():
+        part["streams"] = {"main": {"data": "ask"}}
+    change(value, value["phases"]["distil"]["streams"]["main"])
+    return TrialSpec.model_validate(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        refused("distil.scored_on: there is no data set 'more'", lambda v, main: v["phases"]["distil"].update(scored_on=["more"])),
+        refused("distil.scored_on: corpus has no replies to score; valid: instructions", lambda v, main: v["phases"]["distil"].update(scored_on=["corpus"])),
+        refused("distil.scored_on: ask is scored anyway", lambda v, main: v["phases"]["distil"].update(scored_on=["ask"])),
+        refused("replies.replay.size: 7 is less than a batch of 8", lambda v, main: main.update(replies={**BY["teacher"], "replay": {"size": 7}})),
+        refused("distil.each: ask, corpus are neither all instructions nor none", lambda v, main: v["phases"]["distil"].update(each=["ask", "corpus"])),
+        refused("distil.streams.main.replies: corpus has no prompts", lambda v, main: main.update(data="corpus", replies=BY["teacher"])),
+        refused("distil.streams.main: scored has no train", lambda v, main: main.update(data="scored")),
+        refused("distil.streams.main.corruption: ask are instructions", lambda v, main: main.update(corruption={"probability": 0.3})),
+        refused("distil.budget: a budget of tokens is for corpora", lambda v, main: v["phases"]["distil"].update(budget={"tokens": 99})),
+        refused("distil.terms.x: hidden_cosine is for corpora and tasks", lambda v, main: v["phases"]["distil"]["terms"].update(x=inner("teacher", "student", "hidden_cosine"))),
+        refused("distil.terms.student_hard: replies of 'student', which learns here, are no labels", lambda v, main: main.update(replies=BY["student"])),
+        refused("distil.terms.student_hard: replies of 'student', which learns here", lambda v, main: main.update(replies=MADE["interleaved"])),
+        refused("distil.streams.main.replies: there is no model 'nobody'", lambda v, main: main.update(replies=BY["nobody"])),
+        refused("once keeps every reply: remove replay", lambda v, main: main.update(replies={**BY["teacher"], "once": True, "replay": {}})),
+        refused("share 2: it is a fraction of the steps", lambda v, main: main.update(replies={**BY["teacher"], "share": {"kind": "linear", "start": 0, "end": 2}})),
+        refused("less than or equal to 1", lambda v, main: main.update(replies={**BY["teacher"], "share": 1.5})),
+        refused("prompt_length 256 leaves no room for a reply in length 128", lambda v, main: v["data"]["ask"].update(length=128)),
+        refused("needs train, or test", lambda v, main: v["data"]["scored"].pop("test")),
+    ],
+)  # fmt: skip
+def test_instructions_and_replies_that_make_no_sense_are_refused_with_the_reason(
+    change: Callable[[dict[str, Any], dict[str, Any]], None], message: str
+) -> None:
+    answering_trial()
+    with pytest.raises(ValidationError, match=message):
+        answering_trial(change)
+
+
+def test_what_answers_may_be_learnt_from_in_these_ways() -> None:
+    def second_stream(value: dict[str, Any], main: dict[str, Any]) -> None:
+        main.update(replies=MADE["sampled"])
+        value["phases"]["distil"]["streams"]["data"] = {"data": "ask"}
+        value["phases"]["distil"]["terms"]["student_hard"]["on"] = "data"
+
+    answering_trial(second_stream)
+    answering_trial(lambda _, main: main.update(replies=BY["teacher"]))  # frozen here: its replies are labels
+    spec = answering_trial(lambda _, main: main.update(replies=BY["teacher"], corruption=None))
+    assert spec.models_of("distil") == ("teacher", "student")
+
+    def sequence(value: dict[str, Any], main: dict[str, Any]) -> None:
+        main.update(replies=BY["teacher"])
+        del value["phases"]["distil"]["terms"]["teacher_to_student"]
+
+    spec = answering_trial(sequence).pruned()  # who only answers is needed, and so is the phase that taught it
+    assert list(spec.phases) == ["teach", "distil"] and spec.models_of("distil") == ("teacher", "student")
 
 
 def test_phases_that_start_from_each_other_are_refused() -> None:
@@ -350,7 +439,22 @@ def test_random_streams_differ_by_every_part_of_their_purpose_and_fit_a_generato
 
 
 def test_a_phase_states_its_defaults_in_one_place() -> None:
-    """Defaults that a study leaves out are in its key: a default that changes must change keys, so none hides in code."""
+    """Defaults that a study leaves out are in its key: a default that changes must change keys, so none hides in code.
+
+    Fields that came later are left out of the key while they are as here, so that what was trained before is found.
+    """
+    later = {"scored_on": (), "recompute": False}
+    later_of_stream = {"labels": None, "fold": None, "replies": None}
     value = Phase.model_validate(phase("m", {"h": hard("m")})).model_dump(mode="json")
-    assert set(value) == set(Phase.model_fields)
+    assert set(value) == Phase.model_fields.keys() - later
+    assert {name: Phase.model_fields[name].default for name in later} == later
     assert value["streams"]["main"] == Stream().model_dump(mode="json")
+    assert set(value["streams"]["main"]) == Stream.model_fields.keys() - later_of_stream
+    assert {name: Stream.model_fields[name].default for name in later_of_stream} == later_of_stream
+
+
+def test_what_came_later_is_in_the_key_where_it_is_set() -> None:
+    set_to = {"scored_on": ["x"], "recompute": True, "streams": {"main": {"replies": MADE["sampled"]}}}
+    value = Phase.model_validate(phase("m", {"h": hard("m")}, **set_to)).model_dump(mode="json")
+    assert value["scored_on"] == ["x"] and value["recompute"] is True
+    assert value["streams"]["main"]["replies"]["by"] == "student"

@@ -677,7 +677,7 @@ def test_models_of_different_tokenizers_are_refused_by_their_token_to_id_map(
 ) -> None:
     text = changed("{family: bert, layers: 1, width: 16, heads: 2, dropout: 0}", f"{{pretrained: {pretrained}}}", with_files(corpus))  # fmt: skip
     said = refused(text)
-    assert "models.teacher: the tokenizer of" in said and "token → id map" in said
+    assert "models.teacher: the tokenizers of" in said and "in that of data corpus" in said
     assert f"valid: tokenizer: {{kind: pretrained, name: {pretrained}}}" in said
     fixed = changed("{kind: wordpiece, size: 160}", f"{{kind: pretrained, name: {pretrained}}}", text)
     (corpus.parent / "fixed.yaml").write_text(fixed)

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from conftest import Lab, Ran, flow, hard, inner, model, phase
 
 from trainables import loop
-from trainables.loop import Left, Surroundings
 from trainables.notice import Notice, _terminated
+from trainables.running import Left, Surroundings
 from trainables.spec.trial import TrialSpec
 from trainables.store import Storage
 from trainables.trial import run_trial
@@ -60,7 +60,7 @@ def _have_little_memory(rank: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(phase, live, parts, *more)
 
-    begin = loop._begin
+    begin = loop.begin
 
     def fitted(run: Any, instance: Any) -> Any:
         phase = begin(run, instance)
@@ -68,7 +68,7 @@ def _have_little_memory(rank: int) -> None:
         run.at.storage.write(f"micro-{rank}-{instance}", str(phase.micro).encode())
         return phase
 
-    loop._run, loop._begin = hungry, fitted
+    loop._run, loop.begin = hungry, fitted
 
 
 def _on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None, scene: str = "") -> Ran:

@@ -19,10 +19,10 @@ import torch
 import transformers
 
 from trainables.data import DataError
-from trainables.loop import Diverged, Left, Session, Stopped, Surroundings, is_out_of_memory
 from trainables.models import ModelError
 from trainables.notice import LEAVE, Notice, watched
 from trainables.remap import RemapError
+from trainables.running import Diverged, Left, Session, Stopped, Surroundings, is_out_of_memory
 from trainables.spec.trial import TrialSpec
 from trainables.store import Storage, as_json, attempts, log
 from trainables.trial import run_trial

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,12 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.data.batches import evaluation_batches
 from trainables.data.corpus import Corpus
+from trainables.data.exchanges import ExchangeBatch, Exchanges, ExchangeSet, PackedBatch
+from trainables.data.rouge import rouge_l
 from trainables.data.scores import scores
 from trainables.data.tasks import Task, task_evaluation
+from trainables.generate import sample
+from trainables.losses.logits import kl
 from trainables.models import class_logits, logits_at, num_parameters
 from trainables.spec.phase import Masking
+from trainables.spec.value import random_stream
 
 ROWS = 32  # sequences of an evaluation batch; no number depends on it beyond float error
+LOGITS = 2**27  # numbers of whole logits that are there at once where replies are scored
 Floats = NDArray[np.float64]
 
 
@@ -58,6 +64,7 @@ def evaluate(
         labels_N = batch.labels_N.to(device)
         with autocast():
             logits_NV = logits_at(net, batch.ids_BT.to(device), batch.positions_N.to(device)).float()
+        logits_NV = logits_NV[:, : corpus.vocab_size]  # rows beyond it pad the embeddings
         rows_N = (batch.positions_N // length + i * ROWS).numpy()
         np.add.at(losses_E, rows_N, F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu().numpy())
         np.add.at(counts_E, rows_N, 1.0)
@@ -109,6 +116,148 @@ def evaluate_task(
     found = scores(rule, predictions_E, gold_E, examples.parts, task.part_names) if np.isfinite(losses_E).all() else {}
     metrics = {"task_loss": float(losses_E.mean()), **found}
     return Scored(metrics, gold_E, predictions_E, losses_E, np.ones(len(examples)), examples.parts)
+
+
+@torch.no_grad()
+def evaluate_exchanges(
+    net: Any,
+    data: ExchangeSet,
+    split: Literal["dev", "test"],
+    *,
+    device: str,
+    autocast: Callable[[], Any] = nullcontext,
+    session: Any = None,
+) -> Scored:
+    """`lm_loss` (nats) and `lm_accuracy` (x 100) over the tokens of the replies, teacher-forced; and of replies of its own
+    `rougeL` (x 100, the mean over the sampling seeds), `greedy_rougeL`, and `unfinished`, the share (x 100) without an end.
+
+    By example, `predictions_E` are its `rougeL`.
+    """
+    exchanges: Exchanges = getattr(data, split)
+    losses_E, counts_E, correct = np.zeros(len(exchanges)), np.zeros(len(exchanges)), 0.0
+    rows = exchange_rows(data.vocab_size, data.length)
+    with _in_eval_mode(net):
+        for _, indices, batch in _exchange_batches(exchanges, session, rows):
+            logits_NV, packed = _reply_logits(net, batch, data.vocab_size, device, autocast)
+            rows_N = indices[packed.owners_N.cpu()].numpy()
+            loss_N = F.cross_entropy(logits_NV, packed.labels_N, reduction="none").double().cpu().numpy()
+            np.add.at(losses_E, rows_N, loss_N)
+            np.add.at(counts_E, rows_N, 1.0)
+            correct += (logits_NV.argmax(-1) == packed.labels_N).sum().item()
+    if session:
+        losses_E, counts_E = _total(session, losses_E), _total(session, counts_E)
+        (correct,) = session.total([correct])
+    metrics = {
+        "lm_loss": float(losses_E.sum() / counts_E.sum()),
+        "lm_accuracy": float(100 * correct / counts_E.sum()),
+    }
+    answered = {
+        seed: _answered(net, data, exchanges, seed, device, autocast, session) for seed in (*data.scoring.seeds, None)
+    }
+    sampled = [answered[seed] for seed in data.scoring.seeds] or [answered[None]]
+    rouge_E = np.mean([rouge for rouge, _ in sampled], axis=0)
+    metrics |= {
+        "rougeL": float(rouge_E.mean()),
+        "greedy_rougeL": float(answered[None][0].mean()),
+        "unfinished": float(100 * np.mean([unfinished for _, unfinished in sampled])),
+    }
+    return Scored(metrics, None, rouge_E, losses_E, counts_E)
+
+
+def _answered(
+    net: Any, data: ExchangeSet, exchanges: Exchanges, seed: int | None, device: str, autocast: Any, session: Any
+) -> tuple[Floats, Floats]:
+    """ROUGE-L of each example's reply, and whether it never ended. `seed`: None for greedy ones."""
+    rouge_E, unfinished_E = np.zeros(len(exchanges)), np.zeros(len(exchanges))
+    for first, indices, batch in _exchange_batches(exchanges, session, ROWS):
+        drawn = sample(
+            net,
+            batch.prompts,
+            data.scoring,
+            end_id=data.end_id,
+            pad_id=batch.pad_id,
+            vocab_size=data.vocab_size,
+            seed=random_stream("scoring", seed or 0),
+            first=first,
+            device=device,
+            autocast=autocast,
+            greedy=seed is None,
+        )
+        for index, reply in zip(indices.tolist(), drawn.replies, strict=True):
+            text = data.tokenizer.decode(reply.tolist(), skip_special_tokens=True).strip()
+            rouge_E[index] = rouge_l(text, exchanges.references(index))
+            unfinished_E[index] = reply[-1] != data.end_id
+    if session:
+        return _total(session, rouge_E), _total(session, unfinished_E)
+    return rouge_E, unfinished_E
+
+
+@torch.no_grad()
+def agreement(
+    net: Any,
+    other: Any,
+    data: ExchangeSet,
+    split: Literal["dev", "test"],
+    *,
+    device: str,
+    autocast: Callable[[], Any] = nullcontext,
+    session: Any = None,
+) -> dict[str, float]:
+    """`agreement`: how often (x 100) both find the same token likeliest, over the replies of the data; `kl`: KL(other || net),
+    nats a token."""
+    sums, rows = [0.0, 0.0, 0.0], exchange_rows(data.vocab_size, data.length)
+    with _in_eval_mode(net), _in_eval_mode(other):
+        for _, _, batch in _exchange_batches(getattr(data, split), session, rows):
+            ours_NV, theirs_NV = (
+                _reply_logits(one, batch, data.vocab_size, device, autocast)[0] for one in (net, other)
+            )
+            sums[0] += (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).sum().item()
+            sums[1] += kl(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1)).item()
+            sums[2] += len(ours_NV)
+    same, divergence, num = session.total(sums) if session else sums
+    return {"agreement": 100 * same / num, "kl": divergence / num}
+
+
+def exchange_rows(vocab_size: int, length: int) -> int:
+    """Exchanges of an evaluation batch: fewer where whole logits, of every token in the worst case, would be large."""
+    return max(1, min(ROWS, LOGITS // (vocab_size * length)))
+
+
+def _exchange_batches(exchanges: Exchanges, session: Any, rows: int) -> Iterator[tuple[int, Tensor, ExchangeBatch]]:
+    """(place of the first, indices, exchanges) of this rank, by rising length."""
+    order = torch.from_numpy(np.argsort(exchanges.lengths, kind="stable"))
+    for i, start in enumerate(range(0, len(order), rows)):
+        if _is_mine(i, session):
+            yield start, order[start : start + rows], exchanges.rows(order[start : start + rows])
+
+
+def _reply_logits(
+    net: Any, batch: ExchangeBatch, vocab_size: int, device: str, autocast: Callable[[], Any]
+) -> tuple[Tensor, PackedBatch]:
+    """[N, V] before each token of the replies, padding rows of the vocabulary cut off."""
+    packed = batch.to(device)
+    with autocast():
+        logits_NV = logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
+    return logits_NV[:, :vocab_size].float(), packed
+
+
+@contextmanager
+def _in_eval_mode(net: Any) -> Iterator[None]:
+    was_training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was_training)
+
+
+@torch.no_grad()
+def flops_per_token(net: Any, *, length: int, device: str) -> float:
+    """Of a forward over a sequence of `length`, the head at each of its tokens."""
+    ids_BT = torch.zeros((1, length), dtype=torch.long, device=device)
+    with _in_eval_mode(net), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        logits_at(net, ids_BT, torch.arange(length, device=device))
+    return float(counter.get_total_flops()) / length
 
 
 RUNS = 9  # timed forwards of one sequence, after two that warm up

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> place; linear ones: writes <- reads
     "bert": {
         "word_embeddings": "table",
@@ -90,6 +92,42 @@ def place_of(family: str, name: str) -> str | None:
 def is_transposed(module: Any) -> bool:
     """Whether its weight lies as [reads, writes] (GPT-2's Conv1D)."""
     return type(module).__name__ == "Conv1D"
+
+
+LOGICAL = {"q": "query", "k": "key", "v": "value", "o": "output"}
+USUAL = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))  # within one module
+USUAL_OUTPUTS = ("o_proj", "out_proj", "out_lin", "dense")  # beside them; BERT's kin: one module up, `output.dense`
+
+
+def projections_of(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path of a linear layer of attention -> the projections that it makes, in the order of its outputs: query, key, value,
+    output. Several in one are of equal size. Families without a layout: where the names are usual ones."""
+    family, found = family_of(net.config), dict[str, tuple[str, ...]]()
+    if family not in LAYOUTS:
+        return _usual_projections(net)
+    for path, module in net.named_modules():
+        if is_linear(module) and (place := place_of(family, f"{path}.weight")) is not None:
+            writes, _, reads = place.partition(" <- ")
+            if reads == "o" or set(writes.split()) <= {"q", "k", "v"}:
+                found[path] = tuple(LOGICAL[space] for space in ("o" if reads == "o" else writes).split())
+    return found
+
+
+def _usual_projections(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    modules, found = dict(net.named_modules()), dict[str, tuple[str, ...]]()
+    for path in modules:
+        for names in USUAL:
+            if all(is_linear(modules.get(f"{path}.{name}")) for name in names):
+                found |= {
+                    f"{path}.{name}": (what,) for name, what in zip(names, ("query", "key", "value"), strict=True)
+                }
+                outputs = [f"{path}.{name}" for name in USUAL_OUTPUTS] + [f"{path.rpartition('.')[0]}.output.dense"]
+                found |= {where: ("output",) for where in outputs if is_linear(modules.get(where))}
+    return found
+
+
+def is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
@@ -50,7 +53,8 @@ def build(
     length: int,
     num_labels: int | None = None,
 ) -> Any:
-    """A model in fp32 on the CPU. Its initial weights depend on (seed, name, module) and on nothing else.
+    """A model on the CPU, in its own type. Its initial weights depend on (seed, name, module) and on nothing else: those
+    in bf16 are those in fp32, rounded.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
     `num_labels`: a head for so many classes (1: a number), drawn anew, instead of that of a language model.
@@ -60,7 +64,25 @@ def build(
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
     net = skeleton(config, num_labels)
     initialise(net, initial(model), name=name, seed=seed)
+    return _cast(net, DTYPES[model.dtype])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _cast(net: Any, dtype: torch.dtype) -> Any:
+    """Weights in another type; buffers keep theirs, as transformers does: frequencies of rotations need their digits."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
     return net
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises ModelError where a device does not compute in `fp32` or `bf16`. CPUs do in both."""
+    if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError(
+            f"device {device} ({torch.cuda.get_device_name(device)}) does not compute in bf16; valid: fp32"
+        )
 
 
 def initial(model: Model) -> Random:
@@ -98,7 +120,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     if getattr(config, "head_dim", None) is not None:
         fields["head_dim"] = model.width // model.num_heads
     if model.dropout is not None:
-        fields.update({key: model.dropout for key in _dropouts(config)})
+        fields.update({key: model.dropout for key in dropouts(config)})
     for key, value in model.config.items():
         if not hasattr(config, key):
             raise ModelError(f"a {model.family} config has no field {key!r}")
@@ -120,7 +142,8 @@ def _position_offset(family: str) -> int:
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
-def _dropouts(config: Any) -> Iterator[str]:
+def dropouts(config: Any) -> Iterator[str]:
+    """The fields of a transformers config that are rates of dropout, but for that of a classifier's head."""
     for key, value in config.to_dict().items():
         if (
             isinstance(value, float)
@@ -160,7 +183,7 @@ def _load(
         )
         _refuse_code_of_the_hub(config, repr(model.pretrained))
         if model.dropout is not None:
-            config.update({key: model.dropout for key in _dropouts(config)})
+            config.update({key: model.dropout for key in dropouts(config)})
         if num_labels is not None:
             _give_labels(config, num_labels)
             if config.pad_token_id is None:
@@ -170,7 +193,7 @@ def _load(
             model.pretrained,
             revision=model.revision or "main",
             config=config,
-            dtype=torch.float32,
+            dtype=DTYPES[model.dtype],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -179,9 +202,8 @@ def _load(
     except ModelError:
         raise
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"no weights at {model.pretrained!r} (a folder with config.json and model.safetensors, or a hub id): {first}"
+        raise _unreachable(
+            str(model.pretrained), "a folder with config.json and model.safetensors, or a hub id", error
         ) from None
     if net.config.vocab_size < vocab_size:
         raise ModelError(
@@ -206,9 +228,9 @@ def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) 
 
 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """A model as it was stored: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
+    """A model as it was stored, types included: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
     made = AutoConfig.for_model(**config)
-    net = skeleton(made, made.num_labels if _is_classifier(config) else None)
+    net = _typed(skeleton(made, made.num_labels if _is_classifier(config) else None), weights)
     missing, unexpected = net.load_state_dict(dict(weights), strict=False)
     net.tie_weights()
     state = net.state_dict()
@@ -234,16 +256,22 @@ def with_head(
     """A stored model with a head of its own for `num_labels` (None: of a language model), drawn anew.
 
     As transformers does, what has a name and shape in both is carried on; from one classifier to another only the trunk
-    is, whose head may have as many labels of another meaning.
+    is, whose head may have as many labels of another meaning. The new head has the type of the stored weights.
     """
     net = skeleton(AutoConfig.for_model(**config), num_labels)
     initialise(net, init, name=name, seed=seed)
+    _typed(net, weights)
     only = f"{net.base_model_prefix}." if num_labels is not None and _is_classifier(config) else ""
     state = net.state_dict()
     for path, tensor in weights.items():
         if path.startswith(only) and path in state and state[path].shape == tensor.shape:
             state[path].copy_(tensor)
     return net
+
+
+def _typed(net: Any, weights: Mapping[str, Tensor]) -> Any:
+    """`net` in the type in which its weights were stored."""
+    return _cast(net, next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32))
 
 
 def _is_classifier(config: Mapping[str, Any]) -> bool:
@@ -300,15 +328,8 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 def weights_fingerprint(name: str, revision: str | None) -> str:
     """SHA-256 over config and weights: of a folder's files, or of what the hub's cache holds for that revision."""
-    files = [Path(name)] if Path(name).is_dir() else []
-    if not files:
-        try:
-            patterns = ["config.json", "*.safetensors"]
-            files = [Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))]
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"no weights at {name!r} (neither a folder nor a reachable hub id): {first}") from None
-    found = sorted((*files[0].glob("config.json"), *files[0].glob("*.safetensors")))
+    folder = _folder(name, revision, ["config.json", "*.safetensors"])
+    found = sorted((*folder.glob("config.json"), *folder.glob("*.safetensors")))
     if not any(path.suffix == ".safetensors" for path in found):
         raise ModelError(f"{name!r} holds no *.safetensors; pickled weights are refused")
     total = hashlib.sha256()
@@ -316,6 +337,71 @@ def weights_fingerprint(name: str, revision: str | None) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Where the files of a model lie: its folder, or what of the hub's is brought here. Raises ModelError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, "a folder, or a hub id that can be reached", error) from None
+
+
+def _unreachable(name: str, valid: str, error: BaseException) -> ModelError:
+    """Why there is no model of that name, with the variable that lets it be had where there is one."""
+    why, causes = str(error).strip().splitlines()[0], list(_causes(error))
+    offline = f"HF_HUB_OFFLINE={value}" if (value := os.environ.get("HF_HUB_OFFLINE")) else ""
+    if Path(name).is_dir():
+        pass  # what is wrong with it is in the message
+    elif name.startswith(("/", ".", "~")):
+        why = "there is no such folder"
+    elif any(isinstance(cause, GatedRepoError) for cause in causes):
+        why = f"it is gated; accept its terms at https://huggingface.co/{name} and set HF_TOKEN to a token of that account"
+    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in causes) or (offline and constants.is_offline_mode()):
+        why = f"the hub's cache does not hold it and {offline or 'HF_HUB_OFFLINE'} forbids to fetch it; unset it once"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        why = "the hub shows no such model; if it is private, set HF_TOKEN to a token that may read it"
+    return ModelError(f"no weights at {name!r} (valid: {valid}): {why}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from: transformers wraps the hub's."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # names of files of which a tokenizer has some
+
+
+def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
+    """Raises ModelError where pretrained weights come with another token -> id map than the data's tokenizer has.
+
+    Rows of embeddings beyond the map are padding, and any number of them is fine; so are weights without a tokenizer.
+    """
+    if model.pretrained is None:
+        return
+    folder = _folder(model.pretrained, model.revision, ["config.json", *TOKENIZERS])
+    if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).get_vocab()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer of {model.pretrained!r} cannot be read: {str(error).splitlines()[0]}"
+        ) from None
+    ours = data_tokenizer.get_vocab()
+    differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+    if differ:
+        token = min(differ, key=lambda token: (ours.get(token, theirs.get(token)), token))
+        ids = " and ".join(f"{side[token]} in that of {of}" if token in side else f"not in that of {of}"
+                           for side, of in ((theirs, model.pretrained), (ours, f"data {data_name}")))  # fmt: skip
+        raise ModelError(
+            f"the tokenizers of {model.pretrained!r} ({len(theirs)} tokens) and of data {data_name!r} ({len(ours)}) differ "
+            f"in {len(differ)} tokens: {token!r} is {ids}; valid: tokenizer: {{kind: pretrained, name: {model.pretrained}}}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ initialisation
@@ -386,15 +472,24 @@ def sinusoids(length: int, width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def logits_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: nn.Module | None = None) -> Tensor:
+def logits_at(
+    net: nn.Module,
+    ids_BT: Tensor,
+    positions_N: Tensor,
+    *,
+    places_BT: Tensor | None = None,
+    through: nn.Module | None = None,
+) -> Tensor:
     """Logits at flat positions b*T+t only, [N, V]: the head never sees the others. `through`: what wraps `net`, if any.
+
+    `places_BT`: where several sequences lie in one row, the place of each token in its own, from 0; none sees another.
 
     Between trunk and head stands a hook that keeps the wanted positions, so that any family's own head code runs as it
     is. Heads of language models act on each position by itself; the parity test holds every family to that. The few
     families whose forward goes around their trunk (OPT) give all logits, and the wanted ones are taken afterwards.
     """
     with _only(net.base_model, positions_N):  # type: ignore[arg-type]
-        logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_no_cache(net)).logits
+        logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_placed(places_BT), **_no_cache(net)).logits
     whole = logits_BTV.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
     return logits_BTV.flatten(0, 1).index_select(0, positions_N) if whole else logits_BTV[0]
 
@@ -407,6 +502,10 @@ def class_logits(
     inputs = {"token_type_ids": types_BT} if takes_types else {}
     logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_no_cache(net)).logits
     return logits_BC
+
+
+def _placed(places_BT: Tensor | None) -> dict[str, Tensor]:
+    return {} if places_BT is None else {"position_ids": places_BT}
 
 
 def _no_cache(net: nn.Module) -> dict[str, bool]:
@@ -451,7 +550,14 @@ def head_of(net: nn.Module) -> Head | None:
     return Head(last.weight, last.bias)
 
 
-def hidden_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: nn.Module | None = None) -> Tensor:
+def hidden_at(
+    net: nn.Module,
+    ids_BT: Tensor,
+    positions_N: Tensor,
+    *,
+    places_BT: Tensor | None = None,
+    through: nn.Module | None = None,
+) -> Tensor:
     """What the head turns into logits at flat positions b*T+t, [N, D]: logits_at = hidden_at @ weight.T + bias.
 
     Whatever the family puts between trunk and head (BERT's transform) is in it. The head itself runs on no position.
@@ -459,7 +565,7 @@ def hidden_at(net: nn.Module, ids_BT: Tensor, positions_N: Tensor, *, through: n
     """
     last = net.get_output_embeddings()  # type: ignore[operator]
     with _only(net.base_model, positions_N), _starved(last) as seen:  # type: ignore[arg-type]
-        output = (through or net)(input_ids=ids_BT, **_no_cache(net))
+        output = (through or net)(input_ids=ids_BT, **_placed(places_BT), **_no_cache(net))
     if len(seen) != 1 or output.logits is not seen[0][1]:
         raise ModelError(f"the logits of a {net.config.model_type} are more than a linear layer of its hidden states")  # type: ignore[union-attr]
     hidden_BTD = seen[0][0]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainables import models
+from trainables.data.exchanges import ExchangeBatch, PackedBatch
 from trainables.data.masking import MaskedBatch
 from trainables.data.tasks import TaskBatch
 from trainables.layouts import family_of, place_of
@@ -25,7 +26,7 @@ from trainables.losses.fused import Side, fused_terms, num_rows
 from trainables.spec.terms import AttentionMSE, HiddenCosine, HiddenMSE, Inner, RelationKL, Term, reads
 from trainables.spec.value import random_stream
 
-Batch = MaskedBatch | TaskBatch
+Batch = MaskedBatch | TaskBatch | PackedBatch  # as models read it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Models:
     nets: Mapping[str, Any]
     trained: frozenset[str]
     heads: Mapping[str, models.Head | None]  # of language models whose logits are a linear layer of hidden states
+    vocab_size: int | None = None  # of the tokenizer; rows beyond it are padding
     wrapped: Mapping[str, Any] = field(
         default_factory=dict
     )  # by model, or by term for what it learns beside (`project`)
@@ -89,7 +91,8 @@ def run_terms(
         if soft:
             sides = {model: given[model].side for term in soft.values() for model in reads(term)}
             with autocast():
-                fused = fused_terms(sides, batch.labels_N, soft, scale, chunk=chunk(sides, device))
+                rows = None if isinstance(batch, TaskBatch) else on.vocab_size
+                fused = fused_terms(sides, batch.labels_N, soft, scale, chunk=chunk(sides, device), vocab_size=rows)
             loss, sums = loss + fused.loss, sums | {name: value.detach() for name, value in fused.values.items()}
         mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
         for name, term in terms.items():
@@ -107,9 +110,9 @@ def chunk(sides: Mapping[str, Side], device: str) -> int:
     return max(64, 2 ** (25 if device.startswith("cuda") else 22) // widest)
 
 
-def units(term: Term, batch: Batch) -> int:
+def units(term: Term, batch: Batch | ExchangeBatch) -> int:
     """What a term's sum is divided by, in the global batch: supervised positions, or tokens, or sequences."""
-    if not isinstance(term, Inner):
+    if not isinstance(term, Inner) or isinstance(batch, ExchangeBatch):
         return len(batch.labels_N)
     if isinstance(term, HiddenMSE) and term.positions == "first":
         return len(batch.ids_BT)
@@ -123,10 +126,12 @@ def _run(on: Models, model: str, batch: Batch, inner: Sequence[Inner]) -> Given:
     with _watching(net, wants_attention) as attention, _hidden_states(net, wants_hidden) as states:
         if isinstance(batch, TaskBatch):
             side = Side(models.class_logits(net, batch.ids_BT, batch.mask_BT, batch.types_BT, through=through))
-        elif (head := on.heads.get(model)) is not None:
-            side = Side(models.hidden_at(net, batch.ids_BT, batch.positions_N, through=through), *head)
         else:
-            side = Side(models.logits_at(net, batch.ids_BT, batch.positions_N, through=through))
+            how = {"places_BT": getattr(batch, "places_BT", None), "through": through}
+            if (head := on.heads.get(model)) is not None:
+                side = Side(models.hidden_at(net, batch.ids_BT, batch.positions_N, **how), *head)
+            else:
+                side = Side(models.logits_at(net, batch.ids_BT, batch.positions_N, **how))
     return Given(side, tuple(states), tuple(attention))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainables.spec.data import Tasks
+from trainables.spec.data import Instructions, Tasks
 from trainables.spec.models import Remap
 from trainables.spec.phase import Epochs, Phase, Steps, Stream, Tokens
 from trainables.spec.terms import reads
@@ -61,12 +61,12 @@ def instances(spec: TrialSpec) -> tuple[Instance, ...]:
 
 
 def streams_of(spec: TrialSpec, instance: Instance) -> dict[str, Stream]:
-    """The streams of an instance: a phase that fans out reads its own item in each. Tasks are read as they are."""
+    """The streams of an instance: a phase that fans out reads its own item in each. Only corpora are corrupted."""
     found = {}
     for name, stream in spec.phases[instance.phase].streams.items():
         data = instance.item or stream.data
-        is_task = isinstance(spec.data[data], Tasks)
-        found[name] = stream.model_copy(update={"data": data} | ({"corruption": None} if is_task else {}))
+        as_it_is = isinstance(spec.data[data], Tasks | Instructions)
+        found[name] = stream.model_copy(update={"data": data} | ({"corruption": None} if as_it_is else {}))
     return found
 
 
@@ -127,6 +127,8 @@ def phase_key(spec: TrialSpec, instance: Instance, fingerprints: Mapping[str, st
         },
         "models": {model: _weights(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
     }
+    if phase.scored_on:
+        value["scored_on"] = {item: fingerprints[f"data:{item}"] for item in phase.scored_on}
     return digest(value, 32)
 
 

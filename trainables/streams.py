@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainables import labels, models
 from trainables.data.batches import batch_indices, corrupt
 from trainables.data.corpus import Corpus
+from trainables.data.exchanges import ExchangeBatch, ExchangeSet
 from trainables.data.masking import MaskedBatch
 from trainables.data.tasks import Task, TaskBatch, folds, task_evaluation, task_indices
-from trainables.evaluate import FLOPS, ROWS, Scored, evaluate, evaluate_task
+from trainables.evaluate import FLOPS, ROWS, Scored, evaluate, evaluate_exchanges, evaluate_task
 from trainables.spec.phase import PredictionQuality, Stream
 from trainables.spec.value import random_stream
 
@@ -29,7 +30,7 @@ class Reader:
 
     name: str
     spec: Stream
-    data: Corpus | Task
+    data: Corpus | Task | ExchangeSet
     made: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, float] = field(default_factory=dict)  # of made labels: metrics on train
     rows: Tensor | None = None
@@ -42,7 +43,7 @@ class Reader:
     @property
     def length(self) -> int:
         """Tokens of the longest one."""
-        return self.data.train.length
+        return self.data.length if isinstance(self.data, ExchangeSet) else self.data.train.length
 
     @property
     def num_labels(self) -> int | None:
@@ -51,17 +52,23 @@ class Reader:
             return None
         return PredictionQuality.NUM if self.spec.labels else self.data.num_labels
 
-    def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch | TaskBatch:
-        """The global batch of a step: a pure function of (seed, phase, stream, step)."""
+    def indices(self, step: int, size: int, seed: int, phase: str) -> Tensor:
+        """The examples of a step, of similar length where lengths differ: a pure function of (seed, phase, stream, step)."""
         order = f"{phase}/{self.name}"
         if isinstance(self.data, Corpus):
-            indices = batch_indices(self.num, size, step, seed=seed, stream=order)
-            masks = random_stream(seed, "mask", phase, self.name, step)
-            return corrupt(self.data.train.rows(indices), self.data, self.spec.corruption, seed=masks)
+            return batch_indices(self.num, size, step, seed=seed, stream=order)
         lengths = self.data.train.lengths if self.rows is None else self.data.train.lengths[self.rows]
         indices = task_indices(lengths, size, step, seed=seed, stream=order)
-        if self.rows is not None:
-            indices = self.rows[indices]
+        return indices if self.rows is None else self.rows[indices]
+
+    def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        """The global batch of a step, as the data have it."""
+        indices = self.indices(step, size, seed, phase)
+        if isinstance(self.data, Corpus):
+            masks = random_stream(seed, "mask", phase, self.name, step)
+            return corrupt(self.data.train.rows(indices), self.data, self.spec.corruption, seed=masks)
+        if isinstance(self.data, ExchangeSet):
+            return self.data.train.rows(indices)
         batch = self.data.train.rows(indices)
         return batch._replace(labels_N=self.made["train"][indices]) if self.made else batch
 
@@ -69,13 +76,15 @@ class Reader:
         """How a model does on a split; `how`: device, autocast, session."""
         if isinstance(self.data, Corpus):
             return evaluate(net, self.data, split, self.spec.corruption, **how)
+        if isinstance(self.data, ExchangeSet):
+            return evaluate_exchanges(net, self.data, split, **how)
         return evaluate_task(net, self.data, split, made_E=self.made.get(split), **how)
 
 
 def open_reader(
     name: str,
     spec: Stream,
-    data: Corpus | Task,
+    data: Corpus | Task | ExchangeSet,
     make: Callable[[str], Any],
     *,
     seed: int,

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from trainables.data.tasks import open_data
-from trainables.loop import Record, Run, Session, Surroundings, peak_memory, train_phase
+from trainables.loop import train_phase
 from trainables.phases import Instance, instances
+from trainables.running import Record, Run, Session, Surroundings, peak_memory
 from trainables.spec.trial import TrialSpec
 from trainables.store import Corrupt, PhaseStore, Published, log
 

@@ -24,9 +24,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from trainables import ranks
 from trainables.attempt import PEER_LOST, Job, run
-from trainables.loop import Record, Stopped
 from trainables.mailbox import STOPPED, Mailbox, failed
 from trainables.notice import listen
+from trainables.running import Record, Stopped
 
 RENEW_AFTER = 200  # trials: then the processes are made anew
 STOP_SECONDS = 60.0  # for ranks that wait in `report` to leave the trial
@@ -64,6 +64,13 @@ class _GroupSession:
         sums = torch.tensor(values, dtype=torch.float64, device=_device())
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 def _device() -> torch.device:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from trainables.data import DataError
 from trainables.data.corpus import Corpus
+from trainables.data.exchanges import ExchangeSet
 from trainables.data.masking import MaskedBatch, mask_batch, next_token_batch, slice_batch
-from trainables.data.tasks import Task
+from trainables.data.tasks import Prepared, Task
 from trainables.spec.phase import Masking
 from trainables.spec.value import random_stream
 
@@ -58,8 +59,13 @@ def evaluation_batches(
         yield slice_batch(whole, start, min(start + batch, len(sequences)))
 
 
-def examples(data: Corpus | Task, masking: Masking | None, *, num: int = 2, num_tokens: int = 60) -> list[str]:
-    """Beginnings of training sequences, decoded; a supervised token stands as «word→[MASK]», a task's label ahead."""
+def examples(data: Prepared, masking: Masking | None, *, num: int = 2, num_tokens: int = 60) -> list[str]:
+    """Beginnings of training sequences, decoded; a supervised token stands as «word→[MASK]», a task's label ahead.
+
+    Of an exchange the reply, which is supervised, stands in «», ends included; of a long prompt the middle is left out.
+    """
+    if isinstance(data, ExchangeSet):
+        return [_exchanged(data, index, num_tokens) for index in range(min(num, len(data.train or data.test)))]
     if isinstance(data, Task):
         return [_labelled(data, index, num_tokens) for index in range(min(num, len(data.train)))]
     ids_BT = data.train.rows(range(min(num, len(data.train))))
@@ -70,6 +76,17 @@ def examples(data: Corpus | Task, masking: Masking | None, *, num: int = 2, num_
         _marked(data, ids, new, {p - row * length for p in supervised if p // length == row})
         for row, (ids, new) in enumerate(zip(ids_BT[:, :num_tokens], seen.ids_BT[:, :num_tokens], strict=True))
     ]
+
+
+def _exchanged(data: ExchangeSet, index: int, num_tokens: int) -> str:
+    split, decode = data.train or data.test, data.tokenizer.decode
+
+    def shown(ids: list[int], head: int, tail: int) -> str:
+        parts = [ids] if len(ids) <= head + tail else [ids[:head], ids[-tail:]]
+        return " … ".join(" ".join(decode(part).split()) for part in parts)
+
+    given = shown(split.prompt(index).tolist(), num_tokens // 6, num_tokens // 3)
+    return f"{given} «{shown(split.reply(index).tolist(), num_tokens // 3, num_tokens // 6)}»"
 
 
 def _labelled(task: Task, index: int, num_tokens: int) -> str:

@@ -36,6 +36,13 @@ class Columns(NamedTuple):
     labels: list[Any]
 
 
+class Table(NamedTuple):
+    """Columns of one table by name."""
+
+    where: str  # in messages
+    columns: dict[str, list[Any]]
+
+
 def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Place, ...]:
     """The files that a path, glob or URI names, sorted; `what` names the field in messages."""
     try:
@@ -63,8 +70,17 @@ def read_columns(
 ) -> Iterator[Columns]:
     """Columns of texts and one of labels, file by file; in a CSV file labels are text. `fields` of a spec name columns."""
     for place in places:
-        rows = _table(place.uri, texts, label, fields, what)
+        rows = _table(place.uri, texts, (label,), fields, what)
         yield Columns(repr(place.uri), [rows[name].to_pylist() for name in texts], rows[label].to_pylist())
+
+
+def read_tables(
+    places: Iterable[Place], texts: Sequence[str], others: Sequence[str], *, fields: Mapping[str, str], what: str
+) -> Iterator[Table]:
+    """Columns that hold strings, and others that hold anything, file by file; in a CSV file all hold strings."""
+    for place in places:
+        rows = _table(place.uri, texts, others, fields, what)
+        yield Table(repr(place.uri), {name: rows[name].to_pylist() for name in rows.column_names})
 
 
 def read_hub(data: Hub, split: str, *, what: str) -> list[str]:
@@ -84,6 +100,24 @@ def read_hub_columns(
         _check_column(column, rows.features.arrow_schema, name, what, None, is_text=column != label)
     columns = {column: rows.data.column(column).to_pylist() for column in (*texts, label)}
     return Columns(f"split {split!r} of {name!r}", [columns[text] for text in texts], columns[label])
+
+
+def read_hub_table(
+    name: str,
+    config: str | None,
+    revision: str,
+    split: str,
+    texts: Sequence[str],
+    others: Sequence[str],
+    *,
+    fields: Mapping[str, str],
+    what: str,
+) -> Table:
+    """The same of a split of a hub data set."""
+    rows, wanted = _hub_rows(name, config, revision, split, what), tuple(dict.fromkeys((*texts, *others)))
+    for column in wanted:
+        _check_column(column, rows.features.arrow_schema, name, what, fields.get(column), is_text=column in texts)
+    return Table(f"split {split!r} of {name!r}", {column: rows.data.column(column).to_pylist() for column in wanted})
 
 
 def _hub_rows(name: str, config: str | None, revision: str, split: str, what: str) -> Any:
@@ -113,7 +147,7 @@ def some_text(documents: Iterable[str | None], what: str) -> list[str]:
 
 def _read(uri: str, text: str, what: str) -> list[str | None]:
     if not uri.endswith(".txt"):
-        documents: list[str | None] = _table(uri, (text,), None, {text: "columns.text"}, what)[text].to_pylist()
+        documents: list[str | None] = _table(uri, (text,), (), {text: "columns.text"}, what)[text].to_pylist()
         return documents
     fs, path = fsspec.core.url_to_fs(uri)
     try:
@@ -122,10 +156,10 @@ def _read(uri: str, text: str, what: str) -> list[str | None]:
         raise _unreadable(uri, what, error) from error
 
 
-def _table(uri: str, texts: Sequence[str], label: str | None, fields: Mapping[str, str], what: str) -> Any:
+def _table(uri: str, texts: Sequence[str], others: Sequence[str], fields: Mapping[str, str], what: str) -> Any:
     """Columns of a file, of which `texts` are strings."""
     fs, path = fsspec.core.url_to_fs(uri)
-    columns = [*texts, *([] if label is None else [label])]
+    columns = list(dict.fromkeys((*texts, *others)))
     try:
         rows = pads.dataset(path, filesystem=fs, format=_format(uri, columns))
         for column in columns:

@@ -11,15 +11,15 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from trainables.data import DataError, folders, tokenizer
+from trainables.data import DataError, folders, instructions, tokenizer
 from trainables.data.corpus import Corpus
 from trainables.data.documents import CHUNK, SPLITS, Splits, chunks, load_documents, split
 from trainables.data.encode import task_fields, training_texts, write_task
-from trainables.data.tasks import Task, open_data
-from trainables.spec.data import Corpora, Data, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece
+from trainables.data.exchanges import EXCHANGE, ExchangeSet, sample, write_exchanges
+from trainables.data.tasks import Prepared, Task, open_data
+from trainables.spec.data import Corpora, Data, Instructions, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece
 from trainables.spec.value import digest
 
 NONE: Mapping[str, Data] = MappingProxyType({})
@@ -34,6 +34,8 @@ def fingerprint(data: Data, others: Mapping[str, Data] = NONE) -> str:
     of_tokenizer = {"tokenizer": _fields_of_tokenizer(data, others)}
     if isinstance(data, Tasks):
         return digest(task_fields(data) | of_tokenizer, 16)
+    if isinstance(data, Instructions):
+        return digest(instructions.instruction_fields(data) | {"exchange": EXCHANGE} | of_tokenizer, 16)
     fields = {"prepare": PREPARE, "length": data.length, "evaluate": data.evaluate}
     return digest(fields | of_tokenizer | _hashes_of_texts(data), 16)
 
@@ -53,22 +55,33 @@ def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, An
     source = lender(data, others)
     match (source or data).tokenizer:
         case PretrainedTokenizer() as named:
-            return {"kind": "pretrained", "behaviour": tokenizer.behaviour(tokenizer.load_pretrained(named))}
+            tok = tokenizer.load_pretrained(named)
+            reads_chats = isinstance(data, Instructions) and data.template == "chat"
+            chat = {"chat_template": instructions.chat_template(tok)} if reads_chats else {}
+            return {"kind": "pretrained", "behaviour": tokenizer.behaviour(tok), **chat}
         case WordPiece() as trained:
             fields: dict[str, Any] = trained.model_dump(mode="json")
             if source is None:
                 return fields
-            text = task_fields(source) if isinstance(source, Tasks) else _hashes_of_texts(source)
-            return {**fields, "of": {"prepare": PREPARE, **text}}
+            return {**fields, "of": {"prepare": PREPARE, **_fields_of_texts(source)}}
         case SameTokenizer():
             raise DataError("tokenizer: the data set that lends it has none of its own; name the one that has it")
+
+
+def _fields_of_texts(data: Data) -> dict[str, Any]:
+    """What determines the texts that a tokenizer is trained on."""
+    if isinstance(data, Tasks):
+        return task_fields(data)
+    return instructions.instruction_fields(data) if isinstance(data, Instructions) else _hashes_of_texts(data)
 
 
 @overload
 def prepare(data: Corpora, folder: str, others: Mapping[str, Data] = ...) -> Corpus: ...
 @overload
 def prepare(data: Tasks, folder: str, others: Mapping[str, Data] = ...) -> Task: ...
-def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Corpus | Task:
+@overload
+def prepare(data: Instructions, folder: str, others: Mapping[str, Data] = ...) -> ExchangeSet: ...
+def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Prepared:
     """Makes `<folder>/<fingerprint>/` unless it is there and whole, and opens it. `folder`: a path or any URI.
 
     A data set whose tokenizer is trained and lent is prepared first.
@@ -76,12 +89,15 @@ def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Corpu
     return _prepare(data, folder, others)
 
 
-def _prepare(data: Data, folder: str, others: Mapping[str, Data]) -> Corpus | Task:
+def _prepare(data: Data, folder: str, others: Mapping[str, Data]) -> Prepared:
     key = fingerprint(data, others)
 
     def write(home: Path) -> dict[str, Any]:
         if isinstance(data, Tasks):
             return write_task(data, _tokenizer(data, folder, others, lambda: training_texts(data)), home)
+        if isinstance(data, Instructions):
+            tok = _tokenizer(data, folder, others, lambda: instructions.training_texts(data))
+            return write_exchanges(data, tok, home)
         splits = split(load_documents(data))
         return _write(data, splits, _tokenizer(data, folder, others, lambda: splits.train), home)
 
@@ -110,7 +126,7 @@ def _write(data: Corpora, splits: Splits, tok: Any, home: Path) -> dict[str, Any
         blocks: Iterable[NDArray[np.int32]] = _pack(tok, texts, data.length)
         if name != "train":
             whole = np.concatenate([np.empty((0, data.length), np.int32), *blocks])
-            blocks = [_sample(whole, data.evaluate)]
+            blocks = [whole[sample(len(whole), data.evaluate)]]
         num_sequences, num_chars = _write_arrow(home / f"{name}.arrow", blocks, data.length), sum(map(len, texts))
         if not num_sequences:
             raise DataError(
@@ -147,13 +163,6 @@ def _pack(tok: Any, texts: Sequence[str], length: int) -> Iterator[NDArray[np.in
         block[:, length - body :] = rest[: num * body].reshape(num, body)
         rest = rest[num * body :]
         yield block
-
-
-def _sample(whole: NDArray[np.int32], num: int) -> NDArray[np.int32]:
-    """`num` sequences spread at random over a split, always the same ones."""
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).numpy()
-    chosen: NDArray[np.int32] = whole[np.sort(order[:num])]
-    return chosen
 
 
 def _write_arrow(path: Path, blocks: Iterable[NDArray[np.int32]], length: int) -> int:

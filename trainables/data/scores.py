@@ -24,6 +24,7 @@ METRICS: dict[Rule, tuple[str, ...]] = {
     "matthews": ("matthews",),
     "pearson_and_spearman": ("pearson", "spearman"),
 }
+EXCHANGE_METRICS = ("lm_loss", "lm_accuracy", "rougeL", "greedy_rougeL", "unfinished")  # of prompts and replies
 CELLS = 1 << 22  # numbers of one intermediate table of resamples
 
 Floats = NDArray[np.float64]

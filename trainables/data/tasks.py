@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainables.data import folders, tokenizer
 from trainables.data.corpus import Corpus, corpus_in
+from trainables.data.exchanges import ExchangeSet, exchanges_in
 from trainables.data.scores import Rule
 from trainables.spec.value import random_stream
 
@@ -122,10 +123,15 @@ class Task:
         return self.num_labels == 1
 
 
-def open_data(folder: str, fingerprint: str) -> Corpus | Task:
-    """A prepared corpus or task, whichever it is; one in remote storage is copied to this machine's cache first."""
+Prepared = Corpus | Task | ExchangeSet
+
+
+def open_data(folder: str, fingerprint: str) -> Prepared:
+    """A prepared corpus, task or set of exchanges, whichever it is; one in remote storage is copied to this machine's cache first."""
     home = folders.fetch(folder, fingerprint)
     about = folders.read_about(home)
+    if "exchanges" in about:
+        return exchanges_in(home, fingerprint, about)
     return _task_in(home, fingerprint, about) if "task" in about else corpus_in(home, fingerprint, about)
 
 

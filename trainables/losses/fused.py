@@ -49,12 +49,13 @@ def fused_terms(
     weights: Mapping[str, float],
     *,
     chunk: int,
+    vocab_size: int | None = None,
 ) -> Fused:
     """All terms over the same N positions, `chunk` of them at a time; `sides` by the model's name.
 
     Values are sums over positions, nats, as the plain functions give them: what they are to be divided by belongs in the
     weights. A flow's gradient reaches only `to`; a term of weight zero has a value and no gradient. A side with more rows
-    than another, which pads its embeddings, is cut to the fewest. Under autocast, and it is to be called there, products
+    than another, or than `vocab_size`, which pads its embeddings, is cut to the fewest. Under autocast, and it is to be called there, products
     are in its type, softmax and sums in fp32, as in the plain path.
 
     Memory: a few tensors [C, V] at a time, and until the backward a gradient for each tensor that learns.
@@ -62,6 +63,7 @@ def fused_terms(
     read = dict.fromkeys(model for term in terms.values() for model in reads(term))
     taught = {target(term) for name, term in terms.items() if weights[name]} if torch.is_grad_enabled() else set()
     fewest = min(num_rows(sides[model]) for model in read)
+    fewest = fewest if vocab_size is None else min(fewest, vocab_size)
     heads = {model: _head(sides[model], fewest, is_taught=model in taught) for model in read}
     values = _walk(heads, labels_N, terms, weights, chunk)
     loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()

@@ -1,4 +1,4 @@
-"""Data sets of a trial: corpora, tasks, and how they are made into tokens."""
+"""Data sets of a trial: corpora, tasks, instructions, and how they are made into tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from trainables.spec.value import Name, Value
+from trainables.spec.value import Name, Positive, Value
 
 
 class WordPiece(Value):
@@ -164,6 +164,103 @@ class LabelledFiles(_Task):
         return self
 
 
+class Sampling(Value):
+    """How the next token is drawn: `temperature`, then the `top_k` likeliest, then the fewest that hold `top_p`."""
+
+    temperature: Positive = 1.0
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    max_tokens: int = Field(128, ge=1)  # of a reply; one that has not ended by then stays as it is, and is counted
+
+
+class Scoring(Sampling):
+    """How replies are made to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one."""
+
+    max_tokens: int = Field(256, ge=1)
+    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+
+
+class _Instructions(Value):
+    """Prompts with replies; what is learnt and scored is the reply, its end included."""
+
+    tokenizer: Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Field(discriminator="kind")] = SameTokenizer()
+    template: Literal["alpaca", "chat"] = "alpaca"  # chat: the tokenizer's own
+    length: int = Field(512, ge=8)  # tokens of prompt and reply; longer replies are cut
+    prompt_length: int = Field(256, ge=4)  # tokens; what has a longer prompt is left out
+    examples: int | None = Field(None, ge=1)  # at most so many of train
+    evaluate: int | None = Field(None, ge=1)  # at most so many of dev, and of test, are scored
+    scoring: Scoring = Scoring()
+
+    @model_validator(mode="after")
+    def _there_is_room_for_a_reply(self) -> _Instructions:
+        if self.prompt_length >= self.length:
+            raise ValueError(f"prompt_length {self.prompt_length} leaves no room for a reply in length {self.length}")
+        return self
+
+
+class PythonInstructions(_Instructions):
+    """Made of CPython's own English: a signature, to be answered with the first line of its docstring. On every machine."""
+
+    kind: Literal["python_instructions"]
+
+
+class InstructionColumns(Value):
+    """Which column of a file holds what. `response`: a text, or a list of texts of which any will do where replies are
+    scored. `messages`: instead of the three, lists of {role, content}, of which the last one, the assistant's, is the reply.
+    """
+
+    prompt: str = "instruction"
+    context: str | None = None
+    response: str = "response"
+    messages: str | None = None
+
+
+class _Instructed(_Instructions):
+    """Without `dev` or `test` (where there is `train`) rows are split by a hash of the column `split_by`, by default that
+    of the prompt; without `train` they are only there to be scored."""
+
+    columns: InstructionColumns = InstructionColumns()
+    split_by: str | None = None
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+
+    @model_validator(mode="after")
+    def _there_are_rows(self) -> _Instructed:
+        if self.train is None and self.test is None:
+            raise ValueError("needs train, or test (then it is only scored)")
+        if self.train is None and self.dev is not None:
+            raise ValueError("dev is for choices in training, and there is no train; name it as test")
+        return self
+
+
+class InstructionFiles(_Instructed):
+    """Parquet, JSON lines or CSV files, by suffix; a path, a glob or a URI."""
+
+    kind: Literal["instruction_files"]
+
+
+class InstructionHub(_Instructed):
+    """A data set of the Hugging Face hub, at a revision; `train`, `dev`, `test` name its splits."""
+
+    kind: Literal["instruction_hub"]
+    name: str
+    config: str | None = None
+    revision: str = "main"
+
+
 Corpora = PythonDocs | Files | Hub
 Tasks = Glue | PythonTask | LabelledFiles
-Data = Annotated[PythonDocs | Files | Hub | Glue | PythonTask | LabelledFiles, Field(discriminator="kind")]
+Instructions = PythonInstructions | InstructionFiles | InstructionHub
+Data = Annotated[
+    PythonDocs
+    | Files
+    | Hub
+    | Glue
+    | PythonTask
+    | LabelledFiles
+    | PythonInstructions
+    | InstructionFiles
+    | InstructionHub,
+    Field(discriminator="kind"),
+]

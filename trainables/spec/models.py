@@ -76,6 +76,7 @@ class Model(Value):
     revision: str | None = None
     init: Init = Random()
     sharing: Sharing | None = Field(None, exclude_if=lambda sharing: sharing is None)
+    dtype: Literal["fp32", "bf16"] = Field("fp32", exclude_if=lambda dtype: dtype == "fp32")  # of the weights
 
     @model_validator(mode="after")
     def _either_a_shape_or_pretrained_weights(self) -> Model:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from trainables.spec.terms import Term, is_off, reads, target
+from trainables.spec.data import Sampling
+from trainables.spec.terms import Cosine, Linear, Step, Term, is_off, reads, target
 from trainables.spec.value import Fraction, Name, Positive, Value, by_key, single
 
 
@@ -61,16 +62,97 @@ class Fold(Value):
         return self
 
 
-class Stream(Value):
-    """What a phase reads: the sequences of a corpus or the examples of a task.
+class RisesWithLoss(Value):
+    """`start`, and `step` more each time that the loss on dev has risen by `tolerance` since the last time (DistiLLM)."""
 
-    Of a corpus without corruption each token is the label of the position before it. A task is read as it is.
+    kind: Literal["rises_with_loss"]
+    start: Fraction = 0.0
+    step: float = Field(0.1, gt=0, le=1)
+    tolerance: float = Field(0.1, ge=0)
+
+
+Share = Annotated[
+    Annotated[Fraction, Tag("number")]
+    | Annotated[
+        Annotated[Linear | Cosine | Step | RisesWithLoss, Field(discriminator="kind")],
+        Tag("schedule"),
+    ],
+    Discriminator(lambda value: "number" if isinstance(value, int | float | str | None) else "schedule"),
+]
+
+
+class Replay(Value):
+    """The last `size` replies, read again. Of the steps that read made replies, as many have fresh ones as `fresh` says of
+    the budget: it falls from 1 to 0, rises, or is a half all the time; all of them until `size` are there (DistiLLM)."""
+
+    size: int = Field(1000, ge=1)
+    fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
+
+
+class _Made(Value):
+    """Replies that models make, instead of those of the data, in a `share` of the steps."""
+
+    share: Share = 1.0
+    replay: Replay | None = None
+
+    @model_validator(mode="after")
+    def _the_share_is_one(self) -> _Made:
+        ends = (getattr(self.share, "start", 0.0), getattr(self.share, "end", 0.0))
+        if max(ends) > 1:
+            raise ValueError(f"share {max(ends):g}: it is a fraction of the steps, 0 … 1")
+        return self
+
+
+class Sampled(_Made, Sampling):
+    """By one model: the student (on-policy), or the teacher (sequence-level distillation)."""
+
+    kind: Literal["sampled"]
+    by: Name
+    once: bool = False  # each prompt is answered once, and that reply is kept
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        return (self.by,)
+
+    @model_validator(mode="after")
+    def _what_is_kept_is_not_kept_twice(self) -> Sampled:
+        if self.once and self.replay is not None:
+            raise ValueError("once keeps every reply: remove replay")
+        return self
+
+
+class Interleaved(_Made, Sampling):
+    """`draft` proposes `block` tokens at a time; the first that is not among the `top` likeliest of `teacher` is drawn
+    anew by it, and the rest of the block is dropped (speculative distillation, Xu et al. 2025)."""
+
+    kind: Literal["interleaved"]
+    draft: Name
+    teacher: Name
+    block: int = Field(5, ge=1)
+    top: int = Field(25, ge=1)
+    teacher_temperature: Positive = 1.0
+    teacher_top_p: float = Field(1.0, gt=0, le=1)
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        return (self.draft, self.teacher)
+
+
+Made = Annotated[Sampled | Interleaved, Field(discriminator="kind")]
+
+
+class Stream(Value):
+    """What a phase reads: the sequences of a corpus, the examples of a task, or instructions with replies.
+
+    Of a corpus without corruption each token is the label of the position before it. Tasks and instructions are read as
+    they are; `replies` of models take the place of those of the data.
     """
 
     data: Name = "corpus"
     corruption: Masking | None = Masking()
     labels: PredictionQuality | None = Field(None, exclude_if=lambda labels: labels is None)  # by default the data's
     fold: Fold | None = Field(None, exclude_if=lambda fold: fold is None)
+    replies: Made | None = Field(None, exclude_if=lambda replies: replies is None)  # by default the data's
 
 
 class Steps(Value):
@@ -95,10 +177,32 @@ Budget = Annotated[
 ]
 
 
-class Optimizer(Value):
-    """AdamW with decoupled decay on matrices, linear warm-up, then `schedule` down to `floor` times `lr`."""
+class Lora(Value):
+    """Only a low-rank change of some projections learns (Hu et al. 2022): alpha / rank times B A, B zero at the start.
 
-    kind: Literal["adamw"] = "adamw"
+    `targets` are logical: where a family keeps several projections in one matrix, each has a pair of its own.
+    """
+
+    kind: Literal["lora"]
+    rank: int = Field(32, ge=1)
+    alpha: Positive | None = None  # by default the rank: a scale of 1
+    targets: tuple[Literal["query", "key", "value", "output"], ...] = Field(("query", "value"), min_length=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+How = Annotated[
+    Annotated[Literal["full"], Tag("full")] | Annotated[Lora, Tag("lora")],
+    Discriminator(lambda value: "full" if isinstance(value, str) else "lora"),
+]
+
+
+class Optimizer(Value):
+    """Decoupled decay on matrices, linear warm-up, then `schedule` down to `floor` times `lr`.
+
+    `adamw_8bit` keeps both moments in 8 bits; `adafactor` keeps rows and columns of the second, and takes no betas.
+    """
+
+    kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     lr: Positive
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -112,7 +216,7 @@ class Optimizer(Value):
 class Phase(Value):
     """One stage of training."""
 
-    train: dict[Name, Literal["full"]] = Field(min_length=1)
+    train: dict[Name, How] = Field(min_length=1)
     start: dict[
         Name, str
     ] = {}  # model -> phase, or phase@fraction; by default the latest earlier phase that trained it
@@ -124,6 +228,10 @@ class Phase(Value):
     seed: Literal["trial", "shared"] = "trial"
     evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
     keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # weights are kept at these fractions too: `phase@0.5`
+    scored_on: tuple[Name, ...] = Field(
+        (), exclude_if=lambda names: not names
+    )  # further data: each trained model, on test
+    recompute: bool = Field(False, exclude_if=lambda recompute: not recompute)  # activations, to save memory
     each: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
 
     @property
@@ -139,7 +247,7 @@ class Phase(Value):
         terms = {name: term for name, term in self.terms.items() if not is_off(term.weight)}
         taught = {target(term) for term in terms.values()}
         streams = {n: s for n, s in self.streams.items() if any(t.on == n for t in terms.values())}
-        used = taught | {model for term in terms.values() for model in reads(term)} | set(labellers(streams))
+        used = taught | {model for term in terms.values() for model in reads(term)} | set(makers(streams))
         return self.model_copy(
             update={
                 "terms": terms,
@@ -171,8 +279,10 @@ class Phase(Value):
         return self
 
 
-def labellers(streams: Mapping[str, Stream]) -> Iterator[str]:
-    """The models whose predictions label a stream."""
+def makers(streams: Mapping[str, Stream]) -> Iterator[str]:
+    """The models whose predictions label a stream, or that make its replies."""
     for stream in streams.values():
         if stream.labels is not None:
             yield from stream.labels.of
+        if stream.replies is not None:
+            yield from stream.replies.makers

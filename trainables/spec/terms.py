@@ -113,6 +113,62 @@ class JSD(_Soft):
     beta: float = Field(0.5, gt=0, lt=1)
 
 
+class SkewKL(_Soft):
+    """KL(from || alpha from + (1 - alpha) to) (DistiLLM, Ko et al. 2024)."""
+
+    kind: Literal["skew_kl"]
+    alpha: float = Field(0.1, gt=0, lt=1)
+
+
+class SkewReverseKL(_Soft):
+    """KL(to || (1 - alpha) from + alpha to), the gradient through both of its sides (DistiLLM, Ko et al. 2024)."""
+
+    kind: Literal["skew_reverse_kl"]
+    alpha: float = Field(0.1, gt=0, lt=1)
+
+
+class TotalVariation(_Soft):
+    """Half the sum of absolute differences (f-distill, Wen et al. 2023)."""
+
+    kind: Literal["total_variation"]
+
+
+class AdaptiveKL(_Soft):
+    """KL(from || to) and KL(to || from), each position's share by where the sides differ more: in the head of `from`, its
+    likeliest tokens up to the mass `head`, or in the tail (AKL, Wu et al. 2024)."""
+
+    kind: Literal["adaptive_kl"]
+    head: float = Field(0.5, gt=0, lt=1)
+
+
+class InterpolatedKL(_Soft):
+    """KL(p_t || to), where the logits of p_t are t of `from` and 1 - t of `to`, detached (TAID, Shing et al. 2025).
+
+    t rises from `start` to `end` over the budget, and faster while the loss falls: by alpha sigmoid(m) (1 - t) a step, m
+    the relative fall of the loss, averaged with momentum `beta`.
+    """
+
+    kind: Literal["interpolated_kl"]
+    start: Fraction = 0.4
+    end: Fraction = 1.0
+    alpha: float = Field(5e-4, ge=0)
+    beta: float = Field(0.99, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _t_rises(self) -> InterpolatedKL:
+        if self.end < self.start:
+            raise ValueError(f"t rises: end {self.end:g} is below start {self.start:g}")
+        return self
+
+
+class RankCorrelation(_Soft):
+    """1 - the correlation of soft ranks among the `top` likeliest tokens of either side (RLKD, 2025)."""
+
+    kind: Literal["rank_correlation"]
+    top: int = Field(5, ge=2)
+    strength: Positive = 1.0  # of the regularisation that makes ranks soft
+
+
 LayerMap = Annotated[
     Annotated[Literal["even", "last", "uniform", "top"], Tag("name")]
     | Annotated[tuple[tuple[int, int], ...], Tag("pairs")],
@@ -160,11 +216,36 @@ class RelationKL(_Flow):
     to_layer: int | None = Field(None, ge=1)
 
 
-Flow = ForwardKL | ReverseKL | Jeffreys | JSD
+Flow = (
+    ForwardKL
+    | ReverseKL
+    | Jeffreys
+    | JSD
+    | SkewKL
+    | SkewReverseKL
+    | TotalVariation
+    | AdaptiveKL
+    | InterpolatedKL
+    | RankCorrelation
+)
 AtLogits = CrossEntropy | Flow
 Inner = HiddenMSE | HiddenCosine | AttentionMSE | RelationKL  # inside the models, not at their logits
 Term = Annotated[
-    CrossEntropy | ForwardKL | ReverseKL | Jeffreys | JSD | HiddenMSE | HiddenCosine | AttentionMSE | RelationKL,
+    CrossEntropy
+    | ForwardKL
+    | ReverseKL
+    | Jeffreys
+    | JSD
+    | SkewKL
+    | SkewReverseKL
+    | TotalVariation
+    | AdaptiveKL
+    | InterpolatedKL
+    | RankCorrelation
+    | HiddenMSE
+    | HiddenCosine
+    | AttentionMSE
+    | RelationKL,
     Field(discriminator="kind"),
 ]
 

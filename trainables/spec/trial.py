@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainables.spec.data import Data, SameTokenizer, Tasks
+from trainables.spec.data import Data, Instructions, SameTokenizer, Tasks
 from trainables.spec.models import Model, Remap
-from trainables.spec.phase import Masking, Phase, Tokens, labellers
-from trainables.spec.terms import HiddenCosine, HiddenMSE, is_off, reads
+from trainables.spec.phase import Masking, Phase, Tokens, makers
+from trainables.spec.terms import CrossEntropy, HiddenCosine, HiddenMSE, Inner, is_off, reads
 from trainables.spec.value import Name, Value, digest, single
 
 NUMERICS = 2  # raised whenever a stored reference trajectory changes: it is part of every phase's key
@@ -43,10 +43,13 @@ class TrialSpec(Value):
             for stream_name, stream in phase.streams.items():
                 if not phase.each:
                     _known("data set", stream.data, self.data, f"{at}.streams.{stream_name}.data")
-                for used in labellers({stream_name: stream}):
-                    _known("model", used, self.models, f"{at}.streams.{stream_name}.labels.of")
+                for used in makers({stream_name: stream}):
+                    part = "labels.of" if stream.labels is not None and used in stream.labels.of else "replies"
+                    _known("model", used, self.models, f"{at}.streams.{stream_name}.{part}")
+            for item in phase.scored_on:
+                _known("data set", item, self.data, f"{at}.scored_on")
         for name, data in self.data.items():
-            if isinstance(data, Tasks) and isinstance(data.tokenizer, SameTokenizer):
+            if isinstance(data.tokenizer, SameTokenizer):
                 _known("data set", data.tokenizer.as_, self.data, f"data.{name}.tokenizer.as")
                 if isinstance(self.data[data.tokenizer.as_].tokenizer, SameTokenizer):
                     raise ValueError(f"data.{name}.tokenizer.as: {data.tokenizer.as_!r} has no tokenizer of its own")
@@ -54,6 +57,7 @@ class TrialSpec(Value):
             raise ValueError("phases: every term has weight 0: nothing is learnt")
         self._check_start()
         self._check_tasks()
+        self._check_instructions()
         self._check_inner()
         _refuse_cycle({n: [m.init.from_] for n, m in self.models.items() if isinstance(m.init, Remap)}, "remaps")
         _refuse_cycle({name: list(self._upstream(name)) for name in self.phases}, "phases")
@@ -106,6 +110,49 @@ class TrialSpec(Value):
                         f"phases.{name}: {model!r} reads several streams, and a task needs a head of its own"
                     )
 
+    def _check_instructions(self) -> None:
+        for name, phase in self.phases.items():
+            for item in phase.scored_on:
+                if not isinstance(self.data[item], Instructions):
+                    raise ValueError(f"phases.{name}.scored_on: {item} has no replies to score; valid: instructions")
+                if item in (phase.each or {stream.data for stream in phase.streams.values()}):
+                    raise ValueError(
+                        f"phases.{name}.scored_on: {item} is scored anyway, as the phase reads it; remove it"
+                    )
+            for stream_name, stream in phase.streams.items():
+                at = f"phases.{name}.streams.{stream_name}"
+                data = {item: self.data[item] for item in phase.each or (stream.data,)}
+                found = [item for item, one in data.items() if isinstance(one, Instructions)]
+                if found and len(found) < len(data):
+                    raise ValueError(f"phases.{name}.each: {', '.join(data)} are neither all instructions nor none")
+                if stream.replies is not None and not found:
+                    raise ValueError(f"{at}.replies: {next(iter(data))} has no prompts; replies are for instructions")
+                if not found:
+                    continue
+                for item in found:
+                    if getattr(data[item], "train", "") is None:
+                        raise ValueError(f"{at}: {item} has no train, it is only there to be scored (`scored_on`)")
+                if stream.corruption not in (None, Masking()):
+                    raise ValueError(
+                        f"{at}.corruption: {found[0]} are instructions, which are read as they are; remove it"
+                    )
+                if isinstance(phase.budget, Tokens):
+                    raise ValueError(f"phases.{name}.budget: a budget of tokens is for corpora; valid: epochs or steps")
+                replay = stream.replies.replay if stream.replies is not None else None
+                if replay is not None and replay.size < phase.batch:
+                    raise ValueError(f"{at}.replies.replay.size: {replay.size} is less than a batch of {phase.batch}")
+                made_here = set(makers({stream_name: stream})) & set(phase.train)
+                for term_name, term in phase.terms.items():
+                    if term.on != stream_name or is_off(term.weight):
+                        continue
+                    if isinstance(term, Inner):
+                        raise ValueError(f"phases.{name}.terms.{term_name}: {term.kind} is for corpora and tasks")
+                    if isinstance(term, CrossEntropy) and made_here:
+                        raise ValueError(
+                            f"phases.{name}.terms.{term_name}: replies of {min(made_here)!r}, which learns here, are no "
+                            f"labels; use a flow, or a second stream without `replies`"
+                        )
+
     def _check_inner(self) -> None:
         for name, phase in self.phases.items():
             for term_name, term in phase.terms.items():
@@ -135,7 +182,7 @@ class TrialSpec(Value):
     def models_of(self, phase: str) -> tuple[str, ...]:
         """The models that a phase trains or reads, in the order of the file."""
         p = self.phases[phase]
-        used = set(p.train) | {model for term in p.terms.values() for model in reads(term)} | set(labellers(p.streams))
+        used = set(p.train) | {model for term in p.terms.values() for model in reads(term)} | set(makers(p.streams))
         return tuple(name for name in self.models if name in used)
 
     def _upstream(self, phase: str) -> Iterator[str]:

@@ -1,0 +1,336 @@
+"""Prompts and replies as memory-mapped tokens, and packed batches of them. Knows no model and no phase.
+
+A prompt and its reply are tokenized each by itself and joined, so that the boundary between them is where it is when a
+model continues the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainables.data import DataError, tokenizer
+from trainables.data.instructions import SPLITS, Rendered, Row, divided, nothing_left, render
+from trainables.spec.data import Instructions, Scoring
+
+EXCHANGE = 1  # raised whenever the same rows would be encoded otherwise
+CHUNK = 4_000  # rows that are encoded together
+COLUMNS = pa.schema(
+    [("prompt", pa.list_(pa.int32())), ("reply", pa.list_(pa.int32())), ("references", pa.list_(pa.string()))]
+)
+
+Ids = NDArray[np.int32]
+
+
+class PackedBatch(NamedTuple):
+    """Exchanges end to end in rows, padded at the end of each.
+
+    `places_BT` begin at 0 with each exchange and with the padding. Given as `position_ids`, with no attention mask and no
+    cache, they tell transformers where a sequence begins, and it attends to nothing before.
+    """
+
+    ids_BT: Tensor
+    places_BT: Tensor
+    positions_N: Tensor  # b*T + t of what stands before each token of a reply, exchange by exchange
+    labels_N: Tensor  # these tokens
+    owners_N: Tensor  # the exchange, by its place in the batch, that each belongs to
+    num_tokens: int  # without padding
+
+
+@dataclass(frozen=True)
+class ExchangeBatch:
+    """The exchanges of a step, or a part of them."""
+
+    prompts: tuple[Ids, ...]
+    replies: tuple[Ids, ...]
+    length: int  # tokens of a packed row at most, unless one exchange alone is longer
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, start: int, stop: int) -> ExchangeBatch:
+        """Exchanges start … stop - 1."""
+        return replace(self, prompts=self.prompts[start:stop], replies=self.replies[start:stop])
+
+    def with_replies(self, replies: Sequence[Ids]) -> ExchangeBatch:
+        """The same prompts, answered otherwise."""
+        if len(replies) != len(self):
+            raise ValueError(f"{len(replies)} replies to {len(self)} prompts")
+        return replace(self, replies=tuple(replies))
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return sum(map(len, self.prompts)) + sum(map(len, self.replies))
+
+    @property
+    def labels_N(self) -> Tensor:
+        """All tokens of the replies, exchange by exchange."""
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.replies]).astype(np.int64))
+
+    def to(self, device: str) -> PackedBatch:
+        """Packs the exchanges into as few rows as first-fit-decreasing gives."""
+        sizes = [len(prompt) + len(reply) for prompt, reply in zip(self.prompts, self.replies, strict=True)]
+        rows = first_fit(sizes, self.length)
+        width = max((sum(sizes[i] for i in row) for row in rows), default=0)
+        ids_BT = np.full((len(rows), width), self.pad_id, np.int64)
+        places_BT = np.zeros((len(rows), width), np.int64)
+        positions = [np.empty(0, np.int64)] * len(self)
+        for b, row in enumerate(rows):
+            at = 0
+            for i in row:
+                first, end = at + len(self.prompts[i]), at + sizes[i]
+                ids_BT[b, at:first], ids_BT[b, first:end] = self.prompts[i], self.replies[i]
+                places_BT[b, at:end] = np.arange(sizes[i])
+                positions[i] = b * width + np.arange(first - 1, end - 1)
+                at = end
+            places_BT[b, at:] = np.arange(width - at)
+        positions_N = np.concatenate([np.empty(0, np.int64), *positions])
+        owners_N = np.repeat(np.arange(len(self)), [len(reply) for reply in self.replies])
+        ids, places, before, owners = (
+            torch.from_numpy(array).to(device) for array in (ids_BT, places_BT, positions_N, owners_N)
+        )
+        return PackedBatch(ids, places, before, self.labels_N.to(device), owners, self.num_tokens)
+
+
+def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which of `sizes` share a row of `length`: the longest first, each into the first row that has room for it.
+
+    What is longer than `length` (replies that a model made) has every row made as long as itself.
+    """
+    length = max([length, *sizes])
+    rows, room = list[list[int]](), list[int]()
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((row for row, free in enumerate(room) if free >= sizes[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(i)
+        room[row] -= sizes[i]
+    return rows
+
+
+class Exchanges:
+    """The exchanges of a split, memory-mapped; there may be none."""
+
+    def __init__(self, path: Path, *, length: int, pad_id: int) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        blocks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._prompts = [_views(block.column("prompt")) for block in blocks]
+        self._replies = [_views(block.column("reply")) for block in blocks]
+        self._references = [block.column("references") for block in blocks]
+        self._starts = np.cumsum([0, *(len(block) for block in blocks)])
+        sizes = [np.diff(p.offsets) + np.diff(r.offsets) for p, r in zip(self._prompts, self._replies, strict=True)]
+        self._pad_id = pad_id
+        self.length = length  # tokens of prompt and reply at most
+        self.lengths: Ids = np.concatenate([np.empty(0, np.int32), *sizes])  # tokens of prompt and reply
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def prompt(self, index: int) -> Ids:
+        """Start token and template included; a view of the mapped file, as `reply`."""
+        block, at = self._find(index)
+        return self._prompts[block].at(at)
+
+    def reply(self, index: int) -> Ids:
+        """The end token included, unless the reply was cut."""
+        block, at = self._find(index)
+        return self._replies[block].at(at)
+
+    def references(self, index: int) -> tuple[str, ...]:
+        """Replies as they were written, of which any will do."""
+        block, at = self._find(index)
+        return tuple(self._references[block][at].as_py())
+
+    def rows(self, indices: Tensor | Sequence[int]) -> ExchangeBatch:
+        """These exchanges; only they are read."""
+        wanted = np.asarray(indices, dtype=np.int64).tolist()
+        prompts, replies = (tuple(column(i) for i in wanted) for column in (self.prompt, self.reply))
+        return ExchangeBatch(prompts, replies, self.length, self._pad_id)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"exchange {index} of {len(self)}")
+        block = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return block, int(index - self._starts[block])
+
+
+class _Views(NamedTuple):
+    """A column of lists, as views of the map."""
+
+    values: Ids
+    offsets: Ids
+
+    def at(self, row: int) -> Ids:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+def _views(column: Any) -> _Views:
+    return _Views(column.values.to_numpy(), column.offsets.to_numpy())
+
+
+@dataclass(frozen=True)
+class ExchangeSet:
+    fingerprint: str
+    train: Exchanges  # none, as in dev, where a data set is only there to be scored
+    dev: Exchanges
+    test: Exchanges
+    tokenizer: Any
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    mask_id: int | None
+    tokenizer_identity: str
+    end_id: int
+    pad_id: int  # never read, so any will do: the end token, as a padding token makes some models warn
+    scoring: Scoring
+    length: int  # tokens of prompt and reply at most
+    about: dict[str, Any]  # counts by split, rows that were left out and why, checksums
+
+
+def exchanges_in(home: Path, fingerprint: str, about: dict[str, Any]) -> ExchangeSet:
+    """The exchanges in a folder of this machine, of which `about` is told."""
+    tok = tokenizer.open_tokenizer(str(home / "tokenizer"))
+    end_id = _end_of(tok)
+    train, dev, test = (Exchanges(home / f"{s}.arrow", length=about["length"], pad_id=end_id) for s in SPLITS)
+    return ExchangeSet(
+        fingerprint=fingerprint,
+        train=train,
+        dev=dev,
+        test=test,
+        tokenizer=tok,
+        vocab_size=len(tok),
+        special_ids=tokenizer.special_ids(tok),
+        mask_id=tok.mask_token_id,
+        tokenizer_identity=about["tokenizer_identity"],
+        end_id=end_id,
+        pad_id=end_id,
+        scoring=Scoring.model_validate(about["exchanges"]["scoring"]),
+        length=about["length"],
+        about=about,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_exchanges(data: Instructions, tok: Any, home: Path) -> dict[str, Any]:
+    """Fills a folder; returns what about.json tells of it."""
+    end_id, splits = _end_of(tok), divided(data)
+    tok.save_pretrained(str(home / "tokenizer"))
+    counts = {}
+    for name in SPLITS:
+        rows: tuple[Row, ...] = getattr(splits, name)
+        dropped = dict(splits.dropped.get(name, {}))
+        found, prompts = _with_short_prompts(rows, data, tok)
+        if len(found) < len(rows):
+            dropped[f"a prompt over {data.prompt_length} tokens"] = len(rows) - len(found)
+        if rows and not found:
+            raise nothing_left(name, dropped, hint=f"raise prompt_length {data.prompt_length}, or shorten the prompts")
+        most = data.examples if name == "train" else data.evaluate
+        chosen = np.arange(len(found)) if most is None else sample(len(found), most)
+        some = [(found[i], prompts[i]) for i in chosen]
+        counts[name] = {**_write(some, tok, end_id, data.length, home / f"{name}.arrow"), "dropped": dropped}
+    return {
+        "exchange": EXCHANGE,
+        "length": data.length,
+        "splits": counts,
+        "removed_duplicates": splits.removed,
+        "tokenizer_identity": tokenizer.identity(tok),
+        "vocab_size": len(tok),
+        "exchanges": {"template": data.template, "scoring": data.scoring.model_dump(mode="json")},
+    }
+
+
+def sample(num_rows: int, num: int) -> NDArray[np.int64]:
+    """`num` rows spread at random, in their order, always the same ones."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0)).numpy()
+    chosen: NDArray[np.int64] = np.sort(order[:num])
+    return chosen
+
+
+def _end_of(tok: Any) -> int:
+    end = tokenizer.ends(tok)[1]
+    if end is None:
+        raise DataError(
+            "tokenizer: it has no token that ends a text (eos_token or sep_token), so that no reply could end; valid: one "
+            "whose tokenizer_config.json names it"
+        )
+    return end
+
+
+def _with_short_prompts(
+    rows: Sequence[Row], data: Instructions, tok: Any
+) -> tuple[list[tuple[Row, Rendered]], list[Ids]]:
+    """(rows whose prompt is not too long, with their texts; tokens of these prompts)."""
+    start, _ = tokenizer.ends(tok)
+    found, prompts = list[tuple[Row, Rendered]](), list[Ids]()
+    for first in range(0, len(rows), CHUNK):
+        some = rows[first : first + CHUNK]
+        rendered = [render(row, data.template, tok) for row in some]
+        encode = tokenizer.encode if data.template == "alpaca" else _encode_template
+        encoded = encode(tok, [text.prompt for text in rendered])
+        for row, text, ids in zip(some, rendered, encoded, strict=True):
+            if start is not None and ids[:1] != [start]:  # a chat template may have put it there
+                ids = [start, *ids]
+            if len(ids) <= data.prompt_length:
+                found.append((row, text))
+                prompts.append(np.array(ids, np.int32))
+    return found, prompts
+
+
+def _encode_template(tok: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts in which special tokens are what they are: a chat template is made of them."""
+    encoded: list[list[int]] = tok(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return encoded
+
+
+def _encode_replies(texts: Sequence[Rendered], tok: Any) -> list[list[int]]:
+    """What is to be written, without the end. Special tokens are such only where the template put them."""
+    plain = [f"{one.lead}{one.reply}" if one.lead.isspace() else one.reply for one in texts]
+    leads = ["" if one.lead.isspace() else one.lead for one in texts]
+    heads = _encode_template(tok, leads) if any(leads) else [list[int]()] * len(texts)
+    return [[*head, *ids] for head, ids in zip(heads, tokenizer.encode(tok, plain), strict=True)]
+
+
+def _write(
+    rows: Sequence[tuple[tuple[Row, Rendered], Ids]], tok: Any, end_id: int, length: int, path: Path
+) -> dict[str, Any]:
+    num_prompt, num_reply, num_cut = 0, 0, 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as writer:
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            prompts = [prompt for _, prompt in some]
+            whole = [[*ids, end_id] for ids in _encode_replies([text for (_, text), _ in some], tok)]
+            replies = [ids[: length - len(prompt)] for ids, prompt in zip(whole, prompts, strict=True)]
+            columns = (prompts, replies, [row.replies for (row, _), _ in some])
+            writer.write_batch(
+                pa.record_batch(
+                    [pa.array(column, kind.type) for column, kind in zip(columns, COLUMNS, strict=True)], schema=COLUMNS
+                )
+            )
+            num_prompt += sum(map(len, prompts))
+            num_reply += sum(map(len, replies))
+            num_cut += sum(len(kept) < len(ids) for kept, ids in zip(replies, whole, strict=True))
+    return {
+        "exchanges": len(rows),
+        "tokens": num_prompt + num_reply,
+        "reply_tokens": num_reply,
+        "truncated": num_cut / max(1, len(rows)),
+    }
