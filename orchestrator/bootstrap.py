@@ -25,10 +25,13 @@ CHUNK = 1_000_000  # weights that are held at once; more are slower, as they lea
 _ENDS = (100 * ALPHA / 2, 100 * (1 - ALPHA / 2))
 
 
+How = Rule | Literal["loss", "mean"]  # how examples become a number; `loss`: their sum over that of the counts
+
+
 class Answers(NamedTuple):
     """One data set as both arms (A = 2: arm, against) answered it: S pairs of seeds, E examples, all the same."""
 
-    rule: Rule | Literal["loss", "mean"]  # how they are scored; `loss`: their sum over that of the counts
+    rule: How
     parts_E: NDArray[np.int64]  # of the data set; each is resampled for itself
     labels_E: NDArray[np.float64]
     values_ASE: NDArray[np.float64]  # predictions; of the rule `loss` losses
@@ -142,7 +145,7 @@ def seed_of(*name: str) -> int:
     return random_stream(0, "new data", *name)
 
 
-def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> Rule | Literal["loss", "mean"]:
+def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> How:
     if metric.endswith("_loss"):
         return "loss"
     if metric == "rougeL":  # of each reply by itself
@@ -156,7 +159,7 @@ def _rule(metric: str, task: str, rules: Mapping[str, Rule]) -> Rule | Literal["
 
 
 def _answers(
-    rows: pd.DataFrame, sides: Sequence[str], seeds: Sequence[int], recorded_AS: NDArray[np.float64], rule: Rule | Literal["loss", "mean"], task: str
+    rows: pd.DataFrame, sides: Sequence[str], seeds: Sequence[int], recorded_AS: NDArray[np.float64], rule: How, task: str
 ) -> Answers:  # fmt: skip
     cells = [[rows[(rows["side"] == side) & (rows["seed"] == seed)] for seed in seeds] for side in sides]
     cells = [[cell.sort_values(["part", "example"], kind="stable") for cell in of_arm] for of_arm in cells]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,28 +55,46 @@ def evaluate(
     session: Any = None,
 ) -> Scored:
     """`mlm_loss` (nats) and `mlm_accuracy` (x 100), or `lm_…` for a next-token stream, over supervised positions."""
-    was_training = net.training
-    net.eval()
-    num, length = len(getattr(corpus, split)), getattr(corpus, split).length
-    losses_E, counts_E, correct = np.zeros(num), np.zeros(num), 0.0
-    for i, batch in enumerate(evaluation_batches(corpus, split, corruption, batch=ROWS)):
-        if not _is_mine(i, session):
-            continue
-        labels_N = batch.labels_N.to(device)
-        with autocast():
-            logits_NV = logits_at(net, batch.ids_BT.to(device), batch.positions_N.to(device)).float()
-        logits_NV = logits_NV[:, : corpus.vocab_size]  # rows beyond it pad the embeddings
-        rows_N = (batch.positions_N // length + i * ROWS).numpy()
-        np.add.at(losses_E, rows_N, F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu().numpy())
-        np.add.at(counts_E, rows_N, 1.0)
-        correct += (logits_NV.argmax(-1) == labels_N).sum().item()
-    net.train(was_training)
-    if session:
-        losses_E, counts_E = _total(session, losses_E), _total(session, counts_E)
-        (correct,) = session.total([correct])
-    kind = "lm" if corruption is None else "mlm"
-    metrics = {f"{kind}_loss": losses_E.sum() / counts_E.sum(), f"{kind}_accuracy": 100 * correct / counts_E.sum()}
-    return Scored({name: float(value) for name, value in metrics.items()}, None, None, losses_E, counts_E)
+    tally, length = _Tally.of(len(getattr(corpus, split))), getattr(corpus, split).length
+    with _in_eval_mode(net):
+        for i, batch in enumerate(evaluation_batches(corpus, split, corruption, batch=ROWS)):
+            if not _is_mine(i, session):
+                continue
+            with autocast():
+                logits_NV = logits_at(net, batch.ids_BT.to(device), batch.positions_N.to(device)).float()
+            logits_NV = logits_NV[:, : corpus.vocab_size]  # rows beyond it pad the embeddings
+            tally.add(logits_NV, batch.labels_N.to(device), batch.positions_N // length + i * ROWS)
+    tally = tally.over(session)
+    return Scored(tally.metrics("lm" if corruption is None else "mlm"), None, None, tally.losses_E, tally.counts_E)
+
+
+@dataclass
+class _Tally:
+    """Sums by example of what is known of supervised tokens."""
+
+    losses_E: Floats
+    counts_E: Floats
+    correct: float = 0.0
+
+    @classmethod
+    def of(cls, num: int) -> _Tally:
+        return cls(np.zeros(num), np.zeros(num))
+
+    def add(self, logits_NV: Tensor, labels_N: Tensor, examples_N: Tensor) -> None:
+        loss_N = F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu().numpy()
+        np.add.at(self.losses_E, examples_N.numpy(), loss_N)
+        np.add.at(self.counts_E, examples_N.numpy(), 1.0)
+        self.correct += (logits_NV.argmax(-1) == labels_N).sum().item()
+
+    def over(self, session: Any) -> _Tally:
+        """Of all ranks."""
+        if not session:
+            return self
+        return _Tally(_total(session, self.losses_E), _total(session, self.counts_E), *session.total([self.correct]))
+
+    def metrics(self, kind: str) -> dict[str, float]:
+        num = self.counts_E.sum()
+        return {f"{kind}_loss": float(self.losses_E.sum() / num), f"{kind}_accuracy": float(100 * self.correct / num)}
 
 
 @torch.no_grad()
@@ -91,24 +110,22 @@ def evaluate_task(
 ) -> Scored:
     """`task_loss` (nats, or squared error), and the task's scores (x 100). `made_E`: labels that a model made; with these
     the score is accuracy."""
-    was_training = net.training
-    net.eval()
     examples = getattr(task, split)
     labels_E = torch.as_tensor(examples.labels) if made_E is None else made_E
     predictions_E, losses_E = np.zeros(len(examples)), np.zeros(len(examples))
-    for i, (indices, batch) in enumerate(task_evaluation(examples, batch=ROWS)):
-        if not _is_mine(i, session):
-            continue
-        with autocast():
-            on = batch.to(device)
-            logits_BC = class_logits(net, on.ids_BT, on.mask_BT, on.types_BT).float().cpu()
-        labels_B = labels_E[torch.as_tensor(indices)]
-        if logits_BC.shape[1] == 1:
-            predicted_B, loss_B = logits_BC[:, 0], (logits_BC[:, 0] - labels_B).square()
-        else:
-            predicted_B, loss_B = logits_BC.argmax(-1), F.cross_entropy(logits_BC, labels_B, reduction="none")
-        predictions_E[indices], losses_E[indices] = predicted_B.double().numpy(), loss_B.double().numpy()
-    net.train(was_training)
+    with _in_eval_mode(net):
+        for i, (indices, batch) in enumerate(task_evaluation(examples, batch=ROWS)):
+            if not _is_mine(i, session):
+                continue
+            with autocast():
+                on = batch.to(device)
+                logits_BC = class_logits(net, on.ids_BT, on.mask_BT, on.types_BT).float().cpu()
+            labels_B = labels_E[torch.as_tensor(indices)]
+            if logits_BC.shape[1] == 1:
+                predicted_B, loss_B = logits_BC[:, 0], (logits_BC[:, 0] - labels_B).square()
+            else:
+                predicted_B, loss_B = logits_BC.argmax(-1), F.cross_entropy(logits_BC, labels_B, reduction="none")
+            predictions_E[indices], losses_E[indices] = predicted_B.double().numpy(), loss_B.double().numpy()
     if session:
         predictions_E, losses_E = _total(session, predictions_E), _total(session, losses_E)
     gold_E = labels_E.double().numpy()
@@ -134,34 +151,23 @@ def evaluate_exchanges(
     By example, `predictions_E` are its `rougeL`.
     """
     exchanges: Exchanges = getattr(data, split)
-    losses_E, counts_E, correct = np.zeros(len(exchanges)), np.zeros(len(exchanges)), 0.0
-    rows = exchange_rows(data.vocab_size, data.length)
+    tally = _Tally.of(len(exchanges))
     with _in_eval_mode(net):
-        for _, indices, batch in _exchange_batches(exchanges, session, rows):
+        for _, indices, batch in _exchange_batches(exchanges, session, exchange_rows(data.vocab_size, data.length)):
             logits_NV, packed = _reply_logits(net, batch, data.vocab_size, device, autocast)
-            rows_N = indices[packed.owners_N.cpu()].numpy()
-            loss_N = F.cross_entropy(logits_NV, packed.labels_N, reduction="none").double().cpu().numpy()
-            np.add.at(losses_E, rows_N, loss_N)
-            np.add.at(counts_E, rows_N, 1.0)
-            correct += (logits_NV.argmax(-1) == packed.labels_N).sum().item()
-    if session:
-        losses_E, counts_E = _total(session, losses_E), _total(session, counts_E)
-        (correct,) = session.total([correct])
-    metrics = {
-        "lm_loss": float(losses_E.sum() / counts_E.sum()),
-        "lm_accuracy": float(100 * correct / counts_E.sum()),
-    }
+            tally.add(logits_NV, packed.labels_N, indices[packed.owners_N.cpu()])
+    tally = tally.over(session)
     answered = {
         seed: _answered(net, data, exchanges, seed, device, autocast, session) for seed in (*data.scoring.seeds, None)
     }
     sampled = [answered[seed] for seed in data.scoring.seeds] or [answered[None]]
     rouge_E = np.mean([rouge for rouge, _ in sampled], axis=0)
-    metrics |= {
+    metrics = tally.metrics("lm") | {
         "rougeL": float(rouge_E.mean()),
         "greedy_rougeL": float(answered[None][0].mean()),
         "unfinished": float(100 * np.mean([unfinished for _, unfinished in sampled])),
     }
-    return Scored(metrics, None, rouge_E, losses_E, counts_E)
+    return Scored(metrics, None, rouge_E, tally.losses_E, tally.counts_E)
 
 
 def _answered(
@@ -272,8 +278,6 @@ def size_and_speed(
     A sequence of `length` tokens without padding, through everything, the head at all positions. Other trials that run
     on the machine make it slower.
     """
-    was_training = net.training
-    net.eval()
     ids_BT = torch.ones((1, length), dtype=torch.long, device=device)
 
     def forward() -> None:
@@ -285,15 +289,15 @@ def size_and_speed(
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-        forward()
-    forward()
     times = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
+    with _in_eval_mode(net):
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            forward()
         forward()
-        times.append(time.perf_counter() - started)
-    net.train(was_training)
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            forward()
+            times.append(time.perf_counter() - started)
     found = {"parameters": num_parameters(net), "forward_flops": counter.get_total_flops()}
     return {**{name: float(value) for name, value in found.items()}, "latency_ms": 1000 * sorted(times)[RUNS // 2]}
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from trainables import passes, replies
-from trainables.data.corpus import Corpus
-from trainables.data.exchanges import ExchangeSet
-from trainables.data.tasks import Task
+from trainables.data.tasks import Prepared
 from trainables.evaluate import Scored
 from trainables.notice import Ask, Notice
 from trainables.phases import Instance, phase_key
@@ -105,7 +103,7 @@ class Run:
 
     spec: TrialSpec  # pruned
     fingerprints: Mapping[str, str]
-    data: Mapping[str, Corpus | Task | ExchangeSet]
+    data: Mapping[str, Prepared]
     store: PhaseStore
     at: Surroundings
     session: Session

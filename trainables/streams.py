@@ -16,7 +16,7 @@ from trainables.data.batches import batch_indices, corrupt
 from trainables.data.corpus import Corpus
 from trainables.data.exchanges import ExchangeBatch, ExchangeSet
 from trainables.data.masking import MaskedBatch
-from trainables.data.tasks import Task, TaskBatch, folds, task_evaluation, task_indices
+from trainables.data.tasks import Prepared, Task, TaskBatch, folds, task_evaluation, task_indices
 from trainables.evaluate import FLOPS, ROWS, Scored, evaluate, evaluate_exchanges, evaluate_task
 from trainables.spec.phase import PredictionQuality, Stream
 from trainables.spec.value import random_stream
@@ -30,7 +30,7 @@ class Reader:
 
     name: str
     spec: Stream
-    data: Corpus | Task | ExchangeSet
+    data: Prepared
     made: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, float] = field(default_factory=dict)  # of made labels: metrics on train
     rows: Tensor | None = None
@@ -43,7 +43,7 @@ class Reader:
     @property
     def length(self) -> int:
         """Tokens of the longest one."""
-        return self.data.length if isinstance(self.data, ExchangeSet) else self.data.train.length
+        return self.data.train.length
 
     @property
     def num_labels(self) -> int | None:
@@ -84,7 +84,7 @@ class Reader:
 def open_reader(
     name: str,
     spec: Stream,
-    data: Corpus | Task | ExchangeSet,
+    data: Prepared,
     make: Callable[[str], Any],
     *,
     seed: int,

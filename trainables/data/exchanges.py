@@ -277,8 +277,7 @@ def _with_short_prompts(
     for first in range(0, len(rows), CHUNK):
         some = rows[first : first + CHUNK]
         rendered = [render(row, data.template, tok) for row in some]
-        encode = tokenizer.encode if data.template == "alpaca" else _encode_template
-        encoded = encode(tok, [text.prompt for text in rendered])
+        encoded = tokenizer.encode(tok, [text.prompt for text in rendered], is_template=data.template == "chat")
         for row, text, ids in zip(some, rendered, encoded, strict=True):
             if start is not None and ids[:1] != [start]:  # a chat template may have put it there
                 ids = [start, *ids]
@@ -288,24 +287,11 @@ def _with_short_prompts(
     return found, prompts
 
 
-def _encode_template(tok: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts in which special tokens are what they are: a chat template is made of them."""
-    encoded: list[list[int]] = tok(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return encoded
-
-
 def _encode_replies(texts: Sequence[Rendered], tok: Any) -> list[list[int]]:
     """What is to be written, without the end. Special tokens are such only where the template put them."""
     plain = [f"{one.lead}{one.reply}" if one.lead.isspace() else one.reply for one in texts]
     leads = ["" if one.lead.isspace() else one.lead for one in texts]
-    heads = _encode_template(tok, leads) if any(leads) else [list[int]()] * len(texts)
+    heads = tokenizer.encode(tok, leads, is_template=True) if any(leads) else [list[int]()] * len(texts)
     return [[*head, *ids] for head, ids in zip(heads, tokenizer.encode(tok, plain), strict=True)]
 
 

@@ -69,9 +69,8 @@ def read_columns(
     places: Iterable[Place], texts: Sequence[str], label: str, *, fields: Mapping[str, str], what: str
 ) -> Iterator[Columns]:
     """Columns of texts and one of labels, file by file; in a CSV file labels are text. `fields` of a spec name columns."""
-    for place in places:
-        rows = _table(place.uri, texts, (label,), fields, what)
-        yield Columns(repr(place.uri), [rows[name].to_pylist() for name in texts], rows[label].to_pylist())
+    for table in read_tables(places, texts, (label,), fields=fields, what=what):
+        yield _columns(table, texts, label)
 
 
 def read_tables(
@@ -95,11 +94,11 @@ def read_hub_columns(
     name: str, config: str | None, revision: str, split: str, texts: Sequence[str], label: str, *, what: str
 ) -> Columns:
     """Columns of texts and one of labels of a split of a hub data set."""
-    rows = _hub_rows(name, config, revision, split, what)
-    for column in (*texts, label):
-        _check_column(column, rows.features.arrow_schema, name, what, None, is_text=column != label)
-    columns = {column: rows.data.column(column).to_pylist() for column in (*texts, label)}
-    return Columns(f"split {split!r} of {name!r}", [columns[text] for text in texts], columns[label])
+    return _columns(read_hub_table(name, config, revision, split, texts, (label,), fields={}, what=what), texts, label)
+
+
+def _columns(table: Table, texts: Sequence[str], label: str) -> Columns:
+    return Columns(table.where, [table.columns[text] for text in texts], table.columns[label])
 
 
 def read_hub_table(

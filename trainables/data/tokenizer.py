@@ -89,12 +89,15 @@ def behaviour(tokenizer: Any) -> str:
     return digest([identity(tokenizer), encode(tokenizer, [PROBE]), ends(tokenizer), special_ids(tokenizer)], 16)
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text without special tokens: `[MASK]` written in a text is text."""
+def encode(tokenizer: Any, texts: Sequence[str], *, is_template: bool = False) -> list[list[int]]:
+    """Ids of each text, to which no special tokens are added: `[MASK]` written in a text is text.
+
+    `is_template`: special tokens are what they are, since a chat template is made of them.
+    """
     encoded: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=False,
-        split_special_tokens=True,
+        split_special_tokens=not is_template,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # documents are longer than a model's input; they are packed

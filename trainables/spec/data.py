@@ -252,15 +252,4 @@ class InstructionHub(_Instructed):
 Corpora = PythonDocs | Files | Hub
 Tasks = Glue | PythonTask | LabelledFiles
 Instructions = PythonInstructions | InstructionFiles | InstructionHub
-Data = Annotated[
-    PythonDocs
-    | Files
-    | Hub
-    | Glue
-    | PythonTask
-    | LabelledFiles
-    | PythonInstructions
-    | InstructionFiles
-    | InstructionHub,
-    Field(discriminator="kind"),
-]
+Data = Annotated[Corpora | Tasks | Instructions, Field(discriminator="kind")]
