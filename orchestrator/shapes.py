@@ -155,7 +155,7 @@ class Shapes:
             if isinstance(how, Lora):
                 lora.attach(net, how, name=model.family or str(model.pretrained), seed=0)
             if recompute:
-                _recompute(net)
+                models.recompute(net)
             return net
 
         return self._once(("net", *_key(model, length), num_labels, _how(how), recompute), make)
@@ -260,13 +260,6 @@ def _reply_share(data: ExchangeSet) -> float:
     parts = (data.train, data.dev, data.test)
     shares = [len(one.reply(i)) / int(one.lengths[i]) for one in parts for i in range(len(one))]
     return max(shares, default=1.0)
-
-
-def _recompute(net: Any) -> None:
-    try:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise models.ModelError(f"recompute: {str(error).splitlines()[0]}") from None
 
 
 def _learn(net: Any, learns: bool) -> None:

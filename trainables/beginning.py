@@ -72,7 +72,7 @@ def begin(run: Run, instance: Instance) -> Running:
         if isinstance(how, Lora):
             lora.attach(net, how, name=name, seed=seed)
         if how is not None and spec.recompute:
-            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            models.recompute(net)
         made_on = {on for on, stream in streams.items() if name in makers_of(stream.spec)}
         for on in made_on | {term.on for term in spec.terms.values() if name in reads(term)}:
             if streams[on].num_labels is None:

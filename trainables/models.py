@@ -300,6 +300,14 @@ def _give_labels(config: Any, num_labels: int) -> None:
     config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
 
 
+def recompute(net: Any) -> None:
+    """From now on the backward makes activations again. Raises ModelError where the family cannot."""
+    try:
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"recompute: {str(error).splitlines()[0]}") from None
+
+
 def _refuse_code_of_the_hub(config: Any, where: str) -> None:
     """An attention called `owner/name` is a program that transformers would fetch and run, whatever it trusts else."""
     for field in ("_attn_implementation", "_experts_implementation"):
