@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Lab, flow, hard, inner, model, phase
+from pydantic import ValidationError
 
 from trainables import loop, models, passes
 from trainables.data.tasks import TaskBatch, folds
@@ -237,6 +239,12 @@ def test_out_of_fold_labels_come_from_the_model_that_did_not_see_the_example(new
             }
         return found
 
+    crossed = copy.deepcopy(trial)
+    crossed["phases"]["guess"]["streams"]["main"]["labels"]["of"].reverse()
+    with pytest.raises(
+        ValidationError, match=r"'second' labels fold 0 of 2, which it must not have seen; train it with"
+    ):
+        lab.spec(crossed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reader, "batch", watch)
         ran = lab.run(lab.spec(trial))
@@ -282,6 +290,21 @@ def test_a_term_inside_teaches_only_its_target(new_task_lab: Any, seen: Any, nam
     assert head and all(
         torch.equal(before[key], after[key]) for key in head if after[key].ndim < 2
     )  # nothing at the logits
+
+
+def test_a_student_of_one_layer_has_no_hints_to_be_patient_about(new_task_lab: Any) -> None:
+    """The published maps leave out the last layer: with one layer Patient-KD is distillation from logits."""
+    ran = {}
+    for with_hints in (False, True):
+        lab, trial = new_task_lab(), fine_tuning()
+        for name in ("teach", "distil"):
+            trial["phases"][name]["each"] = ["single"]
+        if with_hints:
+            trial["phases"]["distil"]["terms"]["patient"] = {**INNER["patient"], "layers": "even"}
+        ran[with_hints] = lab.run(lab.spec(trial))
+    plain, patient = (ran[which].weights("distil", "student", "single") for which in (False, True))
+    assert plain.keys() == patient.keys() and all(torch.equal(plain[name], patient[name]) for name in plain)
+    assert set(ran[True].of("distil", "student", "patient", "train")) == {0.0}
 
 
 def test_patience_is_the_mean_of_normalised_first_positions(new_task_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +404,8 @@ def test_a_student_with_shared_layers_trains_is_stored_and_goes_on(new_task_lab:
     ("change", "message"),
     [
         (lambda t: t["phases"]["distil"]["streams"].update(main={"labels": QUALITY, "data": "number"}), "is a regression, where no answer is right or wrong"),
-        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": [0.5, 1]}}), "less than 1"),
+        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": [0.5, 1]}}), "'median', or two numbers above 0 and below 1"),
+        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": "mean"}}), "'median', or two numbers"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "of": "student"}}), "must have been trained by an earlier phase"),
         (lambda t: t["phases"]["pretrain"]["streams"].update(main={"labels": QUALITY}), "is a corpus; labels are for tasks"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "corruption": {"probability": 0.3}}), "which is read as it is"),

@@ -31,6 +31,7 @@ from transformers import (
 
 from orchestrator import shapes
 from trainables import models, remap
+from trainables.evaluate import size_and_speed
 from trainables.sharing import (
     ORDERS,
     SharedBertConfig,
@@ -441,6 +442,15 @@ def test_every_run_is_computed_and_counted(order: str) -> None:
             backward(model)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_a_trial_says_of_shared_layers_what_they_weigh_once_and_what_all_runs_take() -> None:
+    """Equal parameters to as many layers, equal FLOPs to as many as run: beside both stands the time."""
+    nets = build("twice"), BertForMaskedLM(plain_config()), BertForMaskedLM(plain_config(4))
+    ours, plain, deep = (size_and_speed(net, length=LENGTH, is_task=False, device="cpu") for net in nets)
+    assert ours["parameters"] == plain["parameters"] < deep["parameters"]
+    assert ours["forward_flops"] == deep["forward_flops"] > plain["forward_flops"]
+    assert all(found["latency_ms"] > 0 for found in (ours, plain, deep))
 
 
 def test_the_plan_sees_the_memory_of_every_run() -> None:

@@ -177,13 +177,19 @@ def check_inner(terms: Mapping[str, Term], nets: Mapping[str, Any]) -> None:
     """Raises SiteError where layers cannot be paired, or a model's attention cannot be looked into."""
     for name, term in terms.items():
         try:
-            if isinstance(term, Inner) and not _pairs(term, nets):
+            if isinstance(term, Inner) and not _pairs(term, nets) and not _has_none_by_rule(term, nets):
                 raise ValueError("no layers correspond; valid: another map, or explicit pairs")
             if isinstance(term, AttentionMSE | RelationKL):
                 for model in reads(term):
                     _check_attention(term, nets[model])
         except ValueError as error:
             raise SiteError(f"term {name!r}: {error}") from None
+
+
+def _has_none_by_rule(term: Inner, nets: Mapping[str, Any]) -> bool:
+    """Patient-KD's maps leave out the last layer, so that a model of one layer has no hints: its term is 0, as published."""
+    is_patient = isinstance(term, HiddenMSE) and term.layers in ("even", "last")
+    return is_patient and num_executed(nets[term.to].config) == 1
 
 
 def num_executed(config: Any) -> int:
@@ -220,6 +226,8 @@ def _inside(
 ) -> Tensor:
     """A term's sum over its units."""
     pairs = _pairs(term, on.nets)
+    if not pairs:
+        return to.hidden_LBTD[0].new_zeros(())
     if isinstance(term, HiddenMSE | HiddenCosine):
         theirs = [source.hidden_LBTD[i] for i, _ in pairs]
         ours = [to.hidden_LBTD[j] for _, j in pairs]

@@ -31,6 +31,13 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _thresholds(value: Any) -> Any:
+    numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) and 0 < v < 1 for v in value)
+    if value != "median" and not (numbers and len(value) == 2):
+        raise ValueError("must be 'median', or two numbers above 0 and below 1: for right answers, and for wrong ones")
+    return value
+
+
 class PredictionQuality(Value):
     """Labels of a task's examples by how a model trained on it does there: 0 right and confident, 1 right and not, 2 wrong
     and confident, 3 wrong and not (Cho & Kang 2022, pretraining with the teacher's predictions).
@@ -43,9 +50,7 @@ class PredictionQuality(Value):
 
     kind: Literal["prediction_quality"]
     of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
-    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] | Literal["median"] = (
-        "median"
-    )
+    thresholds: Annotated[tuple[float, float] | Literal["median"], BeforeValidator(_thresholds)] = "median"
     permuted: bool = False  # dealt out anew at random: as many of each label, and nothing to learn from them
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from trainables.spec.data import Data, Instructions, SameTokenizer, Tasks
 from trainables.spec.models import Model, Remap
-from trainables.spec.phase import Masking, Phase, Tokens, makers
+from trainables.spec.phase import Fold, Masking, Phase, Tokens, makers
 from trainables.spec.terms import CrossEntropy, HiddenCosine, HiddenMSE, Inner, is_off, reads
 from trainables.spec.value import Name, Value, digest, single
 
@@ -98,9 +98,18 @@ class TrialSpec(Value):
                     for item in tasks:
                         if self.data[item].is_regression:  # type: ignore[union-attr]
                             raise ValueError(f"{at}.labels: {item} is a regression, where no answer is right or wrong")
-                    for labeller in stream.labels.of:
-                        if labeller in phase.train or self.origin(name, labeller) is None:
+                    num = len(stream.labels.of)
+                    for fold, labeller in enumerate(stream.labels.of):
+                        start = None if labeller in phase.train else self.origin(name, labeller)
+                        if start is None:
                             raise ValueError(f"{at}.labels.of: {labeller!r} must have been trained by an earlier phase")
+                        taught = self.phases[parse_start(start)[0]].streams.values()
+                        unseen = Fold(num=num, leave_out=fold) if num > 1 else None
+                        if unseen is not None and all(other.fold != unseen for other in taught):
+                            raise ValueError(
+                                f"{at}.labels.of: {labeller!r} labels fold {fold} of {num}, which it must not have seen; "
+                                f"train it with fold: {{num: {num}, leave_out: {fold}}}"
+                            )
             for model in self.models_of(name):
                 read = {t.on for t in phase.terms.values() if model in reads(t)}
                 heads = {(phase.streams[on].data if not phase.each else "", phase.streams[on].labels) for on in read}
