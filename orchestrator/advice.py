@@ -143,10 +143,13 @@ def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Advi
     if not means:
         return Advice(title, "None yet: no trial of an arm has ended.")
     best = (min if study.objective.mode == "min" else max)(means, key=means.__getitem__)
-    shown = [v for v in verdicts if v.claim.arm == best and v.verdict == "supported"]
+    held = [(i, v) for i, v in enumerate(verdicts, 1) if v.claim.arm == best and v.verdict == "supported"]
+    shown = ", ".join(str(i) for i, v in held if v.claim.margin >= 0)
+    level = ", ".join(f"{i} ({v.claim.stated()})" for i, v in held if v.claim.margin < 0)
     if shown:
-        numbers = ", ".join(str(i) for i, v in enumerate(verdicts, 1) if v in shown)
-        lead, verdict = f"Use {best}: claim {numbers}.", "supported"
+        lead, verdict = f"Use {best}: claim {shown}.", "supported"
+    elif level:
+        lead, verdict = f"{best} has the best mean on dev; no claim shows that it is better, but claim {level}.", ""
     else:
         lead, verdict = f"{best} has the best mean on dev; no claim shows that it is better.", ""
     places = decimals_for(None, means[best])
@@ -154,6 +157,11 @@ def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Advi
         (arm, f"{fixed(means[arm], places)} {at.metric} on dev, mean of {plural(len(scores[arm]), 'seed')}")
         for arm in (best, baseline_of(study, best))
         if arm in means
+    ]
+    facts += [
+        ("cheaper", f"claim {i}: {v.claim.stated()}")
+        for i, v in enumerate(verdicts, 1)
+        if v.verdict == "supported" and v.claim.less and best in v.claim.rivals
     ]
     facts += [("chosen", f"the best of {len(means)} arms on dev: optimistic")] if len(means) > 1 else []
     facts.append(("cost", _cost(study, tables, ended(tables, "trial", best))))

@@ -1,7 +1,8 @@
 """Verdicts: what the tables say about the claims. Pure; knows no Ray, no files, no report.
 
 A verdict is decided over seeds. Where answers are stored by example, an interval over new seeds and new examples stands
-beside it, and says whether it holds on new data as well or on this evaluation set only.
+beside it, and says whether it holds on new data as well or on this evaluation set only. Where a claim says `less`, the cost
+is a part that is judged beside the quality.
 """
 
 from __future__ import annotations
@@ -15,22 +16,37 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.bootstrap import Missing, new_data, seed_of
-from orchestrator.sides import NO_TASKS, Cost, Counts, Reading, Side, Tasks, is_at, of_kind, ratio, sides
+from orchestrator.sides import (
+    NO_TASKS,
+    Cost,
+    Counts,
+    Reading,
+    Side,
+    Tasks,
+    equal_sides,
+    is_at,
+    of_kind,
+    ratio,
+    sides,
+)
 from orchestrator.statistics import (
     ALPHA,
     Comparison,
+    CostComparison,
     Decision,
     bounds,
     compare,
+    compare_costs,
     decide,
     holm,
     lower_is_better,
     seeds_needed,
 )
-from orchestrator.study import Claim, tasks_of
+from orchestrator.study import AXIS_WORDS, Claim, CostAxis, Slot, tasks_of
+from orchestrator.times import conditions
 
 PaperJudgement = Literal["inside", "below", "above", "not comparable"]
-NEW_DATA, THIS_SET = "on new data as well", "on this evaluation set"
+NEW_DATA, THIS_SET, BY_COST = "on new data as well", "on this evaluation set", "by its cost"
 GLUE = frozenset(("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"))  # its average; with wnli it is over 9
 
 
@@ -45,28 +61,57 @@ class Verdict:
     claim: Claim
     verdict: Decision
     parts: tuple[Comparison, ...]  # one for each `against` that shares a seed with the arm; of values that are there
+    cost_parts: tuple[CostPart, ...]  # likewise, where the claim says `less`
     p_adjusted: float  # Holm's; of a conjunctive claim the p of the part that decided; 1 where nothing can be tested
     seeds_more: int | None  # about how many it would take; None if decided, above 1000, or seeds would not help
     counts: Mapping[str, Counts]  # by arm
-    costs: Mapping[str, Cost]  # by arm
+    costs: Mapping[str, Cost]  # by arm; at equal cost the arm's beside the first `against`
     cost_ratios: Mapping[str, Cost]  # by `against`: the arm's cost over its cost
     paper: PaperJudgement | None  # of the paper's figure, as an effect in our units, against our 95 % interval
     notes: tuple[str, ...]
     reading: Reading  # with the data sets over which the values are means
     by_task: Mapping[str, tuple[Comparison, ...]]  # as `parts`, of each data set for itself; empty where there is one
-    holds: str | None  # where a verdict that is decided holds: NEW_DATA or THIS_SET
+    holds: str | None  # where a verdict that is decided holds: NEW_DATA or THIS_SET; BY_COST: refuted by that alone
+    read_at: Mapping[str, Pair]  # by `against`, of claims at equal cost
+    conditions: str | None  # under which the times were taken, of claims about time
+
+
+class Pair(NamedTuple):
+    """Progress by seed at which two sides were read."""
+
+    arm: Mapping[int, float]
+    against: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class CostPart:
+    """What the arm spent, over what `against` spent, without the phases that both share."""
+
+    axis: CostAxis
+    found: CostComparison
+    in_full: float  # the ratio with those phases
+    shared: tuple[str, ...]
+    verdict: Decision
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One pair of sides: what is there, and what may be decided from it."""
+    """One pair of sides: what is there, and what may be decided from it. Of their quality, or of their costs."""
 
-    comparison: Comparison | None
+    comparison: Comparison | None  # of their quality
     p: float  # 1 where nothing can be decided
     beyond: float  # gain - margin; with failed seeds, under the values that stand for them
     notes: list[str]
     failed: bool
     by_task: dict[str, Comparison] = field(default_factory=dict)
+    cost: CostPart | None = None
+
+    @property
+    def spread(self) -> tuple[float | None, int, int] | None:
+        """SD, pairs, and claims in the family; None where nothing is compared."""
+        if self.cost is not None:
+            return self.cost.found.log_sd, self.cost.found.n, 1
+        return None if (c := self.comparison) is None else (c.sd, c.n, c.family_size)
 
 
 class _Examples(NamedTuple):
@@ -85,68 +130,105 @@ def judge(
     num_seeds: int | None = None,  # planned; by default those that `trials` has
     examples: pd.DataFrame | None = None,
     tasks: Tasks = NO_TASKS,
+    slot: Slot | None = None,  # where the trials ran
 ) -> dict[str, Verdict]:
     """Each claim's verdict: "`arm` is better than `against` by more than `margin`", see `decide`.
 
-    Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A conjunctive claim stands
-    outside: each part is tested at alpha; supported if all parts are, refuted if any is. That keeps a false `supported`
+    Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A conjunctive claim (several
+    `against`, or `less`) stands outside: each part is tested at alpha; supported if all parts are, refuted if any is. That keeps a false `supported`
     below alpha / 2, but k parts may falsely refute with up to k * alpha / 2.
     """
-    single = {name: claim.family for name, claim in claims.items() if isinstance(claim.against, str)}
+    single = {n: claim.family for n, claim in claims.items() if isinstance(claim.against, str) and not claim.less}
     sizes = Counter(single.values())
     readings: dict[str, Reading] = {}
-    found: dict[str, dict[str, Side]] = {}
+    pairs: dict[str, list[tuple[Side, Side]]] = {}
     parts: dict[str, list[_Part]] = {}
     for name, claim in claims.items():
-        against = (claim.against,) if isinstance(claim.against, str) else claim.against
-        phase = claim.phase or default_phase
-        averaged = tasks_of(claim, tasks.each.get(phase, ()))
-        at = Reading(phase, claim.model, claim.metric, averaged, claim.split, claim.at)
-        rival = at._replace(model=claim.against_model or claim.model)
-        averaged, of = sides(results, trials, (claim.arm, *against), at, "arm", "trial", num_seeds)
-        if rival != at:
-            of |= sides(results, trials, against, rival, "arm", "trial", num_seeds)[1]
-        readings[name], found[name] = at._replace(tasks=averaged), of
-        answers = _examples(examples, {(claim.arm,): at, against: rival}, "arm", "trial")
+        readings[name], pairs[name] = _pairs(claim, results, trials, default_phase, num_seeds, tasks)
+        at = readings[name]
+        answers = _examples(examples, _asked(claim, at), "arm", "trial")
         how: dict[str, Any] = {"margin": claim.margin, "family_size": sizes[claim.family] if name in single else 1}
-        parts[name] = [_part(name, of[claim.arm], of[a], readings[name], answers, tasks, **how) for a in against]
+        parts[name] = [_part(name, *pair, at, answers, tasks, **how) for pair in pairs[name]]
+        for part, pair in zip(parts[name], pairs[name], strict=True):
+            part.notes.extend(_with_later_looks(*pair, at, claim.margin))
+        if claim.less is not None:
+            parts[name] += [_cost_part(*pair, claim.less) for pair in pairs[name]]
     adjusted: dict[str, float] = {}
     for family in sizes:
         names = [name for name, of_name in single.items() if of_name == family]
         adjusted.update(zip(names, holm([parts[name][0].p for name in names]).tolist(), strict=True))
+    timed = {
+        name: conditions(trials, (claim.arm, *claim.rivals), readings[name].phase, slot)
+        for name, claim in claims.items()
+        if claim.is_of_time
+    }
     return {
-        name: _verdict(name, claims[name], readings[name], parts[name], found[name], adjusted.get(name), tasks)
+        name: _verdict(
+            name, claims[name], readings[name], parts[name], pairs[name], adjusted.get(name), tasks, timed.get(name)
+        )
         for name in claims
     }
 
 
+def _pairs(
+    claim: Claim, results: pd.DataFrame, trials: pd.DataFrame, default_phase: str, num_seeds: int | None, tasks: Tasks
+) -> tuple[Reading, list[tuple[Side, Side]]]:
+    """Where the claim is read, with its data sets; and the arm beside each `against` there."""
+    phase = claim.phase or default_phase
+    averaged = tasks_of(claim, tasks.each.get(phase, ()))
+    plain = Reading(phase, claim.model, claim.metric, averaged, claim.split)
+    if claim.at == "equal":
+        at, pairs = plain._replace(equal=claim.axis), list[tuple[Side, Side]]()
+        for against in claim.rivals:
+            both = {claim.arm: at, against: at._replace(model=claim.against_model or claim.model)}
+            averaged, of = equal_sides(results, trials, both, claim.axis, num_seeds)
+            pairs.append((of[claim.arm], of[against]))
+        return at._replace(tasks=averaged), pairs
+    at = plain._replace(at=claim.at)
+    averaged, of = sides(results, trials, (claim.arm, *claim.rivals), at, "arm", "trial", num_seeds)
+    if claim.against_model not in (None, claim.model):
+        rival = at._replace(model=claim.against_model)
+        of |= sides(results, trials, claim.rivals, rival, "arm", "trial", num_seeds)[1]
+    return at._replace(tasks=averaged), [(of[claim.arm], of[against]) for against in claim.rivals]
+
+
+def _asked(claim: Claim, at: Reading) -> dict[tuple[str, ...], Reading]:
+    """Whose answers to examples are compared, and where they stand."""
+    return {(claim.arm,): at, claim.rivals: at._replace(model=claim.against_model or claim.model)}
+
+
 def _verdict(
-    name: str, claim: Claim, at: Reading, parts: list[_Part], of: dict[str, Side], p: float | None, tasks: Tasks
-) -> Verdict:
+    name: str, claim: Claim, at: Reading, parts: list[_Part], pairs: list[tuple[Side, Side]], p: float | None,
+    tasks: Tasks, timed: str | None,
+) -> Verdict:  # fmt: skip
     refuting = [part for part in parts if decide(part.p, part.beyond) == "refuted"]
     if p is not None:
         verdict = decide(p, parts[0].beyond)
     else:
         p = min(part.p for part in refuting) if refuting else max(part.p for part in parts)
         verdict = "refuted" if refuting else decide(p, min(part.beyond for part in parts))
+    of = {side.name: side for pair in reversed(pairs) for side in pair}
     costs = {arm: side.cost for arm, side in of.items() if side.cost is not None}
-    own = costs.get(claim.arm)
-    ratios = {a: ratio(own, cost) for a, cost in costs.items() if own is not None and a != claim.arm}
-    notes = [note for part in parts for note in part.notes] + [note for side in of.values() for note in side.notes]
-    for against, times in ratios.items():
+    ratios = {b.name: ratio(a.cost, b.cost) for a, b in pairs if a.cost is not None and b.cost is not None}
+    notes = [note for part in parts for note in part.notes] + [n for pair in pairs for side in pair for n in side.notes]
+    for against, times in ratios.items() if claim.less is None else ():
         if not 1 / 1.1 <= (x := getattr(times, claim.axis)) <= 1.1:
             notes.append(f"axis not equal: {claim.arm!r} used {x:.3g} times the {claim.axis} of {against!r}")
     if len(at.tasks) > 1:
         notes.append(f"mean over {', '.join(at.tasks)}, inside each seed")
     partial = _part_of_glue(at.tasks, tasks)
     notes += [partial] if partial else []
+    quality = parts[: len(pairs)]
     holds = None
     if verdict == "supported":
-        holds = NEW_DATA if all(_holds(part) for part in parts) else THIS_SET
+        holds = NEW_DATA if all(_holds(part) for part in quality) else THIS_SET
     elif verdict == "refuted":
-        holds = NEW_DATA if any(_holds(part) for part in refuting or parts) else THIS_SET
+        decisive = [part for part in quality if any(part is one for one in refuting)]
+        holds = BY_COST if not decisive else NEW_DATA if any(_holds(part) for part in decisive) else THIS_SET
     if holds is not None:
-        notes.append(_where(holds, parts, claim.margin))
+        notes.append(_where(holds, quality, claim.margin))
+    notes += _on_margin(claim, verdict, quality)
+    notes += [timed] if timed else []
     compared = tuple(part.comparison for part in parts if part.comparison is not None)
     by_task = {task: tuple(part.by_task[task] for part in parts if task in part.by_task) for task in at.tasks}
     return Verdict(
@@ -154,16 +236,19 @@ def _verdict(
         claim=claim,
         verdict=verdict,
         parts=compared,
+        cost_parts=tuple(part.cost for part in parts if part.cost is not None),
         p_adjusted=p,
         seeds_more=_seeds_more(parts) if verdict == "undecided" else None,
         counts={arm: side.counts for arm, side in of.items()},
         costs=costs,
         cost_ratios=ratios,
-        paper=_judge_paper(claim.paper, compared if len(parts) == 1 and not partial else ()),
+        paper=_judge_paper(claim.paper, compared if len(pairs) == 1 and not partial else ()),
         notes=tuple(dict.fromkeys(notes)),
         reading=at,
         by_task=by_task if len(by_task) > 1 else {},
         holds=holds,
+        read_at={b.name: Pair(a.progress, b.progress) for a, b in pairs} if at.equal else {},
+        conditions=timed,
     )
 
 
@@ -171,8 +256,25 @@ def _holds(part: _Part) -> bool:
     return part.comparison is not None and part.comparison.holds_on_new_data()
 
 
+def _on_margin(claim: Claim, verdict: Decision, quality: Sequence[_Part]) -> list[str]:
+    """What a verdict against a margin says, and what not."""
+    most = f"{abs(claim.margin):g}"
+    if claim.margin < 0 and verdict == "supported":
+        return [f"not worse by {most} or more: whether {claim.arm!r} is better is another claim, without a margin"]
+    if claim.margin < 0 and verdict == "undecided":
+        return [f"undecided whether {claim.arm!r} is worse by more than {most}"]
+    worse = verdict == "refuted" and any(decide(part.p, part.beyond) == "refuted" for part in quality)
+    if claim.margin < 0 and worse:
+        return [f"refuted as {claim.arm!r} is worse by more than {most}"]
+    if claim.margin > 0 and verdict == "refuted":
+        return [f"the gain is below {most}; {claim.arm!r} may still be better, by less"]
+    return []
+
+
 def _where(holds: str, parts: Sequence[_Part], margin: float) -> str:
-    from_what = f"the margin {margin:g}" if margin else "0"
+    from_what = f"the margin {margin:g}".replace("-", "\N{MINUS SIGN}") if margin else "0"
+    if holds == BY_COST:
+        return f"at this scale, refuted {BY_COST} alone: that part does not hang on the examples"
     if holds == NEW_DATA:
         return f"at this scale, {NEW_DATA}: the interval over new seeds and new examples excludes {from_what} too"
     if any(part.comparison is not None and part.comparison.new_data is not None for part in parts):
@@ -199,7 +301,7 @@ def _examples(
 ) -> _Examples:
     """`readings`: where to read the answers of these arms (or points)."""
     at = next(iter(readings.values()))
-    if at.at != 1 or at.split != "test":
+    if at.at != 1 or at.equal is not None or at.split != "test":
         return _Examples(None, "they are stored for test at the end of a phase only")
     if examples is None or examples.empty:
         return _Examples(None, "none are stored")
@@ -244,6 +346,21 @@ def _part(
     return _Part(found, 1, 0, notes, True, by_task)
 
 
+def _with_later_looks(arm: Side, against: Side, at: Reading, margin: float) -> list[str]:
+    """At equal cost the dearer side is read too early, by less than a look: what it would be by reading it too late."""
+    if all(progress == 1 for side in (arm, against) for progress in side.progress.values()):
+        return []
+    found = compare(arm.later, against.later, lower_is_better=lower_is_better(at.metric), margin=margin)
+    if found is None or found.interval is None or found.p is None:
+        return []
+    low, high = found.interval
+    numbers = f"{found.effect:+.3g} [{low:+.3g}, {high:+.3g}]".replace("-", "\N{MINUS SIGN}")
+    return [
+        f"looks are coarse: one look further on, beyond what is equal, {arm.name!r} \N{MINUS SIGN} {against.name!r} is "
+        f"{numbers}, {decide(found.p, found.gain - margin)} without Holm"
+    ]
+
+
 def _on_new_data(
     claim: str, found: Comparison, by_task: dict[str, Comparison], pair: tuple[Side, Side], at: Reading, answers: _Examples,
     tasks: Tasks,
@@ -280,17 +397,56 @@ def _notes_on_pairs(found: Comparison | None, arm: str, against: str) -> list[st
     return [few] if found.n < 5 else []
 
 
+def _cost_part(arm: Side, against: Side, axis: CostAxis) -> _Part:
+    """Whether the arm took less of the axis than `against`, each without the phases that both have at that seed."""
+    seeds = arm.values.keys() & against.values.keys() & arm.bills.keys() & against.bills.keys()
+    bills = {seed: (arm.bills[seed], against.bills[seed]) for seed in sorted(seeds)}
+    both = {seed: a.keys() & b.keys() for seed, (a, b) in bills.items()}
+    own = [{s: float(getattr(pair[i].total(both[s]), axis)) for s, pair in bills.items()} for i in (0, 1)]
+    full = [{s: float(getattr(pair[i].total(), axis)) for s, pair in bills.items()} for i in (0, 1)]
+    found, whole = (compare_costs(*costs, name=against.name) for costs in (own, full))
+    words, failed = AXIS_WORDS[axis], bool(arm.failed | against.failed)
+    if found is None or whole is None:
+        return _Part(None, 1, 0, [f"no seed has {words} recorded of both {arm.name!r} and {against.name!r}"], failed)
+    shared = tuple(
+        dict.fromkeys(n for s, (a, _) in bills.items() for n, (key, _) in a.others.items() if key in both[s])
+    )
+    notes, p = [], 1.0 if found.p is None else found.p
+    if found.log_sd == 0:
+        if axis == "device_seconds":
+            notes.append(f"all {found.n} ratios of {words} are equal: without spread there is no test")
+        elif found.ratio != 1:  # counted, not measured: a seed more would have the same
+            p = 0.0
+            notes.append(f"{words} are counted: their ratio is the same at each of {found.n} seeds, and needs no test")
+    if failed:
+        p = 1.0
+        notes.append(f"a seed failed, and what it would have taken of {words} is not known: that part is undecided")
+    verdict = decide(p, found.log_gain)
+    times = f"\N{MULTIPLICATION SIGN}{found.ratio:.3g}"
+    times += " [{:.3g}, {:.3g}]".format(*found.interval) if found.interval else ""
+    left_out = (
+        f"without {', '.join(shared)}, which both start from" if shared else "which start from no phase in common"
+    )
+    notes.append(
+        f"{words} of {arm.name!r}: {times} that of {against.name!r} ({verdict}; geometric mean over "
+        f"{found.n} seed{'s' if found.n > 1 else ''}, {left_out}); \N{MULTIPLICATION SIGN}{whole.ratio:.3g} in full"
+    )
+    return _Part(None, p, found.log_gain, notes, failed, cost=CostPart(axis, found, whole.ratio, shared, verdict))
+
+
 def _seeds_more(parts: list[_Part]) -> int | None:
     """At the observed effect and SD, power .8, and the alpha of Holm's first step; for the part that needs most."""
     more = [1]
     for part in parts:
-        if part.failed or part.comparison is None or not part.comparison.sd:
+        if part.cost is not None and part.cost.verdict != "undecided":
+            continue
+        sd, n, family_size = part.spread or (None, 0, 1)
+        if part.failed or not sd:
             return None
-        alpha = ALPHA / part.comparison.family_size
-        needed = seeds_needed(part.beyond / part.comparison.sd, alpha=alpha)
+        needed = seeds_needed(part.beyond / sd, alpha=ALPHA / family_size)
         if needed is None:
             return None
-        more.append(needed - part.comparison.n)
+        more.append(needed - n)
     return max(more)
 
 

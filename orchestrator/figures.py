@@ -78,10 +78,11 @@ class Group(NamedTuple):
     label: str
     pairs: Sequence[Pair]
     spent: Sequence[Series]
+    spent_label: str
 
 
 def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int = 300) -> str:
-    """A row per group: its pairs, seed by seed, and beside them the same numbers against total compute (FLOPs)."""
+    """A row per group: its pairs, seed by seed, and beside them the same numbers against what was spent."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(width, height * len(groups))
         for row, group in enumerate(groups):
@@ -106,7 +107,7 @@ def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int 
             axes.tick_params(labelleft=False)
             _lines(axes, group.spent)
             _number_axis(axes, [x for s in group.spent for x in (*(p[0] for p in s.points), *s.x)])
-            axes.set_xlabel("total compute, teacher included (FLOPs)")
+            axes.set_xlabel(group.spent_label)
             _names(axes, group.spent, bottom - top, 16)
         return _svg(figure, "pairs")
 

@@ -15,7 +15,7 @@ from orchestrator.plan import Planned
 from orchestrator.shapes import Shapes, reachable
 from orchestrator.statistics import detectable_in_sd
 from orchestrator.study import Choice, Study
-from trainables import models, optimizers, passes, remap
+from trainables import generate, models, optimizers, passes, remap
 from trainables.data import DataError
 from trainables.data.batches import examples
 from trainables.data.exchanges import ExchangeSet
@@ -50,6 +50,7 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
             "data": _data(base, corpora),
             "memory": memory_lines(study, shapes, reached),
             "cost": cost_lines(agenda, trials, corpora, shapes, num_slots),
+            "claims": claim_lines(study),
             "power": _power(study),
         }
     print(f"\n{study.folder}: {study.question}\n")
@@ -80,17 +81,21 @@ def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Prepared]]
 
 def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
     """Tokenizers that differ, remaps between shapes that cannot be, heads that do not fit their streams. `spec` is pruned."""
-    first = next(iter(corpora.values()))
+    (lender, first), *_ = corpora.items()
     at = f"{study.file}: "
     for name, corpus in corpora.items():
-        if corpus.tokenizer_identity != first.tokenizer_identity:
-            raise StudyError(
-                f"{at}data.{name}: its tokenizer differs from that of data.{next(iter(corpora))} (by token → id map)"
-            )
+        maps = {f"data {whose!r}": one.tokenizer.get_vocab() for whose, one in ((name, corpus), (lender, first))}
+        if corpus.tokenizer_identity != first.tokenizer_identity and (difference := models.difference_of(maps)):
+            raise StudyError(f"{at}data.{name}: {difference}; valid: one tokenizer for all data of a trial")
+    for name, model in spec.models.items():  # first of all: it says best why a model cannot be had
+        try:
+            models.check_tokenizer(model, first.tokenizer, lender)
+        except models.ModelError as error:
+            raise StudyError(f"{at}models.{name}: {error}") from None
     try:
         configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
         for name, model in spec.models.items():
-            _check_pretrained(study, spec, name, configs[name], first.tokenizer, next(iter(corpora)))
+            _check_pretrained(study, spec, name, configs[name], first.vocab_size)
             if isinstance(model.init, Remap):
                 remap.check(model.init.depth, configs[model.init.from_], configs[name], model.init.width)
         for phase_name, phase in spec.phases.items():
@@ -108,25 +113,30 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes
                         models.check_task(configs[name], name)
                     elif isinstance(read, Instructions):
                         models.check_stream(configs[name], None, name)
+                        if name in phase.train:  # its own replies are scored
+                            generate.check(shapes.net(spec.models[name], longest(spec)))
                     else:
                         models.check_stream(configs[name], streams[term.on].corruption, name)
+            for name in (maker for stream in streams.values() if stream.replies for maker in stream.replies.makers):
+                generate.check(shapes.net(spec.models[name], longest(spec)))
             nets = {name: shapes.net(spec.models[name], longest(spec)) for term in phase.terms.values() for name in reads(term)}  # fmt: skip
             passes.check_inner(phase.terms, nets)
     except passes.SiteError as error:
         raise StudyError(f"{at}phases: {error}") from None
-    except (models.ModelError, remap.RemapError, DataError) as error:
+    except (models.ModelError, remap.RemapError, DataError, generate.GenerationError) as error:
         raise StudyError(f"{at}models: {error}") from None
 
 
-def _check_pretrained(study: Study, spec: TrialSpec, name: str, config: Any, tokenizer: Any, data_name: str) -> None:
-    """Whether pretrained weights read the data's tokens, and as many of them as the longest sequences have."""
+def _check_pretrained(study: Study, spec: TrialSpec, name: str, config: Any, vocab_size: int) -> None:
+    """Whether pretrained weights have a row for each of the data's tokens, and a place for each of the longest sequences'."""
     model = spec.models[name]
     if model.pretrained is None:
         return
-    try:
-        models.check_tokenizer(model, tokenizer, data_name)
-    except models.ModelError as error:
-        raise StudyError(f"{study.file}: models.{name}: {error}") from None
+    if (rows := getattr(config, "vocab_size", None)) is not None and rows < vocab_size:
+        raise StudyError(
+            f"{study.file}: models.{name}: {model.pretrained!r} has {rows} rows of embeddings, and the data's tokenizer has "
+            f"{vocab_size} tokens; valid: the tokenizer of the model"
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < longest(spec):
         data = max(spec.data, key=lambda item: spec.data[item].length)
@@ -289,12 +299,13 @@ def _data(base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     lines.append(f"tokenizer of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
     shown = set[str]()
     for instance in instances(base):
-        for stream in streams_of(base, instance).values():
-            if stream.data in corpora and stream.data not in shown:
-                shown.add(stream.data)
-                found = examples(corpora[stream.data], stream.corruption, num=2)
-                width = 500 if isinstance(corpora[stream.data], ExchangeSet) else 150  # the reply stands at the end
-                lines += [f"{stream.data}, an example: {_shorten(text, width)}" for text in found]
+        read = [(stream.data, stream.corruption) for stream in streams_of(base, instance).values()]
+        for name, corruption in [*read, *((item, None) for item in base.phases[instance.phase].scored_on)]:
+            if name in corpora and name not in shown:
+                shown.add(name)
+                found = examples(corpora[name], corruption, num=2)
+                width = 500 if isinstance(corpora[name], ExchangeSet) else 150  # the reply stands at the end
+                lines += [f"{name}, an example: {_shorten(text, width)}" for text in found]
     return lines
 
 
@@ -311,8 +322,10 @@ def _exchanged(data: ExchangeSet) -> str:
         for reason, rows in found["dropped"].items():
             dropped[reason] = dropped.get(reason, 0) + rows
     out = ", ".join(f"{rows:,} with {reason}" for reason, rows in sorted(dropped.items()))
+    most = max((len(data.test.references(i)) for i in range(len(data.test))), default=1)
+    best = f"; scored against the best of up to {most} references" if most > 1 else ""
     return (
-        f"{sizes}; {data.about['exchanges']['template']} template; {cut:.1%} of the replies cut at {data.length} tokens of "
+        f"{sizes}{best}; {data.about['exchanges']['template']} template; {cut:.1%} of the replies cut at {data.length} tokens of "
         f"prompt and reply; rows left out: {out or 'none'}"
     )
 
@@ -331,6 +344,18 @@ def _sizes(splits: Mapping[str, Any]) -> str:
 
 def _shorten(text: str, width: int = 150) -> str:
     return text if len(text) <= width else text[:width] + " …"
+
+
+def claim_lines(study: Study) -> list[str]:
+    """Each claim as it will be judged, whatever it says of itself."""
+    lines = []
+    for name, claim in study.claims.items():
+        whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
+        at = f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
+        lines.append(f"{name}: {claim.stated()} ({claim.metric} of {whose} on {claim.split}{at})")
+    if any(claim.is_of_time for claim in study.claims.values()) and study.slot.gpus < 1:
+        lines.append("device time is judged: trials side by side on a device slow each other; give it one slot")
+    return lines
 
 
 def _power(study: Study) -> list[str]:

@@ -10,13 +10,13 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from orchestrator import figures, results, sections, task_sections
+from orchestrator import figures, results, sections, task_sections, time_sections
 from orchestrator.advice import Advice, advice, arguments
 from orchestrator.blocks import (
     Block,
@@ -31,13 +31,13 @@ from orchestrator.blocks import (
     plural,
     span,
 )
-from orchestrator.claims import NEW_DATA, Verdict, judge
+from orchestrator.claims import NEW_DATA, CostPart, Verdict, judge
 from orchestrator.messages import StudyError
 from orchestrator.readings import costs, curve_of, ended, planned, point_scores, task_facts
 from orchestrator.results import Tables
 from orchestrator.sides import Reading, with_phases_of
 from orchestrator.statistics import Comparison, lower_is_better
-from orchestrator.study import Study
+from orchestrator.study import AXIS_WORDS, CostAxis, Study
 from orchestrator.study_file import load_study
 from trainables.spec.trial import TrialSpec
 
@@ -61,6 +61,7 @@ class Forest:
     paper: float | None
     new_low: float | None  # over new data as well
     new_high: float | None
+    margin: float | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Part:
     effect: str = "–"
     interval: str = "no pair of seeds"
     new_data: str = ""
+    cost: str = ""  # the ratio of a claim that says `less`
     n: str = "0"
     forest: Forest | None = None
 
@@ -112,11 +114,13 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *,
     """
     judged = judge(
         study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
-        examples=tables.examples, tasks=task_facts(study),
+        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
     )  # fmt: skip
     verdicts, points = list(judged.values()), point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
+        time_sections.costs_compared(verdicts),
+        time_sections.time_to_quality(tables, verdicts),
         task_sections.by_task(study, tables, verdicts),
         sections.teachers(study, tables),
         sections.learning_curves(study, tables),
@@ -200,27 +204,38 @@ def _lines(verdicts: Sequence[Verdict]) -> list[Line]:
         for c in v.parts:
             drawn += [c.effect, *(c.interval or ()), *(c.new_data or ())]
             drawn += [v.claim.paper] if isinstance(v.claim.paper, float | int) else []
+            drawn += [_margin(c)] if c.margin else []
     lines = []
     for i, v in enumerate(verdicts, 1):
         claim, drawn = v.claim, reach[v.reading]
-        parts = [_part(claim.arm, c, drawn, claim.paper) for c in v.parts]
-        others = (claim.against,) if isinstance(claim.against, str) else claim.against
+        costs = {c.found.against: c for c in v.cost_parts}
+        parts = [_part(claim.arm, c, drawn, claim.paper, costs.get(c.against)) for c in v.parts]
+        others = claim.rivals
         parts += [Part(claim.arm, other) for other in others if other not in {c.against for c in v.parts}]
-        margin = f" by more than {claim.margin:g}" if claim.margin else ""
-        says = claim.says or f"{claim.arm} is better than {' and '.join(others)}{margin}"
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
         about = f"{claim.metric} of {whose} on {claim.split}"
         about += f", mean over {', '.join(v.reading.tasks)}" if len(v.reading.tasks) > 1 else ""
-        about += f" at {claim.at:g} of the budget" if claim.at < 1 else ""
+        about += f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
+        if claim.says and (claim.margin or claim.less or claim.at == "equal"):
+            about = f"{claim.stated()}; {about}"
         for other, ratio in v.cost_ratios.items():  # so that no gain is shown without its price
             whose = f" of {other}" if len(v.cost_ratios) > 1 else ""
-            about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{whose}"
+            time = f", ×{fixed(ratio.device_seconds, 2)} device time" if claim.is_of_time else ""
+            about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{time}{whose}"
         about += f"; {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
         paper = fixed(claim.paper, 3, sign=True) if isinstance(claim.paper, float | int) else claim.paper or "–"
         judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
         lines.append(
             Line(
-                str(i), says, f"{claim.arm} − {' and '.join(others)}", about, v.verdict, _more(v), parts, paper, judged
+                str(i),
+                claim.says or claim.stated(),
+                f"{claim.arm} − {' and '.join(others)}",
+                about,
+                v.verdict,
+                _more(v),
+                parts,
+                paper,
+                judged,
             )
         )
     return lines
@@ -238,7 +253,21 @@ def _more(v: Verdict) -> str:
     return "more seeds would not settle it"
 
 
-def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | None) -> Part:
+def _margin(c: Comparison) -> float:
+    """As an effect."""
+    return -c.margin if c.lower_is_better else c.margin
+
+
+def _cost(c: CostPart) -> str:
+    word = {"student_tokens": "tokens", "flops": "compute", "device_seconds": "time"}[c.axis]
+    places = max(2, decimals_for((c.found.interval[1] - c.found.interval[0]) / 2) if c.found.interval else 2)
+    ends = f" [{fixed(c.found.interval[0], places)}, {fixed(c.found.interval[1], places)}]" if c.found.interval else ""
+    return f"×{fixed(c.found.ratio, places)}{ends} {word}"
+
+
+def _part(
+    arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | None, cost: CostPart | None
+) -> Part:  # fmt: skip
     places = decimals_for((c.interval[1] - c.interval[0]) / 2 if c.interval else None, c.effect)
     low, high = min(drawn), max(drawn)
 
@@ -246,7 +275,7 @@ def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | 
         return round(6 + 120 * (value - low) / (high - low), 1) if high > low else 66.0
 
     left, right = (at(c.interval[0]), at(c.interval[1])) if c.interval else (None, None)
-    far = (at(c.new_data[0]), at(c.new_data[1])) if c.new_data else (None, None)
+    new_low, new_high = (at(c.new_data[0]), at(c.new_data[1])) if c.new_data else (None, None)
     marked = at(paper) if isinstance(paper, float | int) else None
     return Part(
         arm,
@@ -256,8 +285,9 @@ def _part(arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | 
         fixed(c.effect, places, sign=True),
         span(c.interval, places),
         span(c.new_data, places) if c.new_data else "",
+        _cost(cost) if cost else "",
         str(c.n),
-        Forest(at(0.0), at(c.effect), left, right, marked, *far),
+        Forest(at(0.0), at(c.effect), left, right, marked, new_low, new_high, at(_margin(c)) if c.margin else None),
     )
 
 
@@ -281,31 +311,53 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
                 )
         arrow = "↓" if lower_is_better(at.metric) else "↑"
         label = f"{at.model} {at.metric} on {at.split} ({arrow} better)" + (f", at {at.at:g}" if at.at < 1 else "")
+        label += f", at equal {AXIS_WORDS[at.equal]}" if at.equal else ""
         label += f", mean over {plural(len(at.tasks), 'task')}" if len(at.tasks) > 1 else ""
-        groups.append(figures.Group(label, pairs, [_spent(tables, at, arm, styles[arm]) for arm in arms]))
+        read = dict[str, set[tuple[int, float]]]()
+        for _, v in claims:
+            for against, pair in v.read_at.items():
+                for arm, progress in ((v.claim.arm, pair.arm), (against, pair.against)):
+                    read.setdefault(arm, set()).update(progress.items())
+        spent = [_spent(tables, at, arm, styles[arm], read.get(arm, set())) for arm in arms]
+        groups.append(figures.Group(label, pairs, spent, _SPENT[at.equal or "flops"][1]))
     if not groups:
         return None
     height = (290 if len(groups) == 1 else 190) - (25 if len(verdicts) > 4 else 0)
     caption = (
-        "Left: thin lines join one seed’s two arms, the thick line their means. Right: the same values against all the "
-        "compute spent, the teacher’s included; lines are the means on the way."
+        "Left: thin lines join one seed’s two arms, the thick line their means. Right: the same values against all that "
+        "was spent, the teacher’s included; lines are the means on the way."
     )
     if len(rows) > len(groups):
         caption += f" Drawn: the first {len(groups)} of {len(rows)} things measured."
     return Drawing(figures.pairs_and_compute(groups, height=height), "Seeds in pairs. " + "; ".join(alt), caption)
 
 
-def _spent(tables: Tables, at: Reading, arm: str, style: int) -> figures.Series:
+_SPENT: Mapping[CostAxis, tuple[str, str]] = {  # column, and how it is called below an axis
+    "student_tokens": ("tokens", "tokens of the phase"),
+    "flops": ("flops", "total compute, teacher included (FLOPs)"),
+    "device_seconds": ("device_seconds", "device time, teacher included (s)"),
+}
+
+
+def _spent(
+    tables: Tables, at: Reading, arm: str, style: int, read: Collection[tuple[int, float]]
+) -> figures.Series:  # fmt: skip
+    """`read`: seeds and progress at which it was read, where that is at equal cost."""
+    column = _SPENT[at.equal or "flops"][0]
     trials = with_phases_of(ended(tables, "trial", arm), at.phase, at.tasks)
     curve = curve_of(tables, at, trials)
     before = costs(tables, trials, at.phase)
     if curve.empty or before.empty:
         return figures.Series(arm, style)
-    curve["flops"] += curve["trial"].map(before.set_index("trial")["before_flops"])
+    if column != "tokens":
+        curve[column] += curve["trial"].map(before.set_index("trial")[f"before_{column}"])
     end = curve[(curve["progress"] - at.at).abs() <= 1e-6]
-    mean = curve[curve["progress"] <= at.at + 1e-6].groupby("progress")[["flops", "value"]].mean()
-    points = list(zip(end["flops"].tolist(), end["value"].tolist(), strict=True))
-    return figures.Series(arm, style, mean["flops"].tolist(), mean["value"].tolist(), points=points)
+    if at.equal is not None:
+        seeds = curve["trial"].map(trials.set_index("trial")["seed"])
+        end = curve[[(s, p) in read for s, p in zip(seeds.tolist(), curve["progress"].tolist(), strict=True)]]
+    mean = curve[curve["progress"] <= at.at + 1e-6].groupby("progress")[[column, "value"]].mean()
+    points = list(zip(end[column].tolist(), end["value"].tolist(), strict=True))
+    return figures.Series(arm, style, mean[column].tolist(), mean["value"].tolist(), points=points)
 
 
 def _how_to_repeat(study: Study, provenance: Mapping[str, str]) -> Section:
@@ -323,7 +375,8 @@ def _markdown(page: Page) -> str:
             "new data as well", "n", "paper")  # fmt: skip
     lines = [
         (line.number, f"{line.says} ({line.about})", f"{line.verdict} {line.more}".strip(), f"{p.arm_mean} {p.arm}",
-         f"{p.against_mean} {p.against}", p.effect, p.interval, p.new_data or "–", p.n, f"{line.paper} {line.judged}")
+         f"{p.against_mean} {p.against}", p.effect, p.interval + (f"; {p.cost}" if p.cost else ""), p.new_data or "–", p.n,
+         f"{line.paper} {line.judged}")
         for line in page.lines
         for p in line.parts
     ]  # fmt: skip

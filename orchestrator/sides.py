@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from orchestrator.study import AXIS_WORDS, CostAxis
 from trainables.data.scores import Rule
 
 
@@ -24,6 +25,7 @@ class Reading(NamedTuple):
     tasks: tuple[str, ...] = ()  # the data sets over which the number is a mean; (): those that there are
     split: str = "test"
     at: float = 1.0  # progress
+    equal: CostAxis | None = None  # instead: where two sides have spent equally of it
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,34 @@ class Cost(NamedTuple):
     """A mean over trials, or a ratio of two; memoised phases at their recorded cost."""
 
     student_tokens: float  # of the claimed phase, up to the point that is judged
-    flops: float  # of that, and of the trial's other phases
+    flops: float  # of that, and of the trial's phases before it
     device_seconds: float  # likewise
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one trial has spent up to a look."""
+
+    claimed: Cost  # of the claimed phase
+    others: Mapping[str, tuple[str, Cost]]  # each phase of the trial before it -> its key, and its cost in full
+
+    def total(self, without: Iterable[str] = ()) -> Cost:
+        """With the other phases, but for those of these keys."""
+        left_out = set(without)
+        counted = [self.claimed, *(cost for key, cost in self.others.values() if key not in left_out)]
+        return Cost(*(math.fsum(parts) for parts in zip(*counted, strict=True)))
+
+    def keys(self) -> set[str]:
+        return {key for key, _ in self.others.values()}
+
+
+class Look(NamedTuple):
+    """An evaluation of the claimed phase, in which each of the data sets was scored."""
+
+    trial: str
+    progress: float
+    value: float  # the mean over the data sets; no number where one of them has none
+    bill: Bill
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,11 @@ class Side:
     counts: Counts
     cost: Cost | None  # a mean over the seeds that have a value
     notes: list[str]
+    bills: Mapping[int, Bill] = field(default_factory=dict)  # by seed, of seeds that have a value
+    progress: Mapping[int, float] = field(default_factory=dict)  # by seed, where it was read at equal cost
+    later: Mapping[int, float] = field(
+        default_factory=dict
+    )  # by seed, the value one look further on, where there is one
 
 
 def sides(
@@ -78,9 +111,7 @@ def sides(
     num_seeds: int | None,
 ) -> tuple[tuple[str, ...], dict[str, Side]]:
     """The data sets (those asked for; else all that any of the arms has), and what each arm has at the reading."""
-    trials, rows = (of_kind(table, names, column, kind) for table in (trials, results))
-    rows = rows[is_at(rows, at)]
-    rows = rows[~rows["trial"].isin(trials.loc[trials["status"] == "stopped", "trial"])]
+    trials, rows = _rows(results, trials, names, at, column, kind)
     here = rows[(rows["progress"] - at.at).abs() <= 1e-6]
     tasks = at.tasks or tuple(sorted(set(here["task"])))
     found = {}
@@ -92,6 +123,127 @@ def sides(
             what = f"{at.split} {at.metric} of {at.model!r} in phase {at.phase!r}"
             side.notes.append(f"{name!r} has no {what} at progress {at.at:g}; {there}")
     return tasks, found
+
+
+def equal_sides(
+    results: pd.DataFrame, trials: pd.DataFrame, readings: Mapping[str, Reading], axis: CostAxis, num_seeds: int | None
+) -> tuple[tuple[str, ...], dict[str, Side]]:
+    """As `sides`, for two arms that are read at equal cost (`readings`: of each; they differ in the model at most).
+
+    At each seed both may spend what the cheaper of them took in all; each is read at its last look within that. So the
+    cheaper one is read at its end, and the dearer one on its way. A seed that did not come to its end in both has no value.
+    """
+    at = next(iter(readings.values()))
+    read = {name: _rows(results, trials, (name,), of, "arm", "trial") for name, of in readings.items()}
+    tasks = at.tasks or tuple(sorted({task for _, rows in read.values() for task in rows["task"]}))
+    seen = {name: _looks(*read[name], at.phase, tasks, only_ended=True) for name in readings}
+    ends = [{s: looks[-1] for s, looks in of.items() if looks[-1].progress == 1} for of in seen.values()]
+    budgets = {s: min(_spent(of[s], axis) for of in ends) for s in sorted(set.intersection(*map(set, ends)))}
+    found = {}
+    for (name, (own, rows)), has_end in zip(read.items(), ends, strict=True):
+        chosen, late, after = dict[int, Look](), dict[int, Look](), dict[int, Look]()
+        for seed, budget in budgets.items():
+            looks = seen[name][seed]
+            within = [look for look in looks if _spent(look, axis) <= budget * (1 + 1e-9)]
+            if within:
+                chosen[seed], after[seed] = within[-1], looks[min(len(within), len(looks) - 1)]
+            else:
+                late[seed] = looks[0]
+        at_look = {(look.trial, look.progress) for look in chosen.values()}
+        partial = set(
+            own.loc[(own["status"] == "ended") & ~own["seed"].isin(list(has_end)), "trial"]
+        )  # `_side` says so
+        here = [
+            (trial, progress) in at_look or (trial in partial and progress == 1)
+            for trial, progress in zip(rows["trial"], rows["progress"], strict=True)
+        ]
+        side = _side(
+            name, own, rows[np.array(here, dtype=bool)], at.phase, tasks, num_seeds or 0, {*late, *has_end} - {*chosen}
+        )
+        side.notes.extend(_on_equal_cost(name, chosen, late, budgets, axis))
+        later = {seed: look.value for seed, look in after.items() if math.isfinite(look.value) and seed in side.values}
+        found[name] = replace(side, progress={seed: look.progress for seed, look in chosen.items()}, later=later)
+    return tasks, found
+
+
+def _spent(look: Look, axis: CostAxis) -> float:
+    return float(getattr(look.bill.total(), axis))
+
+
+def _on_equal_cost(
+    name: str, chosen: Mapping[int, Look], late: Mapping[int, Look], budgets: Mapping[int, float], axis: CostAxis
+) -> list[str]:
+    """Where a side was read, if not at its end: in mid-schedule, and by looks that do not come when the budget ends."""
+    words, notes = AXIS_WORDS[axis], []
+    if any(look.progress < 1 for look in chosen.values()):
+        at = [look.progress for look in chosen.values()]
+        where = f"{np.mean(at):.2f} of its own schedule"
+        where += f" (mean of {min(at):g} to {max(at):g} over {len(at)} seeds)" if min(at) < max(at) else ""
+        unused = []  # of what the budget leaves for the claimed phase
+        for seed, look in chosen.items():
+            spent, claimed = _spent(look, axis), float(getattr(look.bill.claimed, axis))
+            room = budgets[seed] - (spent - claimed)
+            unused.append(max(0.0, (budgets[seed] - spent) / room) if room > 0 else 0.0)
+        notes.append(
+            f"at equal {words} {name!r} is read at {where}, where its learning rate has not ended: a schedule that ended there "
+            f"might do better; that look leaves {100 * np.mean(unused):.0f} % of its {words} unused"
+        )
+    if late:
+        first = np.mean(
+            [_spent(look, axis) / budgets[seed] if budgets[seed] else math.inf for seed, look in late.items()]
+        )
+        earliest = min(look.progress for look in late.values())
+        notes.append(
+            f"{name!r} has no value at seed {', '.join(map(str, sorted(late)))}: its first look, at {earliest:g} of its schedule, "
+            f"came after {first:.3g} times the {words} that the other took in all"
+        )
+    return notes
+
+
+def looks_of(
+    results: pd.DataFrame, trials: pd.DataFrame, name: str, at: Reading, tasks: Sequence[str]
+) -> dict[int, list[Look]]:
+    """The looks of an arm by seed, in order; of trials that have not ended, without the cost of their other phases."""
+    return _looks(*_rows(results, trials, (name,), at, "arm", "trial"), at.phase, tasks, only_ended=False)
+
+
+def _looks(
+    trials: pd.DataFrame, rows: pd.DataFrame, phase: str, tasks: Sequence[str], *, only_ended: bool
+) -> dict[int, list[Look]]:
+    trials = with_phases_of(trials[trials["status"] == "ended"] if only_ended else trials, phase, tasks)
+    rows = rows[rows["trial"].isin(set(trials["trial"])) & rows["task"].isin(list(tasks))]
+    by = ["trial", "progress"]
+    whole = rows.groupby(by)["task"].nunique()
+    spent = spent_on(rows, trials, by)
+    costs = dict(zip(spent.index, spent[["tokens", "flops", "device_seconds"]].to_numpy().tolist(), strict=True))
+    values = dict[tuple[str, float], list[float]]()
+    of_task = rows.groupby([*by, "task"])["value"].agg(_mean).astype(float).reset_index()
+    for trial, progress, found in zip(
+        of_task["trial"], of_task["progress"].astype(float).tolist(), of_task["value"], strict=True
+    ):
+        values.setdefault((str(trial), progress), []).append(found)
+    found_of: dict[int, list[Look]] = {}
+    for trial in trials.to_dict("records"):
+        others = _others(trial["phases"], phase)
+        for key in sorted(key for key in values if key[0] == trial["trial"] and whole[key] == len(tasks)):
+            look = Look(*key, math.fsum(values[key]) / len(tasks), Bill(Cost(*costs[key]), others))
+            found_of.setdefault(int(trial["seed"]), []).append(look)
+    return found_of
+
+
+def _mean(values: pd.Series[float]) -> float:
+    return float(np.mean(values.to_numpy(dtype=np.float64)))  # pandas' own leaves out what is no number
+
+
+def _rows(
+    results: pd.DataFrame, trials: pd.DataFrame, names: Iterable[str], at: Reading, column: str, kind: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The planned trials of these arms (or points), and what those of them recorded that were not stopped."""
+    names = list(names)
+    trials, rows = (of_kind(table, names, column, kind) for table in (trials, results))
+    rows = rows[is_at(rows, at)]
+    rows = rows[~rows["trial"].isin(trials.loc[trials["status"] == "stopped", "trial"])]
+    return trials, rows.assign(progress=rows["progress"].round(6))
 
 
 def of_kind(table: pd.DataFrame, names: Iterable[str], column: str, kind: str) -> pd.DataFrame:
@@ -111,8 +263,10 @@ def is_at(rows: pd.DataFrame, at: Reading) -> pd.Series[bool]:
 
 
 def _side(
-    name: str, trials: pd.DataFrame, rows: pd.DataFrame, phase: str, tasks: Sequence[str], num_seeds: int
-) -> Side:
+    name: str, trials: pd.DataFrame, rows: pd.DataFrame, phase: str, tasks: Sequence[str], num_seeds: int,
+    without: Collection[int] = (),
+) -> Side:  # fmt: skip
+    """`without`: seeds that can have no value, as is said elsewhere."""
     found: dict[tuple[str, int], list[float]] = {}
     for task, seed, value in zip(rows["task"], rows["seed"], rows["value"], strict=True):
         found.setdefault((task, int(seed)), []).append(float(value))
@@ -130,7 +284,7 @@ def _side(
     notes = []
     if counts.stopped:
         notes.append(f"{counts.stopped} stopped trials of {name!r} are in no claim")
-    if (missing := counts.planned - counts.stopped - len(failed) - len(values)) > 0:
+    if (missing := counts.planned - counts.stopped - len(failed | {*without}) - len(values)) > 0:
         notes.append(f"provisional: {missing} of {counts.planned} planned seeds of {name!r} have no value yet")
     partial = begun - values.keys() - failed
     lacks = [task for task in tasks if not partial <= by_task.get(task, {}).keys()]
@@ -139,7 +293,9 @@ def _side(
         notes.append(f"{name!r} has no {', '.join(lacks)} at seed {at_seeds}: no mean over fewer tasks is taken")
     used = trials[trials["seed"].isin(list(values))]
     used = with_phases_of(used, phase, tasks)
-    return Side(name, values, by_task, failed, counts, _cost(used, rows, phase), notes + _on_sharing(used, phase))
+    bills = _bills(used, rows, phase)
+    cost = Cost(*np.mean([bill.total() for bill in bills.values()], axis=0).tolist()) if bills else None
+    return Side(name, values, by_task, failed, counts, cost, notes + _on_sharing(used, phase), bills)
 
 
 def with_phases_of(trials: pd.DataFrame, phase: str, tasks: Sequence[str]) -> pd.DataFrame:
@@ -149,9 +305,12 @@ def with_phases_of(trials: pd.DataFrame, phase: str, tasks: Sequence[str]) -> pd
 
 
 def _read_by(phase: str, tasks: Sequence[str], phases: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the branches of those tasks that the claimed phase fans out over, and the claim does not name."""
-    others = {item_of(name) for name in phases if is_of(name, phase)} - {*tasks, ""}
-    return {name: done for name, done in phases.items() if item_of(name) not in others}
+    """Without what came after the claimed phase (they stand in the order in which they ran), and without the branches of
+    those tasks that it fans out over, and the claim does not name."""
+    names = list(phases)
+    claimed = [i for i, name in enumerate(names) if is_of(name, phase)]
+    others = {item_of(names[i]) for i in claimed} - {*tasks, ""}
+    return {name: phases[name] for name in names[: max(claimed, default=len(names)) + 1] if item_of(name) not in others}
 
 
 def _on_sharing(trials: pd.DataFrame, phase: str) -> list[str]:
@@ -173,16 +332,24 @@ def _on_sharing(trials: pd.DataFrame, phase: str) -> list[str]:
     return [f"{of}{' on ' if items else ''}{', '.join(items)}: {what}" for (of, what), items in notes.items()]
 
 
-def _cost(trials: pd.DataFrame, rows: pd.DataFrame, phase: str) -> Cost | None:
-    """Mean over trials of the phase up to these rows (which are cumulative) and of the other phases in full."""
-    costs = []
+def _bills(trials: pd.DataFrame, rows: pd.DataFrame, phase: str) -> dict[int, Bill]:
+    """By seed: the phase up to these rows (which are cumulative), and the phases before it in full."""
     spent = spent_on(rows, trials, ["trial"]).reindex(trials["trial"], fill_value=0.0)
+    found = {}
     for trial in trials.to_dict("records"):
         own = spent.loc[trial["trial"]]
-        others = [cost for name, cost in trial["phases"].items() if not is_of(name, phase)]
-        flops, seconds = (sum(float(cost[what]) for cost in others) for what in ("flops", "device_seconds"))
-        costs.append((own["tokens"], own["flops"] + flops, own["device_seconds"] + seconds))
-    return Cost(*np.mean(costs, axis=0).tolist()) if costs else None
+        claimed = Cost(float(own["tokens"]), float(own["flops"]), float(own["device_seconds"]))
+        found[int(trial["seed"])] = Bill(claimed, _others(trial["phases"], phase))
+    return found
+
+
+def _others(phases: Mapping[str, Any], phase: str) -> dict[str, tuple[str, Cost]]:
+    """A memoised phase counts at its recorded cost; its tokens are not the student's of the claimed one."""
+    return {
+        name: (str(done["key"]), Cost(0.0, float(done["flops"]), float(done["device_seconds"])))
+        for name, done in phases.items()
+        if not is_of(name, phase)
+    }
 
 
 def spent_on(rows: pd.DataFrame, trials: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

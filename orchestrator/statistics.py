@@ -97,7 +97,8 @@ def decide(p: float, beyond: float, *, alpha: float = ALPHA) -> Decision:
     """`supported` or `refuted` by the sign of `beyond` (gain minus margin) where p <= alpha, else `undecided`.
 
     Both are one two-sided test of H0: gain = margin, so each wrong direction has at most alpha / 2. With a margin
-    above 0, `refuted` says that the gain is below the margin; the arm may still be the better one, by less.
+    above 0, `refuted` says that the gain is below the margin; the arm may still be the better one, by less. With one below
+    0, `supported` says that it is no worse by more than that; it need not be better.
     """
     if p > alpha or beyond == 0:
         return "undecided"
@@ -183,6 +184,14 @@ def seeds_needed(effect_in_sd: float, *, alpha: float = ALPHA, power: float = 0.
         middle = (low + high) // 2
         low, high = (low, middle) if _power(middle, effect, alpha) >= power else (middle, high)
     return high
+
+
+def kaplan_meier_median(reached: Sequence[float], censored: Sequence[float]) -> float | None:
+    """The time by which half have reached it, given those that had not when they were last seen; None: not even then."""
+    seen = stats.CensoredData(uncensored=np.asarray(reached, dtype=float), right=np.asarray(censored, dtype=float))
+    survival = stats.ecdf(seen).sf
+    below = np.flatnonzero(survival.probabilities <= 0.5 + 1e-9)
+    return float(survival.quantiles[below[0]]) if below.size else None
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
@@ -278,3 +287,38 @@ def compare(
         welch=_welch(a, b),
         bca=None if bca is None else (float(bca.low), float(bca.high)),
     )
+
+
+@dataclass(frozen=True)
+class CostComparison:
+    """What two arms spent, over the seeds that both have: a ratio. Intervals and p are Student's t on its logarithm."""
+
+    against: str
+    seeds: tuple[int, ...]
+    arm_values: tuple[float, ...]
+    against_values: tuple[float, ...]
+    n: int
+    ratio: float  # arm over against, geometric mean
+    log_sd: float | None = None  # 0 where each seed has the same ratio
+    interval: Interval | None = None  # 95 %
+    p: float | None = None  # two-sided, of ratio = 1; 1 where the ratio does not vary
+
+    @property
+    def log_gain(self) -> float:
+        """Positive where the arm is cheaper."""
+        return -math.log(self.ratio)
+
+
+def compare_costs(arm: Mapping[int, float], against: Mapping[int, float], *, name: str) -> CostComparison | None:
+    """Pairs two arms' costs by seed; None without a pair, or where one of them cost nothing."""
+    seeds = tuple(sorted(arm.keys() & against.keys()))
+    a, b = (tuple(float(side[seed]) for seed in seeds) for side in (arm, against))
+    if not seeds or min(*a, *b) <= 0:
+        return None
+    logs = np.log(a) - np.log(b)
+    plain = CostComparison(name, seeds, a, b, len(seeds), math.exp(logs.mean()))
+    if len(seeds) == 1:
+        return plain
+    test = paired_t(logs)
+    low, high = np.exp(_around(test)).tolist()
+    return replace(plain, log_sd=float(test.sd), interval=(low, high) if test.sd > 0 else None, p=float(test.p))

@@ -8,12 +8,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.messages import StudyError, explain, set_path
 from trainables.data.scores import METRICS
 from trainables.spec.trial import TrialSpec
-from trainables.spec.value import Fraction, Name, Positive, Value, by_key
+from trainables.spec.value import Name, Positive, Value, by_key
 
 # --------------------------------------------------------------------------------------------------------- its values
 
@@ -143,8 +152,21 @@ class Confirm(Value):
     seeds: int = Field(5, ge=2)
 
 
+CostAxis = Literal["student_tokens", "flops", "device_seconds"]
+AXIS_WORDS: Mapping[CostAxis, str] = {
+    "student_tokens": "student tokens",
+    "flops": "FLOPs",
+    "device_seconds": "device time",
+}
+
+
 class Claim(Value):
-    """A sentence that the report judges: `arm` is better than `against` (than each, where several) by more than `margin`."""
+    """A sentence that the report judges: `arm` is better than `against` (than each, where several) by more than `margin`.
+
+    A margin below 0 claims that it is no worse by more than that. `at: equal` reads each pair of seeds at what the cheaper
+    side spent of `axis`: the dearer one at its last look within that, on its way. `less` claims besides that the arm takes
+    less of an axis, what both sides share left out.
+    """
 
     says: str | None = None
     arm: Name
@@ -155,11 +177,44 @@ class Claim(Value):
     metric: str
     task: Task | None = None
     split: Literal["test", "dev"] = "test"
-    at: Fraction = 1.0
-    margin: float = Field(0.0, ge=0)
-    axis: Literal["student_tokens", "flops", "device_seconds"] = "student_tokens"
+    at: float | Literal["equal"] = 1.0  # of the phase's budget
+    margin: float = 0.0  # a gain: positive where the arm is better
+    axis: CostAxis = "student_tokens"
+    less: CostAxis | None = None
     family: str = "main"
     paper: str | float | None = None
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _at_a_fraction_or_equal(cls, at: Any) -> Any:
+        if at != "equal" and (isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= 1):
+            raise ValueError("must be a fraction of the budget, from 0 to 1, or 'equal'")
+        return at
+
+    @model_validator(mode="after")
+    def _what_is_equal_is_not_less(self) -> Claim:
+        if self.at == "equal" and self.less is not None:
+            raise ValueError(
+                "`at: equal` reads both sides at equal cost, which leaves no cost to be `less`; give one of the two"
+            )
+        return self
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return (self.against,) if isinstance(self.against, str) else self.against
+
+    @property
+    def is_of_time(self) -> bool:
+        """Whether what it says hangs on measured times."""
+        return "device_seconds" in (self.axis, self.less)
+
+    def stated(self) -> str:
+        """What is judged, whatever `says` says."""
+        others = " and ".join(self.rivals)
+        text = f"{self.arm} is no worse than {others}" if self.margin < 0 else f"{self.arm} is better than {others}"
+        text += f" by more than {abs(self.margin):g}" if self.margin else ""
+        text += f" at equal {AXIS_WORDS[self.axis]}" if self.at == "equal" else ""
+        return text + (f", with less {AXIS_WORDS[self.less]}" if self.less else "")
 
 
 def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:

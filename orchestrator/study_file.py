@@ -33,6 +33,8 @@ from orchestrator.study import Choice, Claim, Objective, Study, label_of, labell
 from trainables.data.scores import EXCHANGE_METRICS, part_names, rule_of, score_names
 from trainables.phases import instances, streams_of
 from trainables.spec.data import Instructions, Tasks
+from trainables.spec.phase import Phase
+from trainables.spec.terms import Flow
 from trainables.spec.trial import TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
@@ -278,16 +280,11 @@ def _check(study: Study, lines: Lines) -> None:
     for name, claim in study.claims.items():
         at = f"{study.file}:{line_of(lines, 'claims', name)}: claims.{name}"
         _measurable(study, base, claim, at)
-        against = (claim.against,) if isinstance(claim.against, str) else claim.against
-        for arm in (claim.arm, *against):
+        for arm in (claim.arm, *claim.rivals):
             _known_arm(study, arm, at)
-        if claim.arm in against:
+        if claim.arm in claim.rivals:
             raise StudyError(f"{at}: arm {claim.arm!r} is compared with itself")
-        phase = base.phases[claim.phase or study.objective.phase]
-        if claim.at not in phase.evaluate:
-            raise StudyError(
-                f"{at}: nothing is recorded at {claim.at:g}; valid: {', '.join(f'{f:g}' for f in phase.evaluate)}"
-            )
+        _recorded(study, base, claim, at)
     if study.objective.minus is not None:
         _known_arm(
             study, study.objective.minus, f"{study.file}:{line_of(lines, 'objective', 'minus')}: objective.minus"
@@ -417,6 +414,31 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
         raise StudyError(f"{at}: no metric {what.metric!r}{of}{nearest(what.metric, valid)}; valid: {', '.join(valid)}")
 
 
+def _recorded(study: Study, base: TrialSpec, claim: Claim, at: str) -> None:
+    """Something is recorded where the claim is read: on the way, too, where it may be read there."""
+    name = claim.phase or study.objective.phase
+    phase = base.phases[name]
+    looks = ", ".join(f"{fraction:g}" for fraction in phase.evaluate)
+    if claim.at == 1:
+        return
+    if claim.at != "equal" and claim.at not in phase.evaluate:
+        raise StudyError(f"{at}: nothing is recorded at {claim.at:g}; valid: {looks}")
+    how = f"at equal {claim.axis}" if claim.at == "equal" else f"at {claim.at:g}"
+    if claim.at == "equal" and len(phase.evaluate) == 1:
+        raise StudyError(
+            f"{at}: {how} the dearer side is read on its way, where phase {name!r} records nothing; give "
+            f"phases.{name}.evaluate fractions before the end, e.g. [0.25, 0.5, 0.75, 1]"
+        )
+    wanted = (claim.task,) if isinstance(claim.task, str) else claim.task
+    late = [task for task in phase.scored_on if task in (wanted or phase.scored_on)]
+    if late and (wanted or (claim.at == "equal" and claim.metric in EXCHANGE_METRICS)):
+        own = dict.fromkeys(phase.each or (stream.data for stream in phase.streams.values()))
+        raise StudyError(
+            f"{at}: {', '.join(late)} (of scored_on) is scored at the end alone, and cannot be read {how}; "
+            f"name a task that is scored on the way: {', '.join(own)}"
+        )
+
+
 def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, ...]:
     """What is measured of a model in each of these data sets, or of language in any of them."""
     further = set(tasks) & set(spec.phases[phase].scored_on)
@@ -430,7 +452,7 @@ def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, 
                 kind = "lm" if stream.corruption is None else "mlm"
                 names: tuple[str, ...] = (f"{kind}_loss", f"{kind}_accuracy")
                 if isinstance(data, Instructions):
-                    names = EXCHANGE_METRICS
+                    names = (*EXCHANGE_METRICS, *_agreements(spec.phases[phase], stream.data))
             else:
                 rule = "accuracy" if stream.labels else rule_of(data)
                 names = ("task_loss", *score_names(rule, part_names(data)))
@@ -438,6 +460,15 @@ def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, 
                 found[name] = found.get(name, 0) + 1
     language = {name for name in found if name.startswith(("lm_", "mlm_"))}
     return tuple(name for name, count in found.items() if name in language or count == len(set(tasks)))
+
+
+def _agreements(phase: Phase, data: str) -> tuple[str, ...]:
+    """How near who learns on these exchanges is to each that it learns from, and to what that one was before."""
+    terms = (term for term in phase.terms.values() if isinstance(term, Flow) and phase.streams[term.on].data == data)
+    others = []
+    for term in terms:
+        others += [term.from_] if phase.train.get(term.from_) == "full" else [term.from_, f"{term.from_}_original"]
+    return tuple(f"{other}_{metric}" for other in dict.fromkeys(others) for metric in ("agreement", "kl"))
 
 
 def _known_arm(study: Study, arm: str, at: str) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,11 +71,8 @@ def tables(
     return pd.DataFrame(rows), pd.DataFrame(trials)
 
 
-def claim(arm: str = "good", against: str | tuple[str, ...] = "alone", **fields: Any) -> Any:
-    plain = {"says": None, "phase": None, "model": "student", "metric": "mlm_loss", "task": None, "split": "test"}
-    plain["against_model"] = None
-    more = {"at": 1.0, "margin": 0.0, "axis": "student_tokens", "family": "main", "paper": None}
-    return SimpleNamespace(arm=arm, against=against, **(plain | more | fields))
+def claim(arm: str = "good", against: str | tuple[str, ...] = "alone", **fields: Any) -> Claim:
+    return Claim(arm=arm, against=against, **{"model": "student", "metric": "mlm_loss", **fields})
 
 
 def verdict_of(results: pd.DataFrame, trials: pd.DataFrame, of: Any = None, **more: Any) -> Verdict:

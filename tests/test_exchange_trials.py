@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +14,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Lab, Ran, Stopped, answering, flow, hard, model, phase
+from conftest import Lab, Listener, Ran, Stopped, answering, flow, hard, model, phase
+from pyarrow import parquet
+from pydantic import TypeAdapter
 from test_loop import break_at, close_numbers, same_numbers
 from torch import Tensor
 
-from trainables import controllers, loop, lora, models, replies
+from orchestrator import overview
+from trainables import attempt, controllers, loop, lora, models, replies
+from trainables.data.prepare import prepare
 from trainables.data.rouge import rouge_l
 from trainables.data.tasks import open_data
 from trainables.evaluate import ROWS
 from trainables.generate import sample
 from trainables.losses.schedules import lr_factor
+from trainables.spec.data import Data
+from trainables.spec.models import Model
 from trainables.spec.trial import TrialSpec
 from trainables.spec.value import random_stream
 from trainables.streams import Reader
 
+REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_real_data = pytest.mark.skipif(
+    not (REAL / "instructions").is_dir(), reason=f"no instructions in {REAL}: set CODISTILL_DATA"
+)
 DECODERS = ("gpt2", "llama")
 STEADY = {"lr": 5e-3, "warmup": 0.1, "eps": 1e-3, "decay": 0.1}  # as in test_loop.py
 Weights = dict[str, Tensor]
@@ -259,6 +271,12 @@ def test_agreement_is_told_with_the_teacher_as_it_is_and_as_it_was(shared: Lab) 
         assert ran.of("distil", "teacher", "student_kl", split) and not ran.of(
             "distil", "teacher", "student_original_kl"
         )
+    fixed = okd("gpt2")
+    fixed["phases"]["distil"]["train"] = {"student": "full"}
+    fixed["phases"]["distil"]["terms"] = {"teacher_to_student": flow("teacher", "student")}
+    still = lab.run(lab.spec(fixed), trial="agree-fixed")
+    as_it_was = still.of("distil", "student", "teacher_original_kl", "test")
+    assert as_it_was and as_it_was == still.of("distil", "student", "teacher_kl", "test")
     data, student = opened(lab), restored(ran, "distil", "student")
     batch = data.test.rows(range(len(data.test)))
     with torch.no_grad():
@@ -498,7 +516,106 @@ def test_a_teachers_replies_are_labels_and_those_of_one_who_learns_here_are_not(
         lab.spec(trial)
 
 
+def test_a_reply_that_never_ends_is_cut_and_counted(shared: Lab, read: list[Any], tmp_path: Path) -> None:
+    """In training and where it is scored: at `max_tokens`, however unlikely an end is."""
+    data = opened(shared)
+    value = Model.model_validate(model("llama", init={"kind": "random", "std": "width"}))
+    net = models.build(
+        value, name="m", seed=0, vocab_size=data.vocab_size, special_ids={"eos_token_id": data.end_id}, length=80
+    )
+    with torch.no_grad():
+        net.get_output_embeddings().weight.mul_(100)
+        net.get_output_embeddings().weight[data.end_id] = 0  # never the likeliest by far
+    net.save_pretrained(str(tmp_path))
+    lab = replace(
+        shared, fingerprints={**shared.fingerprints, "model:student": models.weights_fingerprint(str(tmp_path), None)}
+    )
+    trial = answering("llama", streams=sampled("student"), optimizer={"lr": 1e-9}, evaluate=[1])
+    trial["models"]["student"] = {"pretrained": str(tmp_path)}
+    ran = lab.run(lab.spec(trial), trial="endless")
+    assert all(len(reply) == 6 for step in read for reply in step["batch"].replies) and len(read) == 8
+    for split in ("train", "dev", "test"):
+        assert ran.of("distil", "student", "unfinished", split) == [100], split
+    assert ran.of("distil", "student", "reply_tokens", "train") == [6]
+
+
 # ------------------------------------------------------------------------------------------------ memory and vocabularies
+
+
+@pytest.mark.parametrize("streams", [sampled("student"), interleaved()], ids=["sampled", "interleaved"])
+def test_when_memory_runs_out_fewer_prompts_are_answered_at_a_time_and_nothing_else_changes(
+    shared: Lab, new_instructed_lab: Callable[[], Lab], monkeypatch: pytest.MonkeyPatch, streams: Any
+) -> None:
+    small, at_once = new_instructed_lab(), list[int]()
+    expected = shared.run(shared.spec(answering(streams=streams)), trial=f"roomy {streams['main']['replies']['kind']}")
+
+    def hungry(real: Callable[..., Any]) -> Callable[..., Any]:
+        def draw(*given: Any, rows: int, **how: Any) -> Any:
+            found = real(*given, rows=rows, **how)
+            at_once.append(rows)
+            if rows > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        return draw
+
+    monkeypatch.setattr(replies, "sample", hungry(replies.sample))
+    monkeypatch.setattr(replies, "interleave", hungry(replies.interleave))
+    ran = small.run(small.spec(answering(streams=streams)))
+    assert at_once == [6, 3] + [1] * 8  # found out once
+    assert ran.values == expected.values and ran.phases["distil"]["tokens"] == expected.phases["distil"]["tokens"]
+    for key, tensor in ran.weights("distil", "student").items():
+        assert torch.equal(tensor, expected.weights("distil", "student")[key])
+
+
+def test_memory_that_is_too_small_for_one_prompt_ends_the_trial(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replies, "sample", hungry)
+    with pytest.raises(torch.OutOfMemoryError):
+        shared.run(shared.spec(answering(streams=sampled("student", share=0.9))), trial="no room")
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt"])
+def test_models_that_would_read_on_from_one_exchange_into_the_next_learn_from_each_by_itself(
+    shared: Lab, watched: Any, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab = shared
+    trial = answering(family, streams={"main": {"data": "ask"}}, scored_on=["more"])
+    with caplog.at_level("INFO"):
+        ran = lab.run(lab.spec(trial), trial=f"apart {family}")
+    assert "each exchange has a row of its own: student, teacher would read those of one row as one" in caplog.text
+    student, teacher = (restored(ran, *which) for which in (("distil", "student"), ("teach", "teacher")))
+    for name in ("ask", "more"):
+        data = opened(lab, name)
+        batch = data.test.rows(range(len(data.test)))
+        with torch.no_grad():
+            ours_NV, theirs_NV = (plain_logits(net, batch, data.vocab_size) for net in (student, teacher))
+        (loss,) = [r["value"] for r in ran.records if (r["phase"], r["task"], r["split"], r["metric"], r["progress"]) == ("distil", name, "test", "lm_loss", 1)]  # fmt: skip
+        assert loss == pytest.approx(F.cross_entropy(ours_NV, batch.labels_N).item(), rel=1e-5)
+        if name == "ask":
+            log_s, log_t = ours_NV.log_softmax(-1), theirs_NV.log_softmax(-1)
+            kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean().item()
+            assert ran.of("distil", "student", "teacher_kl", "test")[-1] == pytest.approx(kl, rel=1e-4)
+    assert [watched["batches"][step].is_packed for step in range(8)] == [False] * 8
+
+
+@pytest.mark.parametrize("path", ["precision", "models.teacher.dtype"])
+def test_a_type_that_the_device_lacks_is_a_row_that_failed(
+    shared: Lab, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    spec = shared.spec(answering(), {path: "bf16"})
+    job = attempt.Job(
+        "no bf16", spec.model_dump_json(), shared.fingerprints, str(shared.root), "study", 1, "cuda:0", False, {}
+    )
+    end = attempt.run(job, Listener())
+    assert (end["status"], end["reason"]) == (
+        "failed",
+        f"{path}: device cuda:0 (Tesla T4) does not compute in bf16; valid: fp32",
+    )
 
 
 def test_recomputed_activations_give_equal_numbers(shared: Lab) -> None:
@@ -614,3 +731,68 @@ def test_what_is_scored_is_part_of_the_key(shared: Lab) -> None:
     other = replace(shared, fingerprints={**shared.fingerprints, "data:more": "0" * 32})
     assert shared.key(spec, "distil") != other.key(spec, "distil")
     assert shared.key(spec, "teach") == other.key(spec, "teach")
+
+
+# ------------------------------------------------------------------------------------------------------------- real data
+
+
+@needs_real_data
+def test_dolly_is_learnt_and_the_papers_other_files_are_scored(lab: Lab, tmp_path: Path) -> None:
+    """SelfInst, Vicuna, and a file as of Super-NaturalInstructions, whose outputs are lists; the plan tells of all."""
+    natural = [
+        {
+            "definition": "Count the animals.",
+            "inputs": "A cat sat by a dog.",
+            "output": ["two", "Two.", "There are 2."],
+        },
+        {"definition": "Name the colour.", "inputs": "The sky is blue.", "output": ["blue"]},
+        {"definition": "Answer yes or no.", "inputs": "", "output": []},
+    ]
+    (tmp_path / "natural.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in natural))
+    files = REAL / "instructions"
+    some = parquet.read_table(files / "databricks-dolly-15k" / "train.parquet").slice(0, 100)
+    parquet.write_table(some, tmp_path / "dolly.parquet")
+    common = {"kind": "instruction_files", "scoring": {"max_tokens": 5, "seeds": [10]}, "evaluate": 3}
+    same, model_at = {"kind": "same", "as": "dolly"}, str(REAL / "models" / "stories260K")
+    data: dict[str, Any] = {
+        "dolly": {**common, "train": str(tmp_path / "dolly.parquet"), "columns": {"context": "context"}, "examples": 8,
+                  "tokenizer": {"kind": "pretrained", "name": model_at}},
+        "self_inst": {**common, "test": str(files / "self_instruct_user_oriented" / "test.parquet"), "tokenizer": same,
+                      "columns": {"context": "input", "response": "output"}},
+        "vicuna": {**common, "test": str(files / "vicuna_bench" / "test.parquet"), "tokenizer": same, "columns": {"response": "answer_gpt35"}},
+        "natural": {**common, "test": str(tmp_path / "natural.jsonl"), "tokenizer": same,
+                    "columns": {"prompt": "definition", "context": "inputs", "response": "output"}},
+    }  # fmt: skip
+    others = {name: TypeAdapter[Any](Data).validate_python(value) for name, value in data.items()}
+    sets = {name: prepare(one, str(tmp_path / "data"), others) for name, one in others.items()}
+    found = {f"data:{name}": one.fingerprint for name, one in sets.items()}
+    found |= {"model:m": models.weights_fingerprint(model_at, None)}
+    home = Lab(tmp_path, found, data)
+    further = ["self_inst", "vicuna", "natural"]
+    learn = phase("m", {"h": hard("m")}, streams={"main": {"data": "dolly"}}, scored_on=further, evaluate=[1])
+    learn |= {"budget": {"steps": 2}, "batch": 4, "optimizer": {"lr": 1e-4}}
+    spec = home.spec({"models": {"m": {"pretrained": model_at}}, "phases": {"learn": learn}})
+    lines = overview._data(spec, sets)
+    told = {name: next(line for line in lines if line.startswith(f"{name}: ")) for name in data}
+    assert told["self_inst"].startswith("self_inst: test 3 exchanges; alpaca template; ")
+    assert (
+        "rows left out: 82 with a prompt over 256 tokens" in told["self_inst"]
+        and "train 8 exchanges, dev 3 " in told["dolly"]
+    )
+    assert told["natural"].startswith(
+        "natural: test 2 exchanges; scored against the best of up to 3 references; alpaca template; 0.0% of the replies cut"
+    )
+    assert "rows left out: 1 with an empty reply" in told["natural"]
+    shown = [line for line in lines if line.startswith("natural, an example: ")]
+    assert len(shown) == 2 and shown[0].endswith("### Response: «two</s>»")
+    assert all(any(line.startswith(f"{name}, an example: ") for line in lines) for name in data)
+    ran = home.run(spec)
+    recorded = {
+        (r["task"], r["metric"]): r["value"] for r in ran.records if r["split"] == "test" and r["progress"] == 1
+    }
+    net = restored(ran, "learn", "m")
+    for name in data:
+        expected = by_hand(net, sets[name])
+        assert {m: recorded[name, m] for m in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+    stored = home.store.examples(ran.phases["learn"]["key"])
+    assert stored.groupby("task").size().to_dict() == {"dolly": 3, "self_inst": 3, "vicuna": 3, "natural": 2}

@@ -6,12 +6,15 @@ import itertools
 import json
 import os
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
@@ -19,12 +22,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import overview
 from trainables import models
+from trainables.beginning import keeps_apart
 from trainables.data import DataError, tokenizer
 from trainables.data.batches import examples
 from trainables.data.exchanges import ExchangeBatch, ExchangeSet, first_fit
 from trainables.data.instructions import alpaca
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.tasks import open_data, task_indices
+from trainables.evaluate import evaluate_exchanges
+from trainables.generate import sample
 from trainables.spec.data import Data, InstructionFiles
 from trainables.spec.models import Model
 from trainables.spec.trial import TrialSpec
@@ -271,6 +277,73 @@ def test_no_exchange_reads_another(tmp_path: Path) -> None:
     assert len(batch.to("cpu").ids_BT) == 1
     same = batch.to("cpu").owners_N < 2
     assert torch.equal(one[same], two[same]) and not torch.allclose(one[~same], two[~same])
+
+
+@pytest.mark.parametrize(("family", "keeps"), [("gpt2", True), ("llama", True), ("qwen3", True), ("bloom", False), ("opt", False), ("mamba", False)])  # fmt: skip
+def test_where_a_model_would_read_on_over_a_border_each_exchange_has_its_own_row(family: str, keeps: bool) -> None:
+    """Then, too, its logits are those of the exchanges one by one."""
+    net = model(family)
+    assert keeps_apart(net, nullcontext) is keeps and not net.training
+    batch = batch_of([(3, 2), (4, 6), (2, 1)], length=32)
+    seen = {}
+    for is_packed in (True, False):
+        packed = replace(batch, is_packed=is_packed).to("cpu")
+        assert packed.ids_BT.shape == ((1, 18) if is_packed else (3, 10))
+        assert packed.owners_N.tolist() == [0] * 2 + [1] * 6 + [2] and packed.num_tokens == 18
+        with torch.no_grad():
+            seen[is_packed] = models.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
+    alone = []
+    for prompt, reply in zip(batch.prompts, batch.replies, strict=True):
+        ids_1T = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))[None]
+        with torch.no_grad():
+            alone.append(net(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1])
+    torch.testing.assert_close(seen[False], torch.cat(alone), rtol=1e-8, atol=1e-9)
+    assert torch.allclose(seen[True], torch.cat(alone), rtol=1e-6) is keeps
+
+
+def test_exchanges_apart_are_the_same_exchanges(tmp_path: Path) -> None:
+    data = opened(tmp_path, rows_of(6))
+    batch, other = (one.test.rows([4, 1, 2]) for one in (data, data.apart()))
+    assert batch.is_packed and not other.is_packed and not other.rows(1, 2).is_packed
+    assert [p.tolist() for p in other.prompts] == [p.tolist() for p in batch.prompts]
+    assert len(other.to("cpu").ids_BT) == 3 and len(data.apart().test) == 6 and data.test.is_packed
+
+
+# ------------------------------------------------------------------------------------------------- several references
+
+
+def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) -> None:
+    """A file as of Super-NaturalInstructions: a definition, an input, and outputs of which any will do."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    spec = Model.model_validate({"family": "llama", "layers": 2, "width": 16, "heads": 2, "inner": 32})
+    net = models.build(spec, name="m", seed=0, vocab_size=45, special_ids={"eos_token_id": 2}, length=512).eval()
+    for parameter in net.parameters():
+        parameter.data.mul_(3)
+    asked = [{"definition": f"Say w{i} and w{i + 9}.", "inputs": f"w{2 * i} w{i}"} for i in range(6)]
+    how: dict[str, Any] = {
+        "columns": {"prompt": "definition", "context": "inputs", "response": "output"},
+        "scoring": {"max_tokens": 9, "seeds": []},
+    }
+    data = opened(tmp_path, [{**row, "output": ["nothing of it"]} for row in asked], **how)
+    drawn = [
+        sample(net, [data.test.prompt(i)], data.scoring, end_id=2, pad_id=2, vocab_size=45, seed=0, device="cpu", greedy=True)
+        for i in range(6)
+    ]  # fmt: skip
+    said = [data.tokenizer.decode(one.replies[0].tolist(), skip_special_tokens=True) for one in drawn]
+    assert all(len(text.split()) > 2 for text in said)
+    outputs = [["nothing of it", *[" ".join(text.split()[:num]) for num in range(1, 1 + i % 4)]] for i, text in enumerate(said)]  # fmt: skip
+    rows = [{**row, "output": output} for row, output in zip(asked, outputs, strict=True)]
+    data = opened(tmp_path, rows, **how)
+    expected = [
+        100 * max(scorer.score(reference, text)["rougeL"].fmeasure for reference in output)
+        for text, output in zip(said, outputs, strict=True)
+    ]
+    scored = evaluate_exchanges(net, data, "test", device="cpu")
+    assert scored.predictions_E is not None and scored.predictions_E.tolist() == pytest.approx(expected)
+    assert scored.metrics["rougeL"] == pytest.approx(np.mean(expected)) == scored.metrics["greedy_rougeL"]
+    assert [expected[i] > 0 for i in range(6)] == [i % 4 > 0 for i in range(6)]  # the first one says nothing
+    assert "scored against the best of up to 4 references" in overview._exchanged(data)
+    assert "references" not in overview._exchanged(opened(tmp_path, rows_of(4)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan

@@ -133,6 +133,8 @@ def test_data_and_pretrained_weights_count_by_content() -> None:
 
     assert keys(pretrained) == keys(lambda v: v["models"].update(teacher={"pretrained": "elsewhere"}))
     assert keys(pretrained)["teach"] != keys(pretrained, **{"model:teacher": "v"})["teach"]
+    in_bf16 = {"pretrained": "somewhere", "dtype": "bf16"}
+    assert keys(lambda v: v["models"].update(teacher=in_bf16))["teach"] != keys(pretrained)["teach"]
 
 
 def test_a_key_is_that_of_the_trial_that_makes_only_this_phase() -> None:

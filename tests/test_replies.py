@@ -41,6 +41,7 @@ def batch_of(indices: list[int]) -> ExchangeBatch:
 def by(**more: Any) -> replies.Makers:
     how: dict[str, Any] = {"nets": {"m": None}, "end_id": END, "pad_id": PAD, "vocab_size": VOCAB, "length": 12}
     how |= {"device": "cpu", "autocast": nullcontext, "rank": 0, "world": 1, "gather": lambda value: [value]}
+    how |= {"within_memory": lambda draw: draw(64)}
     return replies.Makers(**{**how, **more})
 
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from orchestrator.study_file import load_study
-from trainables.spec.trial import TrialSpec
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -146,9 +145,8 @@ def test_losses_know_only_the_spec_and_data_knows_no_model_and_no_phase() -> Non
             own = ("trainables.losses", "trainables.spec")
             assert not [name for name in ours & sources().keys() if not name.startswith(own)], module
         if module.startswith("trainables.data"):
-            assert not [
-                name for name in ours & sources().keys() if not name.startswith(("trainables.data", "trainables.spec"))
-            ]
+            own = ("trainables.data", "trainables.spec", "trainables.cache")
+            assert not [name for name in ours & sources().keys() if not name.startswith(own)], module
 
 
 @pytest.mark.parametrize("name", ["utils", "common", "registry", "constants", "helpers", "misc"])
@@ -296,8 +294,10 @@ def test_the_readmes_studies_are_studies(tmp_path: Path) -> None:
     with (tuned := tmp_path / "tuned.yaml").open("w") as file:
         YAML().dump(value, file)
     assert load_study(tuned).each_of("finetune") == ("rte", "mine")
-    of_decoders = TrialSpec.model_validate(YAML(typ="safe").load(blocks[3]))
-    assert of_decoders.pruned().models_of("distil") == ("teacher", "student")
+    whole.write_text(blocks[3])
+    of_decoders = load_study(whole)
+    assert list(of_decoders.claims) == ["teacher_helps", "own_replies_help"]
+    assert of_decoders.spec(arm="taught", seed=0).pruned().models_of("distil") == ("teacher", "student")
 
 
 def test_the_readmes_tree_names_every_module() -> None:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from orchestrator import sweep
 from orchestrator.messages import StudyError
 from orchestrator.study import Study
-from orchestrator.study_file import load_study
+from orchestrator.study_file import load_study, metrics_of
 from trainables.data.tokenizer import train_wordpiece
 from trainables.spec.terms import is_off
 
@@ -564,7 +564,10 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, phase: distl}\nprofiles", ["no phase 'distl'", "'distil'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, task: corpse}\nprofiles", ["no task 'corpse'", "'corpus'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: 0.3}\nprofiles", ["nothing is recorded at 0.3", "0.25, 0.5, 0.75, 1"]),
-    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, margin: -1}\nprofiles", ["margin", "greater than or equal to 0"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: end}\nprofiles", ["claims.helps.at: must be a fraction of the budget, from 0 to 1, or 'equal' (got 'end')"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: equal, less: flops}\nprofiles", ["claims.helps: `at: equal` reads both sides at equal cost", "give one of the two"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, less: time}\nprofiles", ["claims.helps.less", "'student_tokens', 'flops' or 'device_seconds'"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, margin: small}\nprofiles", ["claims.helps.margin", "a valid number"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, split: train}\nprofiles", ["split", "'test' or 'dev'"]),
 ])  # fmt: skip
 def test_a_claim_speaks_of_what_is_there(refused: Refused, old: str, new: str, wants: list[str]) -> None:
@@ -573,6 +576,17 @@ def test_a_claim_speaks_of_what_is_there(refused: Refused, old: str, new: str, w
     assert f"study.yaml:{line_with(text, 'helps:')}: claims.helps" in said, said
     for want in wants:
         assert want in said, said
+
+
+def test_equal_cost_is_read_where_something_is_recorded_on_the_way(load: Callable[..., Study], refused: Refused) -> None:  # fmt: skip
+    equal = changed("metric: mlm_loss}\nprofiles", "metric: mlm_loss, at: equal, axis: device_seconds}\nprofiles")
+    assert load(equal).claims["helps"].at == "equal"
+    once = equal.replace("budget: {steps: 20}", "budget: {steps: 20}\n      evaluate: [1.0]")
+    said = refused(once)
+    assert "claims.helps: at equal device_seconds the dearer side is read on its way" in said
+    assert "phases.distil.evaluate fractions before the end" in said
+    assert load(once.replace("at: equal, ", "")).claims["helps"].at == 1
+    assert load(changed("metric: mlm_loss}\nprofiles", "metric: mlm_loss, margin: -0.5, less: flops}\nprofiles")).claims["helps"].margin == -0.5  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new", "wants"), [
@@ -690,7 +704,8 @@ def test_data_sets_of_different_tokenizers_are_refused(refused: Refused, corpus:
         "{kind: python_docs, tokenizer: {kind: wordpiece, size: 1024}, length: 64, evaluate: 8}",
         f"{{corpus: {one.format(corpus, 160)}, other: {one.format(corpus, 90)}}}",
     )
-    assert "data.other: its tokenizer differs from that of data.corpus" in refused(text)
+    said = refused(text)
+    assert "data.other: the tokenizers of data 'other' (90 tokens)" in said and "one tokenizer for all data" in said
 
 
 def test_a_pretrained_model_that_is_not_there_is_named(refused: Refused, tmp_path: Path, corpus: Path) -> None:
@@ -698,7 +713,7 @@ def test_a_pretrained_model_that_is_not_there_is_named(refused: Refused, tmp_pat
         corpus, "{family: bert, layers: 1, width: 16, heads: 2, dropout: 0}", f"{{pretrained: {tmp_path / 'nothing'}}}"
     )
     said = refused(text)
-    assert "nothing" in said and "no model at" in said
+    assert "nothing" in said and "there is no such folder" in said
 
 
 @pytest.mark.parametrize(
@@ -905,3 +920,15 @@ def test_an_arm_that_tuning_cannot_look_at_is_named(refused: Refused) -> None:
     said = refused(text)
     assert f"study.yaml:{line_with(text, 'other:')}: arm 'other'" in said
     assert "does not train 'student' in phase 'distil', by which `tune` chooses" in said
+
+
+def test_agreement_may_be_claimed_with_a_teacher_as_it_is_and_as_it_was() -> None:
+    names = set(
+        metrics_of(
+            load_study(Path(__file__).parents[1] / "search_spaces" / "okd.yaml").spec(arm="okd", seed=0),
+            "distil",
+            ("ask",),
+        )
+    )
+    assert {f"teacher{then}_{what}" for then in ("", "_original") for what in ("agreement", "kl")} <= names
+    assert "student_agreement" in names and not [name for name in names if name.startswith("student_original")]

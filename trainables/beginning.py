@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainables import controllers, lora, models, passes, remap, replies
+from trainables.data.exchanges import ExchangeSet
 from trainables.evaluate import flops_per_token
 from trainables.losses.schedules import can_be_zero
 from trainables.optimizers import make_optimizer
 from trainables.phases import Instance, TaskHead, head_of, longest, num_steps, origin_of, seed_of, streams_of
-from trainables.running import Progress, Run, Running, makers_of
+from trainables.running import Autocast, Progress, Run, Running, makers_of
 from trainables.spec.data import Tasks
 from trainables.spec.models import Remap
 from trainables.spec.phase import Lora, Phase, Stream
@@ -64,9 +65,9 @@ def begin(run: Run, instance: Instance) -> Running:
     streams, flops = _readers(run, instance, seed)
     read = dict.fromkeys(model for term in spec.terms.values() for model in reads(term))
     read |= dict.fromkeys(model for stream in streams.values() for model in makers_of(stream.spec))
+    _check_types(run, read)
     nets = {name: make(run, instance, name, head_of(run.spec, instance, name)) for name in read}
     for name, net in nets.items():
-        models.check_dtype(run.spec.models[name].dtype, at.device)
         net.to(at.device).train(name in spec.train).requires_grad_(name in spec.train)
         how = spec.train.get(name)
         if isinstance(how, Lora):
@@ -105,15 +106,31 @@ def begin(run: Run, instance: Instance) -> Running:
     log.info("phase %s: from step %d of %d (%s)", instance, progress.step, total, run.key(instance))
     if spec.batch % run.session.world:
         raise ValueError(f"phase {instance}: a batch of {spec.batch} cannot be shared by {run.session.world} workers")
-    micro = min(spec.batch // run.session.world, at.micro_batch or spec.batch)
+    share = spec.batch // run.session.world
+    micro = min(share, at.micro_batch or share)
     further = {
         f"scored on {item}": Reader(item, Stream(data=item, corruption=None), run.data[item]) for item in spec.scored_on
     }
-    phase = Running(run, instance, spec, seed, streams, called, optimizer, total, progress, micro, further)
+    replying = {n for t in spec.terms.values() if isinstance(streams[t.on].data, ExchangeSet) for n in reads(t)}
+    replying |= set(spec.train) & set(language) if further else set()
+    if joining := [name for name in sorted(replying) if not keeps_apart(nets[name], run.autocast)]:
+        log.info("each exchange has a row of its own: %s would read those of one row as one", ", ".join(joining))
+        streams, further = (_apart(readers) for readers in (streams, further))
+    phase = Running(run, instance, spec, seed, streams, called, optimizer, total, progress, micro, share, further)
     for stream in streams.values():
         for name in makers_of(stream.spec):
             phase.token_flops[name] = flops_per_token(nets[name], length=stream.length, device=at.device)
     return phase
+
+
+def _check_types(run: Run, names: Iterable[str]) -> None:
+    """Raises ModelError where the device does not compute in a type that the trial asks for."""
+    asked = {"precision": run.spec.precision, **{f"models.{name}.dtype": run.spec.models[name].dtype for name in names}}
+    for where, dtype in asked.items():
+        try:
+            models.check_dtype(dtype, run.at.device)
+        except models.ModelError as error:
+            raise models.ModelError(f"{where}: {error}") from None
 
 
 def _controls(spec: Phase) -> dict[str, Any]:
@@ -145,6 +162,38 @@ def _freeze_unreached(run: Run, instance: Instance, called: passes.Models, strea
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
+
+
+def _apart(readers: Mapping[str, Reader]) -> dict[str, Reader]:
+    """The readers, whose exchanges have rows of their own."""
+    return {
+        name: replace(reader, data=reader.data.apart()) if isinstance(reader.data, ExchangeSet) else reader
+        for name, reader in readers.items()
+    }
+
+
+@torch.no_grad()
+def keeps_apart(net: Any, autocast: Autocast) -> bool:
+    """Whether a model takes sequences in one row, of which only their places tell, for what they are: a forward tells.
+
+    Those that do not learn places of tokens from what they are given (ALiBi, recurrent ones), or ask the attention mask
+    for them, read on over the border.
+    """
+    device = next(net.parameters()).device
+    ids_BT = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 3, 4]], device=device)
+    places_BT = torch.tensor([[0, 1, 2, 0, 1]], device=device).expand(2, 5)
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    with autocast():
+        before_NV, after_NV = (
+            models.logits_at(
+                net, ids_BT[row, None], torch.tensor([3, 4], device=device), places_BT=places_BT[row, None]
+            )
+            for row in (0, 1)
+        )
+    for module, mode in modes:
+        module.training = mode
+    return bool((before_NV - after_NV).abs().max() <= 1e-5 * before_NV.abs().max())
 
 
 def _readers(run: Run, instance: Instance, seed: int) -> tuple[dict[str, Reader], float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -198,30 +198,45 @@ def _answered(
     return rouge_E, unfinished_E
 
 
+class Other(NamedTuple):
+    """Whom a model is compared with, and what is to hold while that one is run."""
+
+    net: Any
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
 @torch.no_grad()
-def agreement(
+def agreements(
     net: Any,
-    other: Any,
+    others: Mapping[str, Other],
     data: ExchangeSet,
     split: Literal["dev", "test"],
     *,
     device: str,
     autocast: Callable[[], Any] = nullcontext,
     session: Any = None,
-) -> dict[str, float]:
-    """`agreement`: how often (x 100) both find the same token likeliest, over the replies of the data; `kl`: KL(other || net),
-    nats a token."""
-    sums, rows = [0.0, 0.0, 0.0], exchange_rows(data.vocab_size, data.length)
-    with _in_eval_mode(net), _in_eval_mode(other):
+) -> dict[str, dict[str, float]]:
+    """By each of the others, `agreement`: how often (x 100) both find the same token likeliest, over the replies of the data;
+    `kl`: KL(other || net), nats a token. The net runs once, whoever it is compared with."""
+    rows = exchange_rows(data.vocab_size, data.length)
+    sums = {name: [0.0, 0.0] for name in others}
+    num = 0.0
+    with ExitStack() as stack:
+        for one in (net, *(other.net for other in others.values())):
+            stack.enter_context(_in_eval_mode(one))
         for _, _, batch in _exchange_batches(getattr(data, split), session, rows):
-            ours_NV, theirs_NV = (
-                _reply_logits(one, batch, data.vocab_size, device, autocast)[0] for one in (net, other)
-            )
-            sums[0] += (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).sum().item()
-            sums[1] += kl(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1)).item()
-            sums[2] += len(ours_NV)
-    same, divergence, num = session.total(sums) if session else sums
-    return {"agreement": 100 * same / num, "kl": divergence / num}
+            ours_NV, _ = _reply_logits(net, batch, data.vocab_size, device, autocast)
+            num += len(ours_NV)
+            for name, other in others.items():
+                with other.within():
+                    theirs_NV, _ = _reply_logits(other.net, batch, data.vocab_size, device, autocast)
+                sums[name][0] += (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).sum().item()
+                sums[name][1] += kl(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1)).item()
+    found = {}
+    for name, (same, divergence) in sums.items():
+        same, divergence, total = session.total([same, divergence, num]) if session else (same, divergence, num)
+        found[name] = {"agreement": 100 * same / total, "kl": divergence / total}
+    return found
 
 
 def exchange_rows(vocab_size: int, length: int) -> int:

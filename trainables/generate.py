@@ -298,6 +298,19 @@ def _answering(*nets: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check(net: Any) -> None:
+    """Raises GenerationError for a model, of any device, that has no cache of keys and values to go on from."""
+    if getattr(net, "_is_stateful", False) or "past_key_values" not in inspect.signature(net.forward).parameters:
+        raise _refused(net)
+
+
+def _refused(net: Any) -> GenerationError:
+    kind = net.config.model_type
+    return GenerationError(
+        f"a {kind} cannot answer: it keeps more than keys and values of tokens; valid: llama, gpt2 …"
+    )
+
+
 class _Reading:
     """A model, and what it has read of each row. The last slot of every row is its last token; padding is on the left.
 
@@ -313,13 +326,7 @@ class _Reading:
         self.num_tokens = 0
         self.takes = inspect.signature(net.forward).parameters.keys()
         self.limit = getattr(net.config, "max_position_embeddings", None)
-        if getattr(net, "_is_stateful", False) or "past_key_values" not in self.takes:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        raise GenerationError(
-            f"a {self.net.config.model_type} cannot answer: it keeps more than keys and values of tokens"
-        )
+        check(net)
 
     def read(self, ids_BT: Tensor, mask_BT: Tensor, num: int) -> Tensor:
         """Reads on; logits after each of the last `num` tokens, [B, num, vocab_size]."""
@@ -340,7 +347,7 @@ class _Reading:
             **more,
         ).logits
         if self.cache.get_seq_length() != self.mask_BT.shape[1]:
-            self._refuse()
+            raise _refused(self.net)
         return logits_BTV[:, -num:, : self.vocab_size].float()
 
     def keep(self, rows_B: Tensor, drop_B: Tensor | None = None) -> None:

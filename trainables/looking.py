@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from trainables import lora, replies
 from trainables.data.exchanges import ExchangeSet
-from trainables.evaluate import Scored, agreement, size_and_speed
+from trainables.evaluate import Other, Scored, agreements, size_and_speed
 from trainables.running import Diverged, Record, Running, makers_of, peak_memory, reader_of, scored_of
 from trainables.spec.terms import Flow, target
 from trainables.store import EXAMPLES
@@ -83,22 +84,29 @@ def records_of(phase: Running, fraction: float) -> tuple[list[Record], dict[tupl
 
 
 def _agreements(phase: Running) -> dict[tuple[str, str, str, str], dict[str, float]]:
-    """How near a model that learns to answer is to whom it learns from, by (model, other, data set, split); where that
-    one learns by LoRA, to what it was before, too."""
-    found = {}
-    pairs = {(t.to, t.from_, t.on): None for t in phase.spec.terms.values() if isinstance(t, Flow)}
-    for model, other, name in pairs:
-        data, net, rival = phase.streams[name].data, phase.nets[model], phase.nets[other]
-        if not isinstance(data, ExchangeSet):
+    """How near a model that learns to answer is to whom it learns from, by (model, other, data set, split), and to what
+    that one was before: the same where it is frozen; where it learns in full nobody knows any more."""
+    run, nets = phase.run, phase.nets
+    others: dict[tuple[str, str], dict[str, Other]] = {}  # of a model, on a data set
+    sets: dict[str, ExchangeSet] = {}
+    for term in phase.spec.terms.values():
+        stream = phase.streams[term.on]
+        if not isinstance(term, Flow) or not isinstance(stream.data, ExchangeSet):
             continue
-        run = phase.run
-        how: dict[str, Any] = {"device": run.at.device, "autocast": run.autocast, "session": run.session}
-        for split in ("dev", "test"):
-            where = (phase.streams[name].spec.data, split)
-            found[model, other, *where] = agreement(net, rival, data, split, **how)  # type: ignore[arg-type]
-            if lora.is_attached(rival):
-                with lora.original(rival):
-                    found[model, f"{other}_original", *where] = agreement(net, rival, data, split, **how)  # type: ignore[arg-type]
+        sets[stream.spec.data] = stream.data
+        rivals, rival = others.setdefault((term.to, stream.spec.data), {}), nets[term.from_]
+        rivals[term.from_] = Other(rival)
+        if lora.is_attached(rival):
+            rivals[f"{term.from_}_original"] = Other(rival, partial(lora.original, rival))
+    how: dict[str, Any] = {"device": run.at.device, "autocast": run.autocast, "session": run.session}
+    found = dict[tuple[str, str, str, str], dict[str, float]]()
+    splits: tuple[Literal["dev", "test"], ...] = ("dev", "test")
+    for (model, name), rivals in others.items():
+        for split in splits:
+            for other, agreed in agreements(nets[model], rivals, sets[name], split, **how).items():
+                found[model, other, name, split] = agreed
+                if other in nets and other not in phase.spec.train:
+                    found[model, f"{other}_original", name, split] = agreed
     return found
 
 

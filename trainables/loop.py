@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainables import controllers, lora, models, passes, replies
 from trainables.beginning import begin, parameters_of
-from trainables.data.exchanges import ExchangeBatch, ExchangeSet
+from trainables.data.exchanges import ExchangeSet
 from trainables.evaluate import FLOPS
+from trainables.generate import Drawn
 from trainables.looking import examples_of, loss_of, records_of, score
 from trainables.losses.schedules import lr_factor, weight_at
 from trainables.notice import Ask
@@ -235,11 +236,11 @@ def _read(phase: Running, name: str) -> Any:
     """The global batch of a stream at this step; its replies are those of the data, or made."""
     stream, progress, step = phase.streams[name], phase.progress, phase.progress.step
     drawn = (step, phase.spec.batch, phase.seed, str(phase.instance))
-    batch = stream.batch(*drawn)
     if stream.spec.replies is None:
-        return batch
-    assert isinstance(batch, ExchangeBatch) and isinstance(stream.data, ExchangeSet)
-    session, at = phase.run.session, phase.run.at
+        return stream.batch(*drawn)
+    assert isinstance(stream.data, ExchangeSet)
+    session, at, indices = phase.run.session, phase.run.at, stream.indices(*drawn)
+    batch = stream.data.train.rows(indices)
     by = replies.Makers(
         nets=phase.nets,
         end_id=stream.data.end_id,
@@ -251,12 +252,28 @@ def _read(phase: Running, name: str) -> Any:
         rank=session.rank,
         world=session.world,
         gather=session.gather,
+        within_memory=lambda draw: _within_memory(phase, draw),
     )
     where = replies.Step(phase.seed, str(phase.instance), name, step, step / phase.total)
-    indices = stream.indices(*drawn).tolist()
-    batch, computed = replies.made(stream.spec.replies, progress.made[name], batch, indices, where, by)
+    batch, computed = replies.made(stream.spec.replies, progress.made[name], batch, indices.tolist(), where, by)
     progress.flops += sum(phase.token_flops[model] * num for model, num in computed.items())
     return batch
+
+
+def _within_memory(phase: Running, draw: Callable[[int], Drawn]) -> Drawn:
+    """What `draw` gives with so many prompts at a time; half as many from now on whenever memory runs out.
+
+    Each rank does so by itself: until the replies are there it waits for no other.
+    """
+    while True:
+        try:
+            return draw(phase.at_once)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or phase.at_once == 1:
+                raise
+        phase.at_once = max(1, phase.at_once // 2)  # here, where the error no longer holds what was computed
+        log.warning("out of memory: replies to %d prompts at a time", phase.at_once)
+        torch.cuda.empty_cache()
 
 
 def _backward(

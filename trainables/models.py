@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainables import sharing
+from trainables.data.hub import why_not
 from trainables.spec.models import Model, Random
 from trainables.spec.phase import Masking
 from trainables.spec.value import random_stream
@@ -359,26 +358,7 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _unreachable(name: str, valid: str, error: BaseException) -> ModelError:
     """Why there is no model of that name, with the variable that lets it be had where there is one."""
-    why, causes = str(error).strip().splitlines()[0], list(_causes(error))
-    offline = f"HF_HUB_OFFLINE={value}" if (value := os.environ.get("HF_HUB_OFFLINE")) else ""
-    if Path(name).is_dir():
-        pass  # what is wrong with it is in the message
-    elif name.startswith(("/", ".", "~")):
-        why = "there is no such folder"
-    elif any(isinstance(cause, GatedRepoError) for cause in causes):
-        why = f"it is gated; accept its terms at https://huggingface.co/{name} and set HF_TOKEN to a token of that account"
-    elif any(isinstance(cause, OfflineModeIsEnabled) for cause in causes) or (offline and constants.is_offline_mode()):
-        why = f"the hub's cache does not hold it and {offline or 'HF_HUB_OFFLINE'} forbids to fetch it; unset it once"
-    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        why = "the hub shows no such model; if it is private, set HF_TOKEN to a token that may read it"
-    return ModelError(f"no weights at {name!r} (valid: {valid}): {why}")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: transformers wraps the hub's."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return ModelError(f"no weights at {name!r} (valid: {valid}): {why_not(name, 'model', error)}")
 
 
 TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # names of files of which a tokenizer has some
@@ -400,16 +380,25 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
         raise ModelError(
             f"the tokenizer of {model.pretrained!r} cannot be read: {str(error).splitlines()[0]}"
         ) from None
-    ours = data_tokenizer.get_vocab()
+    if difference := difference_of({repr(model.pretrained): theirs, f"data {data_name!r}": data_tokenizer.get_vocab()}):
+        raise ModelError(f"{difference}; valid: tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
+
+
+def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:
+    """How the token -> id maps of two tokenizers, by whose they are, differ; None where they do not."""
+    (one, theirs), (other, ours) = vocabularies.items()
     differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
-    if differ:
-        token = min(differ, key=lambda token: (ours.get(token, theirs.get(token)), token))
-        ids = " and ".join(f"{side[token]} in that of {of}" if token in side else f"not in that of {of}"
-                           for side, of in ((theirs, model.pretrained), (ours, f"data {data_name}")))  # fmt: skip
-        raise ModelError(
-            f"the tokenizers of {model.pretrained!r} ({len(theirs)} tokens) and of data {data_name!r} ({len(ours)}) differ "
-            f"in {len(differ)} tokens: {token!r} is {ids}; valid: tokenizer: {{kind: pretrained, name: {model.pretrained}}}"
-        )
+    if not differ:
+        return None
+    token = min(differ, key=lambda token: (ours.get(token, theirs.get(token)), token))
+    ids = " and ".join(
+        f"{ids_of[token]} in that of {whose}" if token in ids_of else f"not in that of {whose}"
+        for whose, ids_of in zip((name.replace("'", "") for name in vocabularies), vocabularies.values(), strict=True)
+    )
+    return (
+        f"the tokenizers of {one} ({len(theirs)} tokens) and of {other} ({len(ours)}) differ in {len(differ)} tokens: "
+        f"{token!r} is {ids}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ initialisation

@@ -139,7 +139,8 @@ def _weights(spec: TrialSpec, instance: Instance, name: str, fingerprints: Mappi
     if origin is not None:
         return {"phase": phase_key(spec, origin.instance, fingerprints), "entry": origin.entry}
     if model.pretrained is not None:
-        return {"pretrained": fingerprints[f"model:{name}"], "dropout": model.dropout}
+        own = {"pretrained": fingerprints[f"model:{name}"], "dropout": model.dropout}
+        return own if model.dtype == "fp32" else own | {"dtype": model.dtype}
     value: dict[str, Any] = {"name": name, "seed": seed_of(spec, phase), "length": longest(spec)}
     value["shape"] = model.model_dump(mode="json", exclude={"init"})
     if isinstance(model.init, Remap):

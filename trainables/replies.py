@@ -43,6 +43,9 @@ class Makers(NamedTuple):
     rank: int
     world: int
     gather: Callable[[Any], list[Any]]  # of all ranks, in their order
+    within_memory: Callable[
+        [Callable[[int], Drawn]], Drawn
+    ]  # calls it with as many prompts at a time as there is room for
 
 
 def new_state(share: Mapping[str, Any]) -> State:
@@ -119,12 +122,13 @@ def _draw(
         "device": by.device,
         "autocast": by.autocast,
     }
-    mine: list[Drawn] = []
-    if low < high:
+
+    def draw(rows: int) -> Drawn:
         if isinstance(spec, Interleaved):
-            mine = [interleave(by.nets[spec.draft], by.nets[spec.teacher], prompts[low:high], spec, **how)]
-        else:
-            mine = [sample(by.nets[spec.by], prompts[low:high], spec, **how)]
+            return interleave(by.nets[spec.draft], by.nets[spec.teacher], prompts[low:high], spec, rows=rows, **how)
+        return sample(by.nets[spec.by], prompts[low:high], spec, rows=rows, **how)
+
+    mine = [by.within_memory(draw)] if low < high else []
     everyone = [drawn for of_rank in by.gather(mine) for drawn in of_rank]
     whole = (reply for drawn in everyone for reply in drawn.replies)
     replies = tuple(reply[: by.length - len(prompt)] for prompt, reply in zip(prompts, whole, strict=True))

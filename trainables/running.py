@@ -151,6 +151,7 @@ class Running:
     total: int  # optimizer steps
     progress: Progress
     micro: int  # sequences of one forward
+    at_once: int  # prompts that a model answers at a time
     further: Mapping[str, Reader] = field(default_factory=dict)  # only there to be scored
     token_flops: dict[str, float] = field(default_factory=dict)  # of a forward, by model: what making replies costs
     local: dict[str, Tensor] = field(default_factory=dict)  # sums of each term on this rank since they were added up

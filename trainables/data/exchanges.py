@@ -6,6 +6,7 @@ model continues the prompt.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ class ExchangeBatch:
     replies: tuple[Ids, ...]
     length: int  # tokens of a packed row at most, unless one exchange alone is longer
     pad_id: int
+    is_packed: bool = True  # else each has a row of its own
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -78,9 +80,9 @@ class ExchangeBatch:
         return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.replies]).astype(np.int64))
 
     def to(self, device: str) -> PackedBatch:
-        """Packs the exchanges into as few rows as first-fit-decreasing gives."""
+        """Packs the exchanges into as few rows as first-fit-decreasing gives, or puts each into its own."""
         sizes = [len(prompt) + len(reply) for prompt, reply in zip(self.prompts, self.replies, strict=True)]
-        rows = first_fit(sizes, self.length)
+        rows = first_fit(sizes, self.length) if self.is_packed else [[i] for i in range(len(sizes))]
         width = max((sum(sizes[i] for i in row) for row in rows), default=0)
         ids_BT = np.full((len(rows), width), self.pad_id, np.int64)
         places_BT = np.zeros((len(rows), width), np.int64)
@@ -131,6 +133,7 @@ class Exchanges:
         self._starts = np.cumsum([0, *(len(block) for block in blocks)])
         sizes = [np.diff(p.offsets) + np.diff(r.offsets) for p, r in zip(self._prompts, self._replies, strict=True)]
         self._pad_id = pad_id
+        self.is_packed = True
         self.length = length  # tokens of prompt and reply at most
         self.lengths: Ids = np.concatenate([np.empty(0, np.int32), *sizes])  # tokens of prompt and reply
 
@@ -156,7 +159,13 @@ class Exchanges:
         """These exchanges; only they are read."""
         wanted = np.asarray(indices, dtype=np.int64).tolist()
         prompts, replies = (tuple(column(i) for i in wanted) for column in (self.prompt, self.reply))
-        return ExchangeBatch(prompts, replies, self.length, self._pad_id)
+        return ExchangeBatch(prompts, replies, self.length, self._pad_id, self.is_packed)
+
+    def apart(self) -> Exchanges:
+        """The same, of which a batch has a row for each: for models that would read those of a row as one."""
+        found = copy.copy(self)
+        found.is_packed = False
+        return found
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -195,6 +204,10 @@ class ExchangeSet:
     scoring: Scoring
     length: int  # tokens of prompt and reply at most
     about: dict[str, Any]  # counts by split, rows that were left out and why, checksums
+
+    def apart(self) -> ExchangeSet:
+        """The same with a row for each exchange: see `Exchanges.apart`."""
+        return replace(self, train=self.train.apart(), dev=self.dev.apart(), test=self.test.apart())
 
 
 def exchanges_in(home: Path, fingerprint: str, about: dict[str, Any]) -> ExchangeSet:

@@ -14,6 +14,7 @@ import pyarrow.json as pajson
 from pyarrow import csv as pacsv
 
 from trainables.data import DataError
+from trainables.data.hub import why_not
 from trainables.spec.data import Hub
 
 TABLES = (".parquet", ".jsonl", ".json", ".csv")  # .json too holds one object a line
@@ -133,7 +134,8 @@ def _hub_rows(name: str, config: str | None, revision: str, split: str, what: st
         RuntimeError,
     ) as error:  # unknown split or config, no such set, no network
         where = f"{name!r}" + (f", config {config!r}" if config else "") + f" at {revision!r}"
-        raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {_first_line(error)}") from error
+        reason = why_not(name, "data set", error)
+        raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {reason}") from error
 
 
 def some_text(documents: Iterable[str | None], what: str) -> list[str]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainables.data import DataError
+from trainables.data.hub import why_not
 from trainables.spec.data import PretrainedTokenizer
 from trainables.spec.value import digest
 
@@ -67,7 +68,7 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         at = f" at {spec.revision!r}" if spec.revision else ""
-        reason = str(error).strip().split("\n")[0]
+        reason = why_not(spec.name, "tokenizer", error)
         raise DataError(f"tokenizer: cannot load {spec.name!r}{at} from a folder or the hub: {reason}") from error
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {spec.name!r} has no fast form; choose one with a tokenizer.json")
