@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STUDY ?= search_spaces/dwt.yaml
 PORT ?= 5000
+CLUSTER ?= cluster.yaml
 
-.PHONY: install sweep test test-all ui clean
+.PHONY: install sweep test test-all ui cluster clean
 
 install: .venv/installed
 
@@ -29,3 +30,7 @@ test-all: install  # and what starts Ray, kills processes or opens a browser
 
 ui: install  # MLflow on loopback: every trial, nested under its study
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+cluster: install  # machines that cost money until `ray down`; nothing is started where the file lacks something
+	$(BIN)/python -m orchestrator.cluster_file $(CLUSTER)
+	$(BIN)/ray up --no-config-cache $(CLUSTER)

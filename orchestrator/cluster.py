@@ -7,11 +7,13 @@ lives as long as the sweep. docs/security.md lists what listens; a test compares
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,18 @@ CHATTER = {
     "MALLOC_ARENA_MAX": "1",  # a heap for each thread keeps what earlier trials took: 1.8 GB in a slot, instead of 1.35
 }
 ROUNDING = 1e-6  # Ray counts in ten-thousandths
+JOIN_SECONDS = 180.0  # for machines to join that a cluster always has
 
 _before: dict[str, str | None] = {}  # what the environment was, for `stop_ray`
 
 
-def start_ray(address: str | None, slot: Slot) -> int:
-    """Starts Ray on this machine, or joins the one at `address`; returns how many slots there are.
+def start_ray(address: str | None, slot: Slot, storage: str | None = None) -> int:
+    """Starts Ray on this machine, or joins the one at `address`; returns how many slots there are, or could be once its
+    autoscaler has started what it may.
 
     A slot of several workers is a process of its own beside them; it hardly computes and takes no core. Raises StudyError
-    where nothing answers, and where a Ray of ours would listen beyond loopback.
+    where nothing answers, where a Ray of ours would listen beyond loopback, and where `storage` is a folder of this
+    machine that others would not find.
     """
     os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -63,6 +68,13 @@ def start_ray(address: str | None, slot: Slot) -> int:
     else:
         _say_the_mode(address)
         _join(address, common)
+        scaling = _autoscaler()
+        nodes = _wait_for_workers(scaling)
+        check_shared(storage, len(nodes), scaling is not None)
+        if scaling is not None:
+            num = num_slots(when_all_are_there(nodes, scaling, slot), slot)
+            _set(TUNE_MAX_PENDING_TRIALS_PG=str(max(1, num)))  # with Tune's own, 1, machines come one after the other
+            return num
     return num_slots(ray.nodes(), slot)
 
 
@@ -156,6 +168,69 @@ def _join(address: str, common: Mapping[str, Any]) -> None:
             f"--address {address}: no Ray answers ({reason}); it must run there, and where it asks for a token, "
             f"RAY_AUTH_MODE=token and the token must be set here too (mode here: {os.environ['RAY_AUTH_MODE']})"
         ) from None
+
+
+def _autoscaler() -> dict[str, Any] | None:
+    """What the cluster's autoscaler was told, as `ray up` left it on the head; None where this is no head, or has none."""
+    if ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
+        return None
+    try:
+        found = json.loads((Path.home() / "ray_bootstrap_config.yaml").read_text())  # JSON, whatever its name
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _wait_for_workers(scaling: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The living nodes, when as many are there as the cluster always has: `ray up` does not wait for them."""
+    kinds = (scaling or {}).get("available_node_types", {}).values()
+    promised = sum(int(kind.get("min_workers") or 0) for kind in kinds)
+    until, said = time.monotonic() + JOIN_SECONDS, False
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        there = sum(not _is_head(node) for node in nodes)
+        if there >= promised or time.monotonic() > until:
+            if there < promised:
+                print(f"going on with {there} of the cluster's {promised} machines", flush=True)
+            return nodes
+        if not said:
+            said = True
+            print(f"waiting for the cluster's machines: {there} of {promised} are there", flush=True)
+        time.sleep(1)
+
+
+def when_all_are_there(
+    nodes: Iterable[Mapping[str, Any]], scaling: Mapping[str, Any], slot: Slot
+) -> list[Mapping[str, Any]]:
+    """The head, and the machines that the autoscaler may hold at once, those with most slots first; where it is not told
+    what its machines have (those that one has already), the living ones."""
+    kinds = [kind for name, kind in scaling["available_node_types"].items() if name != scaling.get("head_node_type")]
+    could = [
+        {"Alive": True, "Resources": kind["resources"]}
+        for kind in kinds
+        if kind.get("resources")
+        for _ in range(int(kind.get("max_workers") or 0))
+    ]
+    if not could:
+        return list(nodes)
+    alone = slot.model_copy(update={"workers": 1})
+    could.sort(key=lambda node: -num_slots([node], alone))
+    return [node for node in nodes if _is_head(node)] + could[: int(scaling.get("max_workers") or 0)]
+
+
+def _is_head(node: Mapping[str, Any]) -> bool:
+    return "node:__internal_head__" in node["Resources"]
+
+
+def check_shared(storage: str | None, num_nodes: int, scales: bool) -> None:
+    """Raises StudyError where trials would write to folders of their own machines: a relative path is of this one."""
+    if storage is None or "://" in storage or os.path.isabs(storage) or (num_nodes < 2 and not scales):
+        return
+    what = f"{num_nodes} machines" if num_nodes > 1 else "machines that come and go"
+    raise StudyError(
+        f"--storage {storage}: a folder of this machine, and the cluster has {what}; give a URI (s3://bucket/runs) or the "
+        "whole path of a folder that all of them share"
+    )
 
 
 def _say_the_mode(address: str) -> None:

@@ -69,6 +69,65 @@ def test_a_worker_uses_one_device() -> None:
         Slot(gpus=2.5)
 
 
+HEAD = {"Alive": True, "Resources": {"memory": 1e9, "node:__internal_head__": 1.0}}
+
+
+def scaling(max_workers: int, **kinds: tuple[int, dict[str, float]]) -> dict[str, Any]:
+    """As `ray up` leaves it on the head: of each kind of machine how many there may be, and what one has."""
+    types = {name: {"min_workers": 0, "max_workers": n, "resources": have} for name, (n, have) in kinds.items()}
+    return {"max_workers": max_workers, "head_node_type": "head", "available_node_types": {"head": {"resources": {"CPU": 99, "GPU": 99}}, **types}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "slot", "expected"),
+    [
+        (scaling(4, g5=(4, {"CPU": 8, "GPU": 1})), [HEAD], {"gpus": 1}, 4),  # none is there yet
+        (scaling(4, g5=(4, {"CPU": 8, "GPU": 1})), [HEAD, node(8, 1)], {"gpus": 1}, 4),  # one of the four
+        (scaling(3, g5=(9, {"CPU": 8, "GPU": 1})), [HEAD], {"gpus": 1}, 3),  # the bound is over all kinds
+        (scaling(3, g5=(9, {"CPU": 8, "GPU": 1}), p5=(2, {"CPU": 192, "GPU": 8})), [HEAD], {"gpus": 1}, 17),
+        (scaling(4, cheap=(4, {"CPU": 2})), [HEAD], {"gpus": 1}, 0),
+        (scaling(4, g5=(4, {"CPU": 8, "GPU": 1})), [HEAD], {"gpus": 0.5, "workers": 2}, 4),
+        (scaling(2, mine=(0, {})), [HEAD, node(8), node(4)], {"cpus": 2}, 6),  # machines that one has: what is there
+    ],
+)
+def test_slots_of_a_cluster_that_grows_are_those_it_could_have(
+    config: dict[str, Any], nodes: list[dict[str, Any]], slot: dict[str, Any], expected: int
+) -> None:
+    wanted = Slot(**slot)
+    assert cluster.num_slots(cluster.when_all_are_there(nodes, config, wanted), wanted) == expected
+
+
+@pytest.mark.parametrize("storage", ["./runs", "runs", "../elsewhere/runs"])
+def test_a_folder_of_one_machine_is_refused_where_there_are_more(storage: str) -> None:
+    with pytest.raises(StudyError, match=r"the cluster has 3 machines; give a URI"):
+        cluster.check_shared(storage, 3, False)
+    with pytest.raises(StudyError, match="machines that come and go"):
+        cluster.check_shared(storage, 1, True)
+    cluster.check_shared(storage, 1, False)
+
+
+def test_what_all_machines_can_reach_is_taken() -> None:
+    for storage in ("s3://bucket/runs", "/mnt/share/runs", None):
+        cluster.check_shared(storage, 3, True)
+
+
+def test_a_cluster_is_waited_for_until_all_are_there_or_too_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = [[HEAD], [HEAD, node(2)], [HEAD, node(2), node(2)]]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: later.pop(0) if len(later) > 1 else later[0])
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    config = {"available_node_types": {"local": {"min_workers": 2}}, "head_node_type": "local"}
+    assert len(cluster._wait_for_workers(config)) == 3
+    assert "waiting for the cluster's machines: 0 of 2 are there" in capsys.readouterr().out
+    monkeypatch.setattr(cluster, "JOIN_SECONDS", -1.0)
+    later[:] = [[HEAD, node(2), node(2, alive=False)]]
+    assert len(cluster._wait_for_workers(config)) == 2
+    assert "going on with 1 of the cluster's 2 machines" in capsys.readouterr().out
+    later[:] = [[HEAD]]
+    assert len(cluster._wait_for_workers(None)) == 1 and capsys.readouterr().out == ""
+
+
 # ---------------------------------------------------------------------------------------------------------------- mode
 
 
@@ -120,6 +179,7 @@ def test_the_mode_is_always_explicit(
     monkeypatch.setattr(cluster.ray, "init", lambda **options: joined.append(os.environ.get("RAY_AUTH_MODE")))
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(2)])
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "_autoscaler", lambda: None)
     assert cluster.start_ray("10.0.0.1:6379", Slot()) == 2
     assert joined == [mode]
     said = capsys.readouterr().err

@@ -27,8 +27,9 @@ KEY = "0123456789abcdef" * 2
 
 
 @pytest.fixture(params=["local", "file", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A folder by path, by URI, and an object store (fsspec's, in memory)."""
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A folder by path, by URI, and an object store (fsspec's, in memory), read from a machine that has no copies yet."""
+    monkeypatch.setenv("CODISTILL_CACHE", str(tmp_path / "copies"))
     return Storage(
         {
             "local": str(tmp_path / "runs"),

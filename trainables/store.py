@@ -25,6 +25,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from trainables import cache
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -209,7 +211,9 @@ class PhaseStore:
 
     def _get(self, key: str, entry: Mapping[str, Any]) -> bytes:
         """What was put. Raises Corrupt where the file differs from its checksum."""
-        content = self.storage.read(f"phases/{key}/{entry['file']}")
+        name = f"phases/{key}/{entry['file']}"
+        here = self.storage.is_local
+        content = self.storage.read(name) if here else cache.read(entry["sha256"], lambda: self.storage.read(name))
         if content is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise Corrupt(key, f"{entry['file']} is {'missing' if content is None else 'corrupt'}")
         return content

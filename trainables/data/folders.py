@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from trainables import cache
 from trainables.data import DataError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def fetch(folder: str, name: str) -> Path:
     if isinstance(fs, LocalFileSystem):
         return Path(root, name)
     _make(_cached(name), lambda temp: _download(fs, f"{root}/{name}", temp))
+    cache.used(_cached(name))
     return _cached(name)
 
 
@@ -109,6 +111,9 @@ def _download(fs: Any, source: str, temp: Path) -> dict[str, Any]:
     where = fs.unstrip_protocol(source)
     try:
         about: dict[str, Any] = json.loads(fs.cat_file(f"{source}/{ABOUT}"))
+        cache.make_room(
+            sum(file["bytes"] for file in about["files"].values())
+        )  # what is read has to be here, room or not
         for name in about["files"]:
             (temp / name).parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f"{source}/{name}", str(temp / name))
@@ -121,7 +126,7 @@ def _download(fs: Any, source: str, temp: Path) -> dict[str, Any]:
 
 
 def _cached(name: str) -> Path:
-    return Path(os.environ.get("CODISTILL_CACHE", "~/.cache/codistill")).expanduser() / "data" / name
+    return cache.folder("data") / name
 
 
 def _sha256(path: Path) -> str:
