@@ -132,7 +132,7 @@ def test_what_the_mirror_says_of_a_store_that_does_not_answer_holds_no_secret(
         if mirror.problem is not None:
             break
         time.sleep(0.1)
-    mirror.close(5)
+    mirror.close(0.5)
     assert mirror.problem is not None and "MLflow at " in mirror.problem
     assert "hunter2" not in mirror.problem + caplog.text + "".join(capfd.readouterr())
 
