@@ -186,12 +186,15 @@ def seeds_needed(effect_in_sd: float, *, alpha: float = ALPHA, power: float = 0.
     return high
 
 
-def kaplan_meier_median(reached: Sequence[float], censored: Sequence[float]) -> float | None:
-    """The time by which half have reached it, given those that had not when they were last seen; None: not even then."""
-    seen = stats.CensoredData(uncensored=np.asarray(reached, dtype=float), right=np.asarray(censored, dtype=float))
-    survival = stats.ecdf(seen).sf
-    below = np.flatnonzero(survival.probabilities <= 0.5 + 1e-9)
-    return float(survival.quantiles[below[0]]) if below.size else None
+def censored_median(reached: Sequence[float], num_never: int) -> float | None:
+    """The median, where those that never had it count as later than all that have; None where the middle is among them.
+
+    Each is watched to the end of its own schedule, and who stops earlier is not alike to who goes on: Kaplan and Meier's
+    estimate would name a median where the slowest of five got there and four never did.
+    """
+    times = sorted(reached) + [math.inf] * num_never
+    middle = (times[(len(times) - 1) // 2] + times[len(times) // 2]) / 2 if times else math.inf
+    return middle if math.isfinite(middle) else None
 
 
 # ------------------------------------------------------------------------------------------------------ comparison

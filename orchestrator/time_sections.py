@@ -71,7 +71,7 @@ def time_to_quality(tables: Tables, verdicts: Sequence[Verdict]) -> Section | No
         "The device time at which an arm first has, at the same seed, what the other has at its own end; phases that both "
         "start from are left out. It is the time of a look: the arm got there at some moment since the look before; and where "
         "a score wavers, the first look that is good enough comes early. Where none is, the time is censored: not reached by "
-        "the last look. Medians are Kaplan and Meier’s. Nothing here decides a verdict."
+        "the last look, and in a median later than all that have it. Nothing here decides a verdict."
     )
     head = (
         "claim",

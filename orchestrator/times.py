@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from orchestrator.sides import Look, Reading, is_of, looks_of, of_kind, parsed
-from orchestrator.statistics import kaplan_meier_median, lower_is_better
+from orchestrator.statistics import censored_median, lower_is_better
 from orchestrator.study import Slot
 
 _Span = tuple[str | None, float, float]  # node, start, end of a trial
@@ -82,7 +82,7 @@ class Reached:
     seconds: Mapping[int, float]  # up to the look at which it had it; or to the last look, where it never had
     reached: frozenset[int]
     took: Mapping[int, float]  # `against`, up to its end
-    median: float | None  # Kaplan and Meier's; None: half of the seeds never had it
+    median: float | None  # None: half of the seeds never had it
     ratio: float | None  # likewise, of seconds over what `against` took at the same seed
     left_out: tuple[int, ...]  # seeds at which `against` has ended, and the arm has no look yet
 
@@ -109,12 +109,8 @@ def time_to_equal_quality(
     if not ends:
         return None
     ratios = {seed: seconds[seed] / took[seed] for seed in seconds if took[seed] > 0}
-    medians = [
-        kaplan_meier_median([x for s, x in of.items() if s in reached], [x for s, x in of.items() if s not in reached])
-        if of
-        else None
-        for of in (seconds, ratios)
-    ]
+    never = len(seconds) - len(reached)
+    medians = [censored_median([x for seed, x in of.items() if seed in reached], never) for of in (seconds, ratios)]
     left_out = tuple(sorted(ends.keys() - mine.keys()))
     return Reached(against, seconds, frozenset(reached), took, medians[0], medians[1], left_out)
 

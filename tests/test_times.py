@@ -25,7 +25,7 @@ from orchestrator.readings import point_scores
 from orchestrator.report import make_report
 from orchestrator.results import RESULTS, TRIALS, Tables
 from orchestrator.sides import Reading
-from orchestrator.statistics import compare_costs, kaplan_meier_median
+from orchestrator.statistics import censored_median, compare_costs
 from orchestrator.study import Claim, Slot, Study
 from orchestrator.study_file import load_study
 from orchestrator.time_sections import costs_compared, time_to_quality
@@ -435,12 +435,12 @@ def test_only_claims_about_time_name_their_conditions() -> None:
 
 
 def test_the_median_of_times_that_are_not_all_known() -> None:
-    assert kaplan_meier_median([1.0, 2.0, 3.0], []) == 2
-    assert kaplan_meier_median([1.0, 2.0], [3.0]) == 2  # 2/3, then 1/3 are left
-    assert kaplan_meier_median([1.0, 4.0], [2.0, 3.0]) == 4  # 3/4; then the last one
-    assert kaplan_meier_median([1.0], [1.0, 2.0]) is None
-    assert kaplan_meier_median([], [3.0, 3.0]) is None
-    assert kaplan_meier_median([3.0, 1.0, 1.0, 9.0], []) == 1  # a half
+    assert censored_median([3.0, 1.0, 2.0], 0) == 2
+    assert censored_median([1.0, 2.0], 1) == 2
+    assert censored_median([9.0, 1.0, 1.0, 3.0], 0) == 2
+    assert censored_median([1.0, 4.0], 2) is None  # half have it: the middle lies beyond what was seen
+    assert censored_median([1.0], 4) is None  # however late the one was
+    assert censored_median([], 2) is None and censored_median([], 0) is None
 
 
 def reached(okd: Sequence[Run], gkd: Sequence[Run], metric: str = "rougeL") -> Reached:
