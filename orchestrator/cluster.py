@@ -43,13 +43,17 @@ JOIN_SECONDS = 180.0  # for machines to join that a cluster always has
 _before: dict[str, str | None] = {}  # what the environment was, for `stop_ray`
 
 
+class NotStarted(Exception):
+    """Ray did not come up on this machine: no file and no argument is to blame."""
+
+
 def start_ray(address: str | None, slot: Slot, storage: str | None = None) -> int:
     """Starts Ray on this machine, or joins the one at `address`; returns how many slots there are, or could be once its
     autoscaler has started what it may.
 
     A slot of several workers is a process of its own beside them; it hardly computes and takes no core. Raises StudyError
     where nothing answers, where a Ray of ours would listen beyond loopback, and where `storage` is a folder of this
-    machine that others would not find.
+    machine that others would not find; NotStarted where Ray does not come up here.
     """
     os.environ.update({key: value for key, value in CHATTER.items() if key not in os.environ})
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -62,9 +66,15 @@ def start_ray(address: str | None, slot: Slot, storage: str | None = None) -> in
         _stay_here()
         num_cpus = len(os.sched_getaffinity(0))
         # the dashboard serves the state API, without which a stopped group of workers is never freed
-        ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=slot.workers > 1, dashboard_host="127.0.0.1", **common
-        )
+        here = {"num_cpus": num_cpus, "include_dashboard": slot.workers > 1, "dashboard_host": "127.0.0.1"}
+        try:
+            ray.init(address="local", **here, **common)
+        except Exception as error:  # what Ray raises has no common kind
+            stop_ray()
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NotStarted(
+                f"Ray did not start ({why}), as where a machine is too busy; nothing new was begun"
+            ) from error
     else:
         _say_the_mode(address)
         _join(address, common)

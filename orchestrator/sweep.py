@@ -178,7 +178,11 @@ def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: An
 
         mirror.start()
         mirror_started = True
-        num_slots = cluster.start_ray(arguments.address, agenda.study.slot, arguments.storage)
+        try:
+            num_slots = cluster.start_ray(arguments.address, agenda.study.slot, arguments.storage)
+        except cluster.NotStarted as error:
+            agenda.closed, agenda.broken = str(error), True
+            return
         if num_slots < 1:
             raise StudyError(
                 f"no slot fits: a trial asks for {agenda.study.slot.cpus:g} cpus and {agenda.study.slot.gpus:g} gpus"

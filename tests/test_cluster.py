@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sweeping import write_study
 
-from orchestrator import cluster
+from orchestrator import cluster, sweep
 from orchestrator.messages import StudyError
 from orchestrator.study import Slot
 
@@ -198,6 +199,33 @@ def test_where_no_ray_answers_one_line_says_so(home: Path, monkeypatch: pytest.M
     ) as said:
         cluster.start_ray("nowhere:1", Slot())
     assert "\n" not in str(said.value) and "mode here: disabled" in str(said.value)
+
+
+def test_a_ray_that_does_not_come_up_is_told_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: Any) -> None:
+        raise RuntimeError("The current node timed out during startup.\nand more")
+
+    monkeypatch.setattr(cluster.ray, "init", fails)
+    monkeypatch.setattr(cluster, "_stay_here", lambda: cluster._set(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="t"))
+    before = dict(os.environ)
+    with pytest.raises(cluster.NotStarted, match=r"Ray did not start \(The current node timed out during startup\.\)"):
+        cluster.start_ray(None, Slot())
+    assert {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} == {
+        name: before.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    }
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_ray_does_not_come_up_ends_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> int:
+        raise cluster.NotStarted("Ray did not start (too slow)")
+
+    monkeypatch.setattr(cluster, "start_ray", fails)
+    assert sweep.main([str(write_study(tmp_path)), "--storage", str(tmp_path / "runs")]) == 1
+    said = capsys.readouterr()
+    assert "Ray did not start (too slow); nothing that finished is lost" in said.out and "Traceback" not in said.err
 
 
 @pytest.mark.parametrize("where", ["10.1.2.3", "::", "192.168.0.9"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from rouge_score import rouge_scorer
 
 from trainables.data.rouge import rouge_l
 
@@ -40,6 +41,14 @@ def test_of_several_references_the_best_counts_whatever_their_order() -> None:
     references = ["something else entirely", "a map of the sun", "a map"]
     assert rouge_l("a map", references) == rouge_l("a map", references[::-1]) == pytest.approx(100)
     assert rouge_l("a map of", ["a map", "a"]) == pytest.approx(80)
+
+
+def test_what_is_remembered_of_a_text_is_what_the_package_makes_of_it_each_time() -> None:
+    plain = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    draw, words = random.Random(1), ["Running", "runs,", "ran", "caresses", "ponies", "dying", "NEWS", "a", "é", "x_1"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(0, 9))) for _ in range(30)]
+    for text, reference in [(a, b) for a in texts for b in texts] * 2:  # the second time from memory
+        assert rouge_l(text, [reference]) == 100 * plain.score(reference, text)["rougeL"].fmeasure
 
 
 def test_nothing_scores_nothing_and_needs_a_reference() -> None:

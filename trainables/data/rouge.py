@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
+
+REMEMBERED = 16_384  # texts, a few KB each
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
@@ -21,5 +24,8 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
     from rouge_score import rouge_scorer  # here, since it brings nltk along, and only scoring needs it
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    # references come again for each sample and at each look, and stemming is most of the work
+    words = lru_cache(maxsize=REMEMBERED)(DefaultTokenizer(use_stemmer=True).tokenize)
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
