@@ -25,7 +25,7 @@ from orchestrator.study import Study
 from trainables import lora, models
 from trainables.data.exchanges import ExchangeSet
 from trainables.data.tasks import Prepared
-from trainables.generate import draw
+from trainables.generate import cache_name, draw
 from trainables.losses.fused import Side, fused_terms
 from trainables.losses.logits import kl
 from trainables.passes import chunk, num_executed
@@ -308,7 +308,7 @@ def cached(net: Any, at: At) -> int:
     cache = Cache(layer_class_to_replicate=_Seen)
     try:
         with _as_if(net, at):
-            net(input_ids=ids_11, past_key_values=cache, use_cache=True)
+            net(input_ids=ids_11, use_cache=True, **{str(cache_name(net)): cache})
     except (RuntimeError, NotImplementedError) as error:
         raise Uncounted(f"{net.config.model_type}: {str(error).splitlines()[0]}") from error
     return sum(layer.num_bytes for layer in cache.layers)

@@ -300,8 +300,14 @@ def _answering(*nets: nn.Module) -> Iterator[None]:
 
 def check(net: Any) -> None:
     """Raises GenerationError for a model, of any device, that has no cache of keys and values to go on from."""
-    if getattr(net, "_is_stateful", False) or "past_key_values" not in inspect.signature(net.forward).parameters:
+    if getattr(net, "_is_stateful", False) or cache_name(net) is None:
         raise _refused(net)
+
+
+def cache_name(net: Any) -> str | None:
+    """What the model's forward calls its cache, if it has one: `cache` since transformers 5.24."""
+    takes = inspect.signature(net.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in takes), None)
 
 
 def _refused(net: Any) -> GenerationError:
@@ -327,12 +333,13 @@ class _Reading:
         self.takes = inspect.signature(net.forward).parameters.keys()
         self.limit = getattr(net.config, "max_position_embeddings", None)
         check(net)
+        self.cache_name = cache_name(net)
 
     def read(self, ids_BT: Tensor, mask_BT: Tensor, num: int) -> Tensor:
         """Reads on; logits after each of the last `num` tokens, [B, num, vocab_size]."""
         self.num_tokens += ids_BT.numel()
         self.mask_BT = mask_BT if self.mask_BT is None else torch.cat([self.mask_BT, mask_BT], 1)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {str(self.cache_name): self.cache}
         if "position_ids" in self.takes:
             places_BT = (self.mask_BT.long().cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
             # only what is thrown away lies beyond the last position
@@ -342,7 +349,6 @@ class _Reading:
         logits_BTV: Tensor = self.net(
             input_ids=ids_BT,
             attention_mask=self.mask_BT.long(),
-            past_key_values=self.cache,
             use_cache=True,
             **more,
         ).logits
