@@ -262,7 +262,8 @@ def _finish(
     planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
     over = ("failed", "stopped")
     lacking = [row for row in planned if row["arm"] and row["kind"] == "trial" and row["status"] in over]
-    if lacking or not any(row["status"] == "ended" for row in planned):
+    nothing = not agenda.closed and not any(row["status"] == "ended" for row in planned)
+    if lacking or nothing:
         for row in lacking:
             print(
                 f"arm {row['arm']} lacks seed {row['seed']}: {row['reason']} ({home.uri}/trials/{row['trial']}/log.txt)"
