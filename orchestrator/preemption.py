@@ -171,8 +171,9 @@ class _Ray:
         """Of trials, on this node: the kind of actor -> process ids."""
         found: dict[str, set[int]] = {SLOT: set(), RANK: set()}
         for actor in self.state.actor_table(None, actor_state_name="ALIVE").values():
-            if actor["Address"]["NodeID"] == self.node and actor["ActorClassName"] in found:
-                found[actor["ActorClassName"]].add(actor["Pid"])
+            kind = actor["ActorClassName"].rpartition(".")[2]
+            if actor["Address"]["NodeID"] == self.node and kind in found:
+                found[kind].add(actor["Pid"])
         return found
 
 

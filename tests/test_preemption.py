@@ -11,18 +11,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError, RayTaskError
 from sweeping import MARK, ROOT, Bench, attempts, ended, finish, marked, run_alone, same_numbers, until, write_study
 from test_faults import RARELY, SLOT, began_at, checkpoints
 
-from orchestrator import preemption
+from orchestrator import preemption, slots
+from orchestrator.study import Slot
 from orchestrator.study_file import load_study
+from trainables.attempt import Job
 
 SPOT = {"instance-life-cycle": "spot"}
 
@@ -191,6 +194,20 @@ def test_ranks_are_told_before_slots_and_each_once(monkeypatch: pytest.MonkeyPat
     assert sorted(sent) == [(pid, signal.SIGTERM) for pid in (11, 12, 21)]
 
 
+def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.experiment import Trial
+
+    job = Job(trial="t", spec="", fingerprints={}, storage="", folder="", threads=1, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
+    monkeypatch.setattr(slots, "run", lambda *_: {"status": "left", "reason": "terminated"})
+    with pytest.raises(RayActorError, match="its checkpoint is written") as told:
+        slots._in_slot({"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job))})
+    monkeypatch.setattr(Trial, "local_path", None)
+    trial = Trial("x", stub=True)
+    for error, counted in ((told.value, 0), (RuntimeError("an error"), 1), (told.value, 1)):
+        trial.handle_error(RayTaskError("train", "the traceback", error))
+        assert trial.run_metadata.num_failures == counted
+
+
 # --------------------------------------------------------------------------------------------------------- a real Ray
 
 
@@ -260,7 +277,7 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
 ) -> None:
     """No checkpoint is due in this study, so those that are there were written on notice."""
     arms = "arms: {one: {phases.distil.terms.soft.weight: 0}, two: {phases.distil.optimizer.lr: 4e-3}}\nseeds: 1\n"
-    study, storage = write_study(bench.folder, steps=12_000, rest=arms + RARELY), bench.folder / "runs"
+    study, storage = write_study(bench.folder, steps=5000, rest=arms + RARELY), bench.folder / "runs"
     driver = bench.start(study, "--address", machines.address)
     until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver)
     until(lambda: all(len(found[SLOT]) == 1 for found in machines.processes()), driver)
