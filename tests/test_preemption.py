@@ -218,9 +218,10 @@ ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray would take 127.0.0.1 for th
 from ray.cluster_utils import Cluster
 import ray._private.utils
 ray._private.utils.write_ray_address = lambda *_: None  # this is not the machine's Ray
-here = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **here})
-nodes = [cluster.add_node(num_cpus=int(sys.argv[1]), **here).node_id for _ in range(2)]
+here, num_cpus = {"node_ip_address": "127.0.0.1"}, int(sys.argv[1])
+head = {"num_cpus": 0, "include_dashboard": num_cpus > 1, "dashboard_host": "127.0.0.1"}  # groups need its state API
+cluster = Cluster(initialize_head=True, head_node_args={**head, **here})
+nodes = [cluster.add_node(num_cpus=num_cpus, include_dashboard=False, **here).node_id for _ in range(2)]
 print(json.dumps({"address": cluster.address, "nodes": nodes}), flush=True)
 sys.stdin.readline()
 cluster.shutdown()
@@ -279,8 +280,8 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     arms = "arms: {one: {phases.distil.terms.soft.weight: 0}, two: {phases.distil.optimizer.lr: 4e-3}}\nseeds: 1\n"
     study, storage = write_study(bench.folder, steps=5000, rest=arms + RARELY), bench.folder / "runs"
     driver = bench.start(study, "--address", machines.address)
-    until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver)
-    until(lambda: all(len(found[SLOT]) == 1 for found in machines.processes()), driver)
+    until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver, 300)
+    until(lambda: all(len(found[SLOT]) == 1 for found in machines.processes()), driver, 300)
     (taken,) = machines.processes()[0][SLOT]
     watcher = watch(bench, metadata, machines, machines.nodes[0])
     assert not [path for trial in attempts(storage) for path in storage.glob(f"study/trials/{trial}/*/checkpoint.json")]
@@ -306,3 +307,32 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     arm = json.loads((storage / "study" / "trials" / trial / "trial.json").read_text())["arm"]
     run_alone(load_study(study).spec(arm=arm, seed=0), bench.folder / "plain")
     assert same_numbers(storage, trial, bench.folder / "plain"), "no step was lost, none done twice"
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("machines", [2], indirect=True)
+def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Metadata, machines: TwoMachines) -> None:
+    """Both ranks lie on one machine, and the slot that holds them on any of the three."""
+    rest = "arms: {alone: {phases.distil.terms.soft.weight: 0}}\nseeds: 1\nslot: {workers: 2}\n"
+    study, storage = write_study(bench.folder, steps=2000, rest=rest + RARELY), bench.folder / "runs"
+    driver = bench.start(study, "--address", machines.address)
+    until(lambda: list(storage.glob("study/trials/*/attempt-1/records.jsonl")), driver, 300)
+    before = machines.processes()
+    print("\n", before)
+    taken = max((0, 1), key=lambda at: len(before[at][preemption.RANK]))
+    watcher = watch(bench, metadata, machines, machines.nodes[taken])
+    since = time.monotonic()
+    metadata.answers["spot/instance-action"] = notice()
+    (trial,) = until(lambda: checkpoints(storage, 1), driver)
+    print(f"[the checkpoint was there after {time.monotonic() - since:.1f} s]")
+    said = watcher.communicate(timeout=130)[0]
+    print(said)
+    assert watcher.returncode == 0
+    until(lambda: checkpoints(storage, 2) or ended(storage) or "attempt-2" in attempts(storage)[trial], driver, 240)
+    print(f"[went on after {time.monotonic() - since:.1f} s]", machines.processes())
+    assert len(machines.processes()[1 - taken][preemption.RANK]) == 2
+    finish(driver, timeout=300, quiet=False)
+    end, begun = ended(storage)[trial], began_at(storage, trial)
+    print(end["attempts"], end["faults"], begun)
+    assert end["status"] == "ended" and begun[0] == 0 < begun[-1]
