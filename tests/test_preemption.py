@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 from sweeping import MARK, ROOT, Bench, attempts, ended, finish, marked, run_alone, same_numbers, until, write_study
-from test_faults import RARELY, SLOT, began_at, checkpoints
+from test_faults import RARELY, began_at, checkpoints, tell
 
 from orchestrator import preemption, slots
 from orchestrator.study import Slot
@@ -281,25 +281,23 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     study, storage = write_study(bench.folder, steps=5000, rest=arms + RARELY), bench.folder / "runs"
     driver = bench.start(study, "--address", machines.address)
     until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver, 300)
-    until(lambda: all(len(found[SLOT]) == 1 for found in machines.processes()), driver, 300)
-    (taken,) = machines.processes()[0][SLOT]
+    until(lambda: all(len(found[preemption.SLOT]) == 1 for found in machines.processes()), driver, 300)
+    (taken,) = machines.processes()[0][preemption.SLOT]
     watcher = watch(bench, metadata, machines, machines.nodes[0])
     assert not [path for trial in attempts(storage) for path in storage.glob(f"study/trials/{trial}/*/checkpoint.json")]
     since = time.monotonic()
     metadata.answers["spot/instance-action"] = notice()
     until(lambda: checkpoints(storage, 1), driver)
-    print(f"\n[the checkpoint was there after {time.monotonic() - since:.1f} s]")
-    said = watcher.communicate(timeout=100)[0]
-    print(said)
+    tell("spot notice: the checkpoint was written", since)
+    said = watcher.communicate(timeout=130)[0]
     assert watcher.returncode == 0 and "1 processes of trials were told to leave" in said
     until(lambda: taken not in marked(bench.mark), driver)
     assert machines.processes()[0] == {preemption.SLOT: set(), preemption.RANK: set()}
     (trial,) = checkpoints(storage, 1)
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
-    print(f"[went on after {time.monotonic() - since:.1f} s]")
-    assert len(machines.processes()[1][SLOT]) == 1
-    out = finish(driver, timeout=300, quiet=False)
-    print(out.out[-3000:], out.err[-3000:])
+    tell("spot notice, with the wait for the other slot", since)
+    assert len(machines.processes()[1][preemption.SLOT]) == 1
+    finish(driver, timeout=300, quiet=False)  # Tune tells of the slot at length
     assert {end["status"] for end in ended(storage).values()} == {"ended"}
     assert ended(storage)[trial]["attempts"] == 2
     begun = began_at(storage, trial)
@@ -319,20 +317,17 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     driver = bench.start(study, "--address", machines.address)
     until(lambda: list(storage.glob("study/trials/*/attempt-1/records.jsonl")), driver, 300)
     before = machines.processes()
-    print("\n", before)
     taken = max((0, 1), key=lambda at: len(before[at][preemption.RANK]))
     watcher = watch(bench, metadata, machines, machines.nodes[taken])
     since = time.monotonic()
     metadata.answers["spot/instance-action"] = notice()
     (trial,) = until(lambda: checkpoints(storage, 1), driver)
-    print(f"[the checkpoint was there after {time.monotonic() - since:.1f} s]")
+    tell("spot notice to a group: the checkpoint was written", since)
     said = watcher.communicate(timeout=130)[0]
-    print(said)
-    assert watcher.returncode == 0
-    until(lambda: checkpoints(storage, 2) or ended(storage) or "attempt-2" in attempts(storage)[trial], driver, 240)
-    print(f"[went on after {time.monotonic() - since:.1f} s]", machines.processes())
+    assert watcher.returncode == 0 and "were told to leave" in said
+    until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
+    tell("spot notice to a group", since)
     assert len(machines.processes()[1 - taken][preemption.RANK]) == 2
     finish(driver, timeout=300, quiet=False)
     end, begun = ended(storage)[trial], began_at(storage, trial)
-    print(end["attempts"], end["faults"], begun)
     assert end["status"] == "ended" and begun[0] == 0 < begun[-1]
