@@ -194,6 +194,46 @@ def test_ranks_are_told_before_slots_and_each_once(monkeypatch: pytest.MonkeyPat
     assert sorted(sent) == [(pid, signal.SIGTERM) for pid in (11, 12, 21)]
 
 
+def test_the_node_is_the_one_with_this_machines_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"NodeID": name, "Alive": alive, "NodeManagerAddress": at}
+            for name, alive, at in (("old", False, "10.0.0.2"), ("mine", True, "10.0.0.2"), ("other", True, "10.0.0.3"))]  # fmt: skip
+    monkeypatch.setattr(preemption.GlobalState, "_initialize_global_state", lambda *_: None)
+    monkeypatch.setattr(preemption.GlobalState, "node_table", lambda _: rows)
+    monkeypatch.setattr(preemption, "get_node_ip_address", lambda _: "10.0.0.2")
+    assert preemption._Ray.join("10.0.0.1:6379", None).node == "mine"
+    rows[2]["NodeManagerAddress"] = "10.0.0.2"
+    with pytest.raises(LookupError, match=r"2 nodes of the Ray at 10.0.0.1:6379 have the address 10.0.0.2"):
+        preemption._Ray.join("10.0.0.1:6379", None)
+
+
+def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Busy(preemption._Ray):
+        tries = 0
+
+        def drain(self, taken: float) -> None:
+            Busy.tries += 1
+            if Busy.tries < 3:
+                raise RuntimeError("not now")
+
+        def processes(self) -> dict[str, set[int]]:
+            return {preemption.SLOT: set(), preemption.RANK: set()}
+
+        def is_alive(self) -> bool:
+            return Busy.stays
+
+        stays = False
+
+    monkeypatch.setattr(preemption._Ray, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
+    assert preemption.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
+    said = capsys.readouterr()
+    assert "node mine has ended" in said.out and said.err.count("not now; it is tried again") == 2
+    Busy.stays = True
+    assert preemption.leave("auto", None, time.time() + 1) == 1
+    assert "the time is over" in capsys.readouterr().err
+
+
 def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.tune.experiment import Trial
 
