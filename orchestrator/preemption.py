@@ -178,7 +178,8 @@ class _Ray:
 
 
 def leave(address: str, node: str | None, taken: float) -> int:
-    """Drains the node, tells its trials, and returns 0 once Ray's node has ended; 1 where time is over before that."""
+    """Drains the node and tells its trials, also those that were just being started, until Ray's node has ended or time
+    is over; what a group leaves behind can keep the node until then. Returns 1 where Ray was not reached."""
     at = datetime.fromtimestamp(taken, UTC).isoformat(timespec="seconds")
     print(f"spot notice: this machine is taken away at {at}", flush=True)
     ray: _Ray | None = None
@@ -197,8 +198,11 @@ def leave(address: str, node: str | None, taken: float) -> int:
         except Exception as error:  # what Ray raises has no common kind
             print(f"{(str(error) or repr(error)).splitlines()[0]}; it is tried again", file=sys.stderr, flush=True)
         time.sleep(0.5)
-    print(f"the time is over; {len(told)} processes of trials were told to leave", file=sys.stderr, flush=True)
-    return 1
+    if ray is None:
+        print("the time is over, and Ray was not reached: nobody was told to leave", file=sys.stderr, flush=True)
+        return 1
+    print(f"the time is over; {len(told)} processes of trials were told to leave", flush=True)
+    return 0
 
 
 def tell(processes: Mapping[str, set[int]], told: set[int]) -> set[int]:
