@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
@@ -30,7 +31,7 @@ from trainables.notice import listen
 from trainables.running import Alone
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
-RETRIES = 3  # of a trial whose process or node was lost
+RETRIES = 3  # of a trial whose process or node was lost; one that was told to leave is not counted
 NODES_SECONDS = 10.0  # between looks at whether there still is a node
 
 
@@ -258,7 +259,8 @@ def _in_slot(config: dict[str, Any]) -> None:
     if slot.workers == 1:
         end = run(job, session)
         if end["reason"] == "terminated":  # another process takes it up
-            raise RuntimeError(f"trial {job.trial}: this process was told to end (SIGTERM); its checkpoint is written")
+            why = f"trial {job.trial}: this process was told to end (SIGTERM); its checkpoint is written"
+            raise RayActorError(error_msg=why, preempted=True)  # of this kind Tune counts none towards `RETRIES`
         _report_end(end)
         return
     from trainables.worker import group

@@ -130,6 +130,15 @@ def test_the_aws_file_costs_nothing_while_nothing_waits_and_has_a_bound() -> Non
     assert "security_group" not in value["provider"], "Ray would only add to a group that is open to the world"
 
 
+def test_each_spot_worker_waits_for_its_notice_with_the_token_and_nobody_else_does() -> None:
+    value = filled(AWS)
+    *_, last = value["worker_start_ray_commands"]
+    assert last.startswith("export RAY_AUTH_MODE=token;") and "nohup setsid python -m orchestrator.preemption" in last
+    assert last.endswith("2>&1 < /dev/null &"), "else the command of `ray up` waits for it"
+    others = [*value["head_start_ray_commands"], *filled(LOCAL)["worker_start_ray_commands"]]
+    assert not [command for command in others if "preemption" in command]
+
+
 def test_the_local_file_asks_for_the_autoscaler_that_starts_all_machines() -> None:
     (start,) = (command for command in filled(LOCAL)["head_start_ray_commands"] if "--head" in command)
     assert 0 <= start.index("RAY_enable_autoscaler_v2=0") < start.index("ray start") and "--num-cpus=0" in start
