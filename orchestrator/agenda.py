@@ -47,6 +47,7 @@ class Agenda:
     retry_failed: bool = False
     closed: str | None = None  # why nothing new is started: a limit, an interrupt, a full disk
     broken: bool = False  # closed by a fault that a person must mend
+    unused: list[str] = field(default_factory=list)  # why, of each slot that was not fit to be used
     rows: dict[str, Row] = field(default_factory=dict)  # by trial id: all that this study knows of
     running: dict[str, Planned] = field(default_factory=dict)
     listeners: list[Callable[[Row, Records], None]] = field(default_factory=list)
@@ -460,6 +461,10 @@ class Agenda:
         """It stopped running without an outcome, and goes on at the next start."""
         del self.running[trial]
         self._tell(trial)
+
+    def take_back(self, trial: str) -> None:
+        """Its slot could not begin it: it is the next to start, in another, and nobody need hear of it."""
+        del self.running[trial]
 
     def _keep_room(self, trial: str) -> None:
         """Checkpoints of points that were stopped early may take half of the room; the oldest go first."""

@@ -11,9 +11,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import ray
 from ray import tune
@@ -24,18 +25,28 @@ from ray.tune.search import Searcher
 from ray.tune.trainable.function_trainable import wrap_function
 
 from orchestrator.agenda import Agenda, objective
+from orchestrator.messages import redact
 from orchestrator.study import Slot, Study
 from trainables.attempt import Job, run
 from trainables.mailbox import STOPPED
 from trainables.notice import listen
+from trainables.preflight import MARKER, Expected, expect, fault
 from trainables.running import Alone
 
 GROUPS = "groups"  # below a study's folder: what Ray Train writes of kept groups
 RETRIES = 3  # of a trial whose process or node was lost; one that was told to leave is not counted
+PARKED_SECONDS = 1.0  # between words from a slot that is not used
 NODES_SECONDS = 10.0  # between looks at whether there still is a node
 
 
-def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any], on_tick: Callable[[], None]) -> None:
+def run_agenda(
+    agenda: Agenda,
+    num_slots: int,
+    *,
+    provenance: Mapping[str, Any],
+    on_tick: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
     """Runs until the agenda has nothing more and nothing is running. Raises KeyboardInterrupt on Ctrl-C."""
     # Tune hands these on by way of command lines, which everybody sees: slots have them from their machine
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update([n for n in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in n])
@@ -54,8 +65,9 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
         if early
         else FIFOScheduler()
     )
-    source = _Source(agenda, provenance, num_slots)
+    source = _Source(agenda, provenance, num_slots, say)
     try:
+        source.say_what_is_expected()
         tune.Tuner(
             tune.with_resources(_Slot, _resources(study.slot)),
             tune_config=tune.TuneConfig(
@@ -69,6 +81,7 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
                 storage_path=scratch,
                 name="run",
                 verbose=0,
+                stop=source.is_unwanted,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=[_Watch(source, on_tick)],
             ),
@@ -76,6 +89,12 @@ def run_agenda(agenda: Agenda, num_slots: int, *, provenance: Mapping[str, Any],
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         agenda.storage.delete(f"{study.folder}/{GROUPS}")
+        with suppress(OSError):  # storage that cannot be written any more has been told of already
+            agenda.storage.delete(f"{study.folder}/{MARKER}")
+
+
+def _device(slot: Slot) -> str:
+    return "cuda" if slot.gpus else "cpu"
 
 
 def _resources(slot: Slot) -> dict[str, float]:
@@ -87,24 +106,56 @@ def _resources(slot: Slot) -> dict[str, float]:
 
 
 class _Source(Searcher):  # type: ignore[misc]
-    """Tune's view of the agenda: what to run next, and what became of it."""
+    """Tune's view of the agenda: what to run next, and what became of it.
 
-    def __init__(self, agenda: Agenda, provenance: Mapping[str, Any], num_slots: int) -> None:
+    Tune cannot keep off a machine, so a slot that is not fit stays occupied to the end, by the Tune trial that found it so;
+    the trial that was to run there is taken back and starts in another slot.
+    """
+
+    def __init__(
+        self,
+        agenda: Agenda,
+        provenance: Mapping[str, Any],
+        num_slots: int,
+        say: Callable[[str], None],
+    ) -> None:
         super().__init__()
-        self.agenda, self.provenance, self.num_slots = agenda, provenance, num_slots
+        self.agenda, self.provenance, self.num_slots, self.say = agenda, provenance, num_slots, say
+        self.expected = ""  # what each slot must find, as JSON
         self.live: dict[str, str] = {}  # Tune's trial id -> ours
+        self.begun: set[str] = set()  # Tune's ids of trials in slots that were found fit
+        self.parked: set[str] = set()  # Tune's ids of those that keep a slot which is not fit
+        self.is_finished = False
+
+    def say_what_is_expected(self) -> None:
+        """Where that cannot be written, nothing is started."""
+        planned, study = self.agenda.known(), self.agenda.study
+        try:
+            expected = expect(
+                self.agenda.storage,
+                study.folder,
+                device=_device(study.slot),
+                specs=[one.spec for one in planned],
+                fingerprints=[self.agenda.identity.of(one.spec) for one in planned],
+            )
+        except OSError as error:
+            self._cannot_write(error.strerror or str(error))
+        else:
+            self.expected = json.dumps(asdict(expected))
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.live) >= self.num_slots:
+        if self.live and len(self.live) >= self.num_slots - len(self.parked):
             return None
         planned = self.agenda.next()
         if planned is None:  # a slot that nothing will need any more is released while others still run
-            return Searcher.FINISHED if not self.live or self.agenda.nothing_follows() else None
+            self.is_finished = not self.live or (self.live.keys() <= self.begun and self.agenda.nothing_follows())
+            return Searcher.FINISHED if self.is_finished else None
         try:
             self.agenda.start(planned, now())
         except OSError as error:
             self._cannot_write(error.strerror or str(error))
-            return None if self.live else Searcher.FINISHED
+            self.is_finished = not self.live
+            return Searcher.FINISHED if self.is_finished else None
         self.live[trial_id] = planned.id
         study = self.agenda.study
         is_point = planned.kind == "trial" and planned.arm is None
@@ -117,7 +168,7 @@ class _Source(Searcher):  # type: ignore[misc]
             storage=self.agenda.storage.uri,
             folder=study.folder,
             threads=max(1, int(study.slot.cpus)),
-            device="cuda" if study.slot.gpus else "cpu",
+            device=_device(study.slot),
             checkpoint_at_reports=watched,
             provenance=self.provenance,
             checkpoint_seconds=limits.checkpoint_seconds,
@@ -130,6 +181,7 @@ class _Source(Searcher):  # type: ignore[misc]
             "watched": watched,
             "study": study.model_dump_json() if watched else "",
             "slot": study.slot.model_dump_json(),
+            "expected": self.expected,
         }
 
     def _room(self) -> int | None:
@@ -141,10 +193,30 @@ class _Source(Searcher):  # type: ignore[misc]
         return int(part * study.limits.checkpoint_gb * 1e9 / self.num_slots)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        if trial_id in self.live:
+        if trial_id not in self.live:
+            return
+        if "fault" in result:
+            self._park(trial_id, redact(result["fault"]))
+        elif "begun" in result:
+            self.begun.add(trial_id)
+        else:
             self.agenda.progress(self.live[trial_id], json.loads(result["records"]))
 
+    def _park(self, trial_id: str, fault: str) -> None:
+        self.parked.add(trial_id)
+        self.agenda.unused.append(fault)
+        self.say(f"a slot is not used: {fault}")
+        if self.is_finished or len(self.parked) == self.num_slots:
+            self.agenda.closed = self.agenda.closed or f"no slot is usable: {'; '.join(sorted({*self.agenda.unused}))}"
+            self.agenda.broken = True
+        self.agenda.take_back(self.live.pop(trial_id))
+
+    def is_unwanted(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Whether Tune shall end a trial of its own: one that was taken back, unless it still keeps a slot from others."""
+        return trial_id not in self.live and ("fault" not in result or (self.is_finished and not self.live))
+
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        self.parked.discard(trial_id)
         trial = self.live.pop(trial_id, None)
         if trial is None:
             return
@@ -257,6 +329,10 @@ def _in_slot(config: dict[str, Any]) -> None:
     slot = Slot.model_validate_json(config["slot"])
     job = Job(**json.loads(config["job"]))
     if slot.workers == 1:
+        why = _own_fault(config["expected"])
+        if why is not None:
+            _park(why)
+        tune.report({"records": "[]", "begun": True})
         end = run(job, session)
         if end["reason"] == "terminated":  # another process takes it up
             why = f"trial {job.trial}: this process was told to end (SIGTERM); its checkpoint is written"
@@ -265,13 +341,32 @@ def _in_slot(config: dict[str, Any]) -> None:
         return
     from trainables.worker import group
 
-    own = group(slot.workers, slot.cpus, slot.gpus, f"{job.storage}/{job.folder}/{GROUPS}")
+    tune.report({"records": "[]"})  # does not return where the trial went on elsewhere when this slot was lost
+    expected = Expected(**json.loads(config["expected"]))
+    own = group(slot.workers, slot.cpus, slot.gpus, f"{job.storage}/{job.folder}/{GROUPS}", expected)
     with closing(own.run(job)) as messages:  # a stop by the scheduler leaves the block, and thereby stops all ranks
         for message in messages:
             if "end" in message:
                 _report_end(json.loads(message["end"]))
+            elif "fault" in message:
+                _park(message["fault"])
+            elif "begun" in message:
+                tune.report({"records": "[]", "begun": True})
             else:
                 session.report(json.loads(message["records"]))
+
+
+@cache
+def _own_fault(expected: str) -> str | None:
+    """What keeps this process from running trials; looked for once."""
+    return fault(Expected(**json.loads(expected)))
+
+
+def _park(why: str) -> NoReturn:
+    """Keeps the slot from others until the scheduler ends this, inside `report`."""
+    while True:
+        tune.report({"records": "[]", "fault": why})
+        time.sleep(PARKED_SECONDS)
 
 
 def _report_end(end: dict[str, Any]) -> None:

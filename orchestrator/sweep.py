@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: An
                 progress.tick()
 
             with ending:
-                slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick)
+                slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick, say=progress.say)
         finally:
             progress.done()
             cluster.stop_ray()
@@ -255,6 +256,8 @@ def _finish(
     print(
         f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
     )
+    for fault, num in Counter(agenda.unused).items():
+        print(f"not used: {num} slot{'s' if num > 1 else ''} on {fault}")
     if agenda.closed:
         print(f"{agenda.closed}; nothing that finished is lost. Still to run: {agenda.num_left()}. To go on: {command}")
     if agenda.broken:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,7 @@ from orchestrator.study_file import load_study
 from trainables.store import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
+HOST = socket.gethostname()
 SLOT = "ResourceTrainable"  # how Tune names the process of a slot
 OFTEN = "limits: {checkpoint_seconds: 0.3}"
 RARELY = "limits: {checkpoint_seconds: 100000}"
@@ -328,6 +329,87 @@ slot: {workers: 2}
     groups = re.findall(r"attempt \d+ of trial", "".join(p.read_text() for p in storage.glob("study/trials/*/log.txt")))
     assert len(groups) == rows["attempts"].sum()
     assert not bench.left() and not (storage / "study" / "groups").exists()
+
+
+# ------------------------------------------------------------------------------------------------- a slot that is not fit
+
+
+@pytest.fixture
+def other_machines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the first so many processes that are looked at before they run trials have another version of a package."""
+
+    def make(num: int) -> None:
+        claims = [str(bench.folder / f"other-{number}") for number in range(num)]
+        (bench.folder / "sitecustomize.py").write_text(f"""\
+import functools, importlib.metadata, os, sys
+told = importlib.metadata.version
+@functools.cache
+def is_other():
+    for claim in {claims!r}:
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            pass
+    return False
+def version(name):
+    asks = sys._getframe(1).f_globals.get("__name__") == "trainables.preflight" and name == "peft"
+    return "0.0.1" if asks and is_other() else told(name)
+if any("default_worker.py" in word for word in sys.orig_argv):  # no driver
+    importlib.metadata.version = version
+""")
+        monkeypatch.setenv("PYTHONPATH", str(bench.folder))
+
+    return make
+
+
+NOT_FIT = re.compile(rf"{re.escape(HOST)}: peft 0\.0\.1 \(the driver has \d\S*\); valid: the driver's versions")
+
+
+def test_a_slot_that_is_not_fit_is_named_and_its_trial_runs_in_another(
+    bench: Bench, other_machines: Callable[[int], None]
+) -> None:
+    other_machines(1)
+    rest = """\
+arms: {alone: {phases.distil.terms.soft.weight: 0}, taught: {}}
+seeds: 1
+vary: {phases.distil.optimizer.lr: {float: [1e-4, 1e-2], log: true}}
+search: {sampler: random, points: 4, stop_early: {kind: asha, first: 0.5, reduction: 2}}
+"""
+    study, storage = write_study(bench.folder, steps=60, rest=rest), bench.folder / "runs"
+    said = bench.sweep(study)
+    assert len(re.findall(rf"a slot is not used: {NOT_FIT.pattern}", said.out)) == 1
+    assert f"not used: 1 slot on {HOST}: peft 0.0.1" in said.out
+    assert "failed: " not in said.out and "left: " not in said.out
+    rows = tables(storage).trials
+    assert set(rows["status"]) <= {"ended", "stopped"} and rows["planned"].all() and len(rows) >= 6
+    assert set(rows[rows["arm"].notna()]["attempts"]) == {1}  # a stopped point may be spared, and then has two
+    assert not any(end.get("faults") for end in ended(storage).values())
+    assert not bench.left() and not (storage / "study" / "driver").exists()
+
+
+def test_where_no_slot_is_fit_the_sweep_says_so_and_goes_on_when_one_is(
+    bench: Bench, other_machines: Callable[[int], None]
+) -> None:
+    other_machines(2)
+    study, storage = write_study(bench.folder), bench.folder / "runs"
+    said = bench.sweep(study, expect=1)
+    assert len(re.findall(rf"a slot is not used: {NOT_FIT.pattern}", said.out)) == 2
+    assert f"no slot is usable: {HOST}: peft 0.0.1" in said.out and "nothing that finished is lost" in said.out
+    assert not any(attempts(storage).values()) and not bench.left()
+    bench.sweep(study)  # the third process and those after it are as the driver's
+    rows = tables(storage).trials
+    assert set(rows["status"]) == {"ended"} and set(rows["attempts"]) == {1}
+
+
+def test_a_group_of_which_one_machine_is_not_fit_runs_nothing(
+    bench: Bench, other_machines: Callable[[int], None]
+) -> None:
+    other_machines(1)
+    study, storage = write_study(bench.folder, rest=ONE + "slot: {workers: 2}"), bench.folder / "runs"
+    said = bench.sweep(study, expect=1)
+    assert len(re.findall(rf"no slot is usable: {NOT_FIT.pattern}", said.out)) == 1
+    assert not any(attempts(storage).values()) and not bench.left()
 
 
 # ---------------------------------------------------------------------------------------------------------- the ground

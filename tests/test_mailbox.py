@@ -22,6 +22,7 @@ def test_ranks_get_each_job_once_and_go_home_when_it_is_closed() -> None:
         assert not any(task.done() for task in waiting)
         await box.put("one")
         assert [await task for task in waiting] == [(1, "one"), (1, "one")]
+        assert await box.take(0.1) == {"begun": "1"}
         later = asyncio.create_task(box.get(1, 0, None))
         await box.end(1, json.dumps({"status": "ended"}))
         assert await box.take(0.1) == {"end": json.dumps({"status": "ended"})}
@@ -74,6 +75,7 @@ def test_ranks_that_come_anew_take_up_the_unfinished_job_but_not_for_ever() -> N
         await box.put("job")
         for _ in range(1 + RESTARTS):  # the first time nothing was lost
             assert await box.get(0, 0, None) == (1, "job")
+            assert await box.take(1) == {"begun": "1"}
         last = asyncio.create_task(box.get(0, 0, None))
         message = await box.take(1)
         assert message is not None
@@ -90,10 +92,30 @@ def test_a_job_that_was_stopped_is_not_taken_up_again() -> None:
         box = Mailbox()
         await box.put("job")
         assert await box.get(0, 0, None) == (1, "job")
+        assert await box.take(1) == {"begun": "1"}
         await box.stop()
         waiting = asyncio.create_task(box.get(0, 0, None))
         message = await box.take(1)
         assert message is not None and json.loads(message["end"])["status"] == "stopped"
         waiting.cancel()
+
+    run(scene())
+
+
+def test_a_group_with_a_machine_that_is_not_fit_is_given_no_job_and_says_why_to_each() -> None:
+    async def scene() -> None:
+        box = Mailbox()
+        waiting = [asyncio.create_task(box.get(0, rank, None)) for rank in (0, 1)]
+        await box.put("one")
+        assert [await task for task in waiting] == [(1, "one"), (1, "one")]
+        assert await box.take(1) == {"begun": "1"}
+        await box.refuse("host: why")  # it was lost, and made anew on another machine
+        assert await box.take(1) == {"fault": "host: why"}
+        again = asyncio.create_task(box.get(0, 0, None))
+        await box.put("two")
+        assert await box.take(1) == {"fault": "host: why"} and await box.take(0.01) is None
+        assert not again.done()
+        await box.close()
+        assert await again == (2, None)
 
     run(scene())

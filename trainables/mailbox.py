@@ -26,6 +26,7 @@ class Mailbox:
         self.is_over = True
         self.is_stopped = False
         self.is_closed = False
+        self.fault: str | None = None  # of a machine of the group: then no job is given
         self.given = 0  # the job that rank 0 has, or had when it was lost
         self.losses = 0  # of workers in the current job
         self.workers: dict[int, Any] = {}
@@ -39,8 +40,17 @@ class Mailbox:
             self.losses = self.num_emitted = self.num_heard = 0
             self.job, self.is_over, self.is_stopped = job, False, False
             self.out.clear()
+            if self.fault is not None:
+                self.out.append({"fault": self.fault})
             self.changed.notify_all()
         return self.number
+
+    async def refuse(self, fault: str) -> None:
+        """From now on no job is given: a machine of the group is not fit for it."""
+        async with self.changed:
+            self.fault = fault
+            self.out.append({"fault": fault})
+            self.changed.notify_all()
 
     async def get(self, done: int, rank: int, worker: Any) -> tuple[int, str | None]:
         """The job after number `done`, or, in a group made anew, the unfinished one. None: go home."""
@@ -54,9 +64,14 @@ class Mailbox:
                     self.number, json.dumps(failed(f"its workers were lost {self.losses} times", self.losses))
                 )
         async with self.changed:
-            await self.changed.wait_for(lambda: self.is_closed or (self.number > done and not self.is_over))
-        if rank == 0:
-            self.given = self.number
+            await self.changed.wait_for(
+                lambda: self.is_closed or (self.number > done and not self.is_over and self.fault is None)
+            )
+            if rank == 0:
+                self.given = self.number
+                if not self.is_closed:
+                    self.out.append({"begun": str(self.number)})
+                    self.changed.notify_all()
         return self.number, None if self.is_closed else self.job
 
     async def emit(self, number: int, records: str) -> bool:

@@ -26,6 +26,7 @@ from trainables import ranks
 from trainables.attempt import PEER_LOST, Job, run
 from trainables.mailbox import STOPPED, Mailbox, failed
 from trainables.notice import listen
+from trainables.preflight import Expected, fault
 from trainables.running import Record, Stopped
 
 RENEW_AFTER = 200  # trials: then the processes are made anew
@@ -114,6 +115,10 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray's own, whose processes also listen to SIGTERM: trials run in a thread, which cannot ask for signals."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        faults = [fault for fault in worker_group.execute(_fault, backend_config.expected) if fault is not None]
+        if faults:  # nor are they made a process group, which might never come about
+            ray.get(backend_config.box.refuse.remote("; ".join(sorted(set(faults)))))
+            return
         host, port = worker_group.execute_single(0, _open_store)  # Ray's own would listen at every address
         world, limit = len(worker_group), timedelta(seconds=backend_config.timeout_s)
         options = {"backend": backend_config.backend, "timeout": limit}
@@ -123,7 +128,15 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
         worker_group.execute(listen)
 
 
+def _fault(expected: Expected) -> str | None:
+    return fault(expected, str(ray.train.torch.get_device()))
+
+
+@dataclass
 class _Torch(TorchConfig):  # type: ignore[misc]
+    expected: Expected | None = None
+    box: Any = None
+
     @property
     def backend_cls(self) -> type:
         return _Backend
@@ -134,12 +147,13 @@ class _Torch(TorchConfig):  # type: ignore[misc]
 
 @dataclass
 class Group:
-    """Workers of one slot. `run` yields a trial's messages: records, and at last its end."""
+    """Workers of one slot. `run` yields a trial's messages: that it has begun, records, and at last its end; or a fault."""
 
     workers: int
     cpus: float
     gpus: float
     folder: str  # where Ray Train keeps its own state
+    expected: Expected
     served: int = 0
     _box: Any = None
     _thread: threading.Thread | None = None
@@ -155,7 +169,11 @@ class Group:
         trainer = TorchTrainer(
             _serve,
             train_loop_config={"box": self._box},
-            torch_config=_Torch(backend="nccl" if self.gpus == 1 else "gloo"),  # NCCL refuses ranks that share a GPU
+            torch_config=_Torch(
+                backend="nccl" if self.gpus == 1 else "gloo",  # NCCL refuses ranks that share a GPU
+                expected=self.expected,
+                box=self._box,
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.workers, use_gpu=bool(self.gpus), resources_per_worker=resources
             ),
@@ -185,7 +203,7 @@ class Group:
                     why = f"its workers could not be started: {''.join(self._problem)}"
                     message = {"end": json.dumps(failed(why, 0))}
                 if message is not None:
-                    is_over = "end" in message
+                    is_over = "end" in message or "fault" in message
                     yield message
         finally:
             self.served += 1
@@ -222,12 +240,12 @@ def close() -> None:
         _GROUP = None
 
 
-def group(workers: int, cpus: float, gpus: float, folder: str) -> Group:
+def group(workers: int, cpus: float, gpus: float, folder: str, expected: Expected) -> Group:
     """The slot's group, made at the first trial and again after a while."""
     global _GROUP
     if _GROUP is not None and (not _GROUP.is_alive or _GROUP.served >= RENEW_AFTER):
         close()
     if _GROUP is None:
-        _GROUP = Group(workers, cpus, gpus, folder)
+        _GROUP = Group(workers, cpus, gpus, folder, expected)
         _GROUP.start()
     return _GROUP
