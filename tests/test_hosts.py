@@ -108,7 +108,7 @@ def nodes(hosts: Hosts, study: str) -> dict[str, int]:
 
 
 def test_a_sweep_as_a_job_uses_both_machines_and_not_the_head(cluster: Hosts) -> None:
-    study = write_study(cluster, "both", arms(4))
+    study = write_study(cluster, "both", arms(4), steps=600)  # long enough for each slot to start meanwhile
     submit(cluster, "both", study, f"--tracking-uri sqlite:///{SHARE}/mlflow.db")
     said = finish(cluster, "both")
     assert "4 slots" in said, said
@@ -137,6 +137,19 @@ def test_a_trial_on_workers_of_two_machines(cluster: Hosts) -> None:
     _until(ranks, 120, lambda: logs(cluster, "group"))
     finish(cluster, "group")
     assert all(end["status"] == "ended" for end in ended(cluster.share / "runs", "group").values())
+
+
+def test_a_machine_without_the_shared_folder_is_named_and_not_used(cluster: Hosts) -> None:
+    study = write_study(cluster, "unfit", arms(2))
+    cluster.run("w2", "mount", "-t", "tmpfs", "tmpfs", SHARE)  # as where the real folder was not mounted
+    try:
+        submit(cluster, "unfit", study, f"--tracking-uri sqlite:///{SHARE}/mlflow.db")
+        said = finish(cluster, "unfit")
+    finally:
+        cluster.run("w2", "umount", SHARE)
+    assert re.search(r"not used: \d slots? on w2: ", said), said
+    assert set(nodes(cluster, "unfit")) == {"w1"}
+    assert all(end["faults"] == 0 for end in ended(cluster.share / "runs", "unfit").values())
 
 
 def test_what_a_lost_machine_ran_goes_on_elsewhere(cluster: Hosts) -> None:
