@@ -5,6 +5,7 @@ python tests/s3_server.py 127.0.0.1 0 sweeps      (port 0: a free one; says its 
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ def main(address: str, port: str, bucket: str) -> None:
     import boto3
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     server = ThreadedMotoServer(address, int(port), verbose=False)
     server.start()
     url = f"http://{address}:{server.get_host_and_port()[1]}"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hosts
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What tests/aws_launch.py says of the cluster's life (about a minute)."""
+    """What tests/aws_launch.py says of the cluster's life (one minute on an idle machine, two on a busy one)."""
     for module in ("moto", "boto3", "flask"):
         pytest.importorskip(module, reason="needs moto, of the extra `dev`")
     try:
@@ -53,23 +53,27 @@ def test_while_something_is_to_be_filled_in_no_machine_is_asked_for(asked: Any) 
 
 @pytest.mark.parametrize(
     ("step", "count", "kind", "profile", "gigabytes"),
-    [("up", "1", "m6i.xlarge", "codistill-head", "100"), ("workers", "2", "g5.2xlarge", "codistill-worker", "200")],
+    [("up", 1, "m6i.xlarge", "codistill-head", "100"), ("workers", 2, "g5.2xlarge", "codistill-worker", "200")],
 )
 def test_a_machine_is_asked_for_as_the_file_says(
-    asked: Any, step: str, count: str, kind: str, profile: str, gigabytes: str
+    asked: Any, step: str, count: int, kind: str, profile: str, gigabytes: str
 ) -> None:
-    (request,) = of(asked[step]["requests"], "RunInstances")
-    disk = "BlockDeviceMapping.1.Ebs."
-    assert request["InstanceType"] == kind and request["MaxCount"] == count
-    assert request["ImageId"] == asked["made"]["image"] and request["IamInstanceProfile.Name"] == profile
-    assert request["SecurityGroupId.1"] == asked["made"]["group"] and "SecurityGroupId.2" not in request
-    assert (
-        request["MetadataOptions.HttpTokens"] == "required"
-        and request["MetadataOptions.HttpPutResponseHopLimit"] == "1"
-    )
-    assert request[f"{disk}Encrypted"] == request[f"{disk}DeleteOnTermination"] == "true"
-    assert request[f"{disk}VolumeSize"] == gigabytes
-    assert request.get("InstanceMarketOptions.MarketType") == (None if step == "up" else "spot")
+    requests = of(asked[step]["requests"], "RunInstances")
+    assert len(requests) == count
+    for request in requests:
+        assert request["InstanceType"] == kind and request["MaxCount"] == "1"
+        assert request["ImageId"] == asked["made"]["image"] and request["IamInstanceProfile.Name"] == profile
+        assert request["SecurityGroupId.1"] == asked["made"]["group"] and "SecurityGroupId.2" not in request
+        assert request["MetadataOptions.HttpTokens"] == "required"
+        assert request["MetadataOptions.HttpPutResponseHopLimit"] == "1"
+        disk = {key.rpartition(".")[2]: value for key, value in request.items() if ".Ebs." in key}
+        assert disk == {
+            "VolumeSize": gigabytes,
+            "VolumeType": "gp3",
+            "Encrypted": "true",
+            "DeleteOnTermination": "true",
+        }
+        assert request.get("InstanceMarketOptions.MarketType") == (None if step == "up" else "spot")
 
 
 def test_the_machines_run_with_rays_tags_and_no_group_of_rays(asked: Any) -> None:
