@@ -69,11 +69,14 @@ def test_all_of_it_lies_in_the_bucket_and_nothing_of_it_here(swept: Swept) -> No
 def test_machines_keep_copies_of_what_they_read(swept: Swept) -> None:
     storage = Storage(RUNS)
     assert sorted(path.name for path in (swept.cache / "data").iterdir()) == storage.list("data")
-    phases = [PhaseStore(storage).find(key) for key in storage.list("phases")]
-    stored = {entry["sha256"] for phase in phases if phase is not None for entry in phase.files.values()}
+    phases = {key: PhaseStore(storage).find(key) for key in storage.list("phases")}
     assert len(phases) == 4, "one teacher, and the students of three arms"
-    copies = {path.name for path in (swept.cache / "weights").iterdir()}
-    assert copies and copies <= stored, "the teacher's weights were fetched once"
+    copies, teachers = {path.name for path in (swept.cache / "weights").iterdir()}, set()
+    for phase in phases.values():
+        assert phase is not None and phase.examples is not None
+        assert phase.examples["sha256"] in copies, "the tables read the scores of all examples"
+        teachers |= {entry["sha256"] for model, entry in phase.files.items() if model.startswith("teacher")}
+    assert teachers & copies, "the students' slots read the teacher"
 
 
 def test_the_same_command_again_trains_nothing(swept: Swept) -> None:
