@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         study = load_study(given.study, given.profile, given.set)
         storage = results.open_storage(given.storage)
-        tables = results.read(storage, study.folder)
+        tables = results.read(storage.sub(study.folder))
         if tables is None:
             where = f"{given.storage.rstrip('/')}/{study.folder}"
             raise StudyError(f"{where}: no tables yet; run python -m orchestrator.sweep {study.file} first")

@@ -225,19 +225,20 @@ def _constant(value: Any, length: int, kind: pa.DataType) -> pa.Array:
     return pa.DictionaryArray.from_arrays(indices, pa.array([] if value is None else [value], pa.string()))
 
 
-def write(tables: Tables, storage: Storage, folder: str) -> None:
+def write(tables: Tables, home: Storage) -> None:
+    """Into a study's folder."""
     for name, schema in TABLES.items():
         buffer = io.BytesIO()
         table = pa.Table.from_pandas(getattr(tables, name), schema=schema, preserve_index=False)
         pq.write_table(table, buffer, compression="zstd")
-        storage.write(f"{folder}/{name}.parquet", buffer.getvalue())
+        home.write(f"{name}.parquet", buffer.getvalue())
 
 
-def read(storage: Storage, folder: str) -> Tables | None:
-    """None where there are no tables. Those of an older version have no examples."""
+def read(home: Storage) -> Tables | None:
+    """Of a study's folder; None where there are no tables. Those of an older version have no examples."""
     frames = {}
     for name in TABLES:
-        content = storage.read(f"{folder}/{name}.parquet")
+        content = home.read(f"{name}.parquet")
         if content is not None:
             frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()
         elif name != "examples":

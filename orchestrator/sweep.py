@@ -233,7 +233,7 @@ def _finish(
 
     rows = agenda.all_rows()
     tables = results.tables(study.folder, rows, agenda.records, PhaseStore(agenda.storage).examples)
-    results.write(tables, home, "")
+    results.write(tables, home)
     evaluator, importance = agenda.importance() or ("", None)
     report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
     home.write("report.html", report.html.encode())

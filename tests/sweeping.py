@@ -171,7 +171,7 @@ def write_study(folder: Path, *, steps: int = 30, rest: str = ARMS, name: str = 
 
 
 def tables(storage: Path, study: str = "study") -> results.Tables:
-    found = results.read(Storage(str(storage)), study)
+    found = results.read(Storage(str(storage)).sub(study))
     assert found is not None
     return found
 

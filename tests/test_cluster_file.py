@@ -226,4 +226,5 @@ def test_the_lock_holds_what_the_project_asks_for() -> None:
     for requirement in wanted():
         versions = pins.get(canonicalize_name(requirement.name), [])
         assert versions and all(requirement.specifier.contains(version) for version in versions), f"{requirement}: {versions}"  # fmt: skip
+    assert "boto3" in pins, "Ray's on AWS"
     assert "setuptools" in pins, "the project itself is installed without a build environment of its own"

@@ -46,8 +46,8 @@ def test_tables_have_the_columns_that_others_build_on_and_survive_parquet(tmp_pa
     assert made.results["value"].tolist() == [3.25, 3.25] and made.results["arm"].tolist() == ["alone", "alone"]
     assert json.loads(made.trials["params"][0]) == ROW["params"] and made.trials["arm"].isna().tolist() == [False, True]
     storage = Storage(str(tmp_path))
-    results.write(made, storage, "")
-    again = results.read(storage, "")
+    results.write(made, storage)
+    again = results.read(storage)
     assert again is not None
     pd.testing.assert_frame_equal(again.results, made.results)
     pd.testing.assert_frame_equal(again.trials, made.trials)
@@ -56,7 +56,7 @@ def test_tables_have_the_columns_that_others_build_on_and_survive_parquet(tmp_pa
 def test_empty_tables_have_their_columns_too(tmp_path: Path) -> None:
     made = results.tables("study", [], {})
     assert made.results.empty and list(made.trials.columns) == results.TRIALS.names
-    assert results.read(Storage(str(tmp_path)), "nowhere") is None
+    assert results.read(Storage(str(tmp_path / "nowhere"))) is None
 
 
 def test_a_record_without_a_field_is_refused() -> None:
@@ -97,8 +97,8 @@ def test_examples_of_compared_trials_are_a_table_of_their_own(tmp_path: Path) ->
     assert made.examples["example"].tolist() == [3, 4] * 3 and made.examples["label"].isna().sum() == 3
     assert made.examples["seed"].tolist() == [1, 1, 2, 2, 1, 1] and made.examples["loss"].tolist() == [0.5] * 6
     storage = Storage(str(tmp_path))
-    results.write(made, storage, "")
-    again = results.read(storage, "")
+    results.write(made, storage)
+    again = results.read(storage)
     assert again is not None
     pd.testing.assert_frame_equal(again.examples, made.examples)
     assert str(again.examples["arm"].dtype) == "category"
@@ -117,9 +117,9 @@ def test_a_phase_that_trials_share_is_read_once() -> None:
 
 def test_tables_of_before_there_were_examples_are_read_without(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    results.write(results.tables("study", [ROW], {}), storage, "")
+    results.write(results.tables("study", [ROW], {}), storage)
     storage.delete("examples.parquet")
-    again = results.read(storage, "")
+    again = results.read(storage)
     assert again is not None
     assert again.examples.empty and list(again.examples.columns) == results.EXAMPLES.names
 
@@ -137,5 +137,5 @@ def test_a_million_rows_stay_compact(tmp_path: Path) -> None:
     assert len(made.examples) == 5 * num
     assert made.examples.memory_usage(deep=True).sum() < 80 * len(made.examples)  # bytes
     storage = Storage(str(tmp_path))
-    results.write(made, storage, "")
+    results.write(made, storage)
     assert storage.size("examples.parquet") < 20 * len(made.examples)
