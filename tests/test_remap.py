@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from trainables import models
 from trainables.phases import Instance, phase_key
 from trainables.remap import RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
-from trainables.spec.models import Depth, Model, Remap, Width
+from trainables.spec.models import Depth, Model, Random, Remap, Width
 from trainables.spec.trial import TrialSpec, trial_id
 
 DEPTHS = get_args(Depth)
@@ -234,6 +234,41 @@ def test_grouped_heads_of_a_given_size_are_foreseen_in_their_proportions() -> No
     target = Model(family="llama", layers=1, width=4096, heads=64, inner=11264, config=wide,
                    init=Remap(kind="remap", from_="s", depth="stack", width="replicate"))  # fmt: skip
     assert foresee(source, target)[1].verdict == "exact"
+
+
+@pytest.mark.parametrize(
+    ("of_source", "of_target", "verdict"),
+    [(None, None, "exact"), (None, "twice", "lossy"), ("mirror", "twice", "lossy"), ("twice", "twice", "exact")],
+)
+def test_layers_that_run_again_are_foreseen_as_they_run(
+    of_source: str | None, of_target: str | None, verdict: str
+) -> None:
+    models_ = [Model.model_validate({"family": "bert", "layers": 2, "width": 128,
+                                     "sharing": order and {"order": order, "swap": True},
+                                     "init": {"kind": "remap", "from": "s", "depth": "first"}})
+               for order in (of_source, of_target)]  # fmt: skip
+    source, target = models_[0].model_copy(update={"init": Random()}), models_[1]
+    assert foresee(source, target)[1].verdict == verdict
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_bring_their_own_shape_are_foreseen_by_it(family: str) -> None:
+    source, target = Model(pretrained="s"), Model(family=family, layers=2, width=128, heads=4)
+    target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth="first")})
+    config = net_of(family, 2, width=128, heads=4, inner=512).config
+    before = config.to_dict()
+    assert foresee(source, target, config)[1].verdict == "exact" and config.to_dict() == before
+    assert foresee(source, target, net_of(family, 3, width=128, heads=4, inner=512).config)[1].verdict == "lossy"
+    with pytest.raises(RemapError, match="equal hidden_size"):
+        foresee(source, target, net_of(family, 2, width=64, heads=4, inner=512).config)
+
+
+def test_what_pretrained_weights_do_otherwise_is_seen() -> None:
+    """Rotations are no part of a shape: a target with those of its family computes something else."""
+    target = Model(family="llama", layers=2, width=128, heads=4, init=Remap(kind="remap", from_="s", depth="first"))
+    config = net_of("llama", 2, width=128, heads=4, inner=512).config
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 100.0}
+    assert foresee(Model(pretrained="s"), target, config)[1].verdict != "exact"
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -178,19 +178,50 @@ def measure(
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
-def foresee(source: Model, target: Model) -> tuple[Layers, Measured]:
+def foresee(source: Model, target: Model, config: Any = None) -> tuple[Layers, Measured]:
     """The plan by which `target` is remapped from `source`, and what it does: seen on small models of the same family,
-    depths and proportions, whose weights are as far from their start as trained ones. Raises RemapError."""
+    depths and proportions, whose weights are as far from their start as trained ones. `config`: transformers' of a source
+    with pretrained weights, which bring their own shape. Raises RemapError."""
     assert isinstance(target.init, Remap)
+    if config is not None:
+        source = _described(config)
     nets: list[Any] = []
     for name, model in zip(("source", "target"), _small(source, target), strict=True):
-        net = models.build(model, name=name, seed=0, vocab_size=128, special_ids={"pad_token_id": 0}, length=32)
+        made = models.make_config(model, vocab_size=128, special_ids={"pad_token_id": 0}, length=32)
+        if name == "source" and config is not None:
+            made = _resized(config, made)
+        net = models.skeleton(made).float()
+        models.initialise(net, models.initial(model), name=name, seed=0)
         generator = torch.Generator().manual_seed(len(nets))
         for vector in (parameter for parameter in net.parameters() if parameter.ndim < 2):  # gains of 1, biases of 0
             vector.data.add_(0.3 * torch.randn(vector.shape, generator=generator))
         nets.append(net)
     layers = check(target.init.depth, nets[0].config, nets[1].config, target.init.width)
     return layers, measure(nets[0], nets[1], layers, target.init.width)
+
+
+def _described(config: Any) -> Model:
+    """The shape that a transformers config has."""
+    shape = shape_of(config)
+    sizes = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size}
+    return Model(
+        family=family_of(config),
+        layers=config.num_hidden_layers,
+        width=shape.hidden,
+        heads=shape.heads,
+        inner=shape.inner,
+        config={key: size for key, size in sizes.items() if getattr(config, key, None) is not None},
+    )
+
+
+def _resized(config: Any, small: Any) -> Any:
+    """A config with the sizes of another one; all else (norms, rotations, biases) as it was."""
+    found = copy.deepcopy(config)
+    ids = (key for key in small.to_dict() if key.endswith("_token_id"))
+    for key in ("vocab_size", "max_position_embeddings", *FIELDS.values(), "n_inner", "ffn_dim", "hidden_dim", *ids):
+        if hasattr(small, key) and hasattr(found, key):
+            setattr(found, key, getattr(small, key))
+    return found
 
 
 def _small(*pair: Model) -> list[Model]:
@@ -218,6 +249,7 @@ def _small(*pair: Model) -> list[Model]:
             "dropout": 0,
             "config": config,
             "init": {"kind": "random", "std": "width"},
+            "sharing": model.sharing,
         }
         found.append(Model.model_validate(value))
     return found
