@@ -171,8 +171,8 @@ class Figure(Value):
 
 
 Paper = Annotated[
-    Annotated[str | float, Tag("words")] | Annotated[Figure, Tag("figure")],
-    Discriminator(lambda value: "figure" if isinstance(value, Mapping | Figure) else "words"),
+    Annotated[str | float, Tag("words")] | Annotated[Figure, Tag("average")],
+    Discriminator(lambda value: "average" if isinstance(value, Mapping | Figure) else "words"),
 ]
 
 

@@ -478,7 +478,12 @@ def study_of_tasks(seeds: int = 5, more: int = 0) -> Study:
     about = {"arm": "taught", "against": "alone", "model": "student", "metric": "score"}
     claims = {
         "teaching_helps": {"says": "A teacher helps over three tasks", "paper": 2.5, **about},
-        "on_cola": {"says": "A teacher helps on CoLA", "task": "cola", "paper": {"figure": 0.1, "over": ["cola"]}, **about},
+        "on_cola": {
+            "says": "A teacher helps on CoLA",
+            "task": "cola",
+            "paper": {"figure": 0.1, "over": ["cola"]},
+            **about,
+        },
         "on_rte": {"says": "A teacher helps on RTE", "task": ["rte"], **about},
     }
     claims |= {f"again_{i}": {"task": "sst2", **about} for i in range(more)}
