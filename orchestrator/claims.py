@@ -42,7 +42,7 @@ from orchestrator.statistics import (
     lower_is_better,
     seeds_needed,
 )
-from orchestrator.study import AXIS_WORDS, Claim, CostAxis, Slot, tasks_of
+from orchestrator.study import AXIS_WORDS, Claim, CostAxis, Figure, Slot, tasks_of
 from orchestrator.times import conditions
 
 PaperJudgement = Literal["inside", "below", "above", "not comparable"]
@@ -216,8 +216,8 @@ def _verdict(
             notes.append(f"axis not equal: {claim.arm!r} used {x:.3g} times the {claim.axis} of {against!r}")
     if len(at.tasks) > 1:
         notes.append(f"mean over {', '.join(at.tasks)}, inside each seed")
-    partial = _part_of_glue(at.tasks, tasks)
-    notes += [partial] if partial else []
+    other = _another_average(claim, at.tasks, tasks)
+    notes += [other] if other else []
     quality = parts[: len(pairs)]
     holds = None
     if verdict == "supported":
@@ -242,7 +242,7 @@ def _verdict(
         counts={arm: side.counts for arm, side in of.items()},
         costs=costs,
         cost_ratios=ratios,
-        paper=_judge_paper(claim.paper, compared if len(pairs) == 1 and not partial else ()),
+        paper=_judge_paper(claim, compared if len(pairs) == 1 and not other else ()),
         notes=tuple(dict.fromkeys(notes)),
         reading=at,
         by_task=by_task if len(by_task) > 1 else {},
@@ -285,15 +285,18 @@ def _where(holds: str, parts: Sequence[_Part], margin: float) -> str:
     return f"at this scale, {THIS_SET}: the interval covers new seeds, not new examples"
 
 
-def _part_of_glue(averaged: Sequence[str], tasks: Tasks) -> str | None:
-    """Why an average is none of the papers', if it is one over some of GLUE's tasks."""
-    glue = [tasks.glue[name] for name in averaged if name in tasks.glue]
-    if len(averaged) < 2 or not glue or (len(glue) == len(averaged) and set(glue) - {"wnli"} == GLUE):
+def _another_average(claim: Claim, averaged: Sequence[str], tasks: Tasks) -> str | None:
+    """Why an average is not the paper's: it is over other tasks than the figure says, or over some of GLUE's."""
+    glue = sorted(tasks.glue[name] for name in averaged if name in tasks.glue)
+    theirs = claim.paper.over if isinstance(claim.paper, Figure) else "glue"
+    if theirs == "glue":
+        is_theirs = len(glue) == len(averaged) and set(glue) - {"wnli"} == GLUE
+    else:
+        is_theirs = len(glue) == len(averaged) and glue == sorted(theirs)
+    if is_theirs or (not isinstance(claim.paper, Figure) and (len(averaged) < 2 or not glue)):
         return None
-    return (
-        f"the average is not comparable with the papers': it is over {', '.join(averaged)}, theirs over GLUE's 8 tasks "
-        "(9 with WNLI)"
-    )
+    over = "GLUE's 8 tasks (9 with WNLI)" if theirs == "glue" else f"GLUE's {', '.join(theirs)}"
+    return f"the average is not comparable with the papers': it is over {', '.join(averaged)}, theirs over {over}"
 
 
 def _examples(
@@ -450,13 +453,13 @@ def _seeds_more(parts: list[_Part]) -> int | None:
     return max(more)
 
 
-def _judge_paper(paper: str | float | None, parts: tuple[Comparison, ...]) -> PaperJudgement | None:
-    if paper is None:
+def _judge_paper(claim: Claim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:
+    if claim.paper is None:
         return None
-    if isinstance(paper, str) or not parts or parts[0].interval is None:
+    if (figure := claim.figure) is None or not parts or parts[0].interval is None:
         return "not comparable"
     low, high = parts[0].interval
-    return "below" if paper < low else "above" if paper > high else "inside"
+    return "below" if figure < low else "above" if figure > high else "inside"
 
 
 # --------------------------------------------------------------------------------------------------------- confirm

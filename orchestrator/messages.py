@@ -111,7 +111,7 @@ def _walk(cls: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, .
         if len(models) > 1 and by_tag:
             current = by_tag[0]
             continue
-        if len(options) > 1 and part in ("number", "schedule"):
+        if len(options) > 1 and part in ("number", "schedule", "words", "average"):
             continue
         path.append(part)
         field = next((f for m in models for n, f in m.model_fields.items() if part in (n, f.alias)), None)

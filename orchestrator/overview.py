@@ -46,7 +46,7 @@ def print_plan(agenda: Agenda, num_slots: int | None) -> None:
             "phases": _phases(agenda, trials, base, corpora),
             "models": _models(study, base, shapes),
             "losses": _losses(base),
-            "remaps": _remaps([one.spec for one in reached]),
+            "remaps": _remaps([one.spec for one in reached], shapes),
             "data": _data(base, corpora),
             "memory": memory_lines(study, shapes, reached),
             "cost": cost_lines(agenda, trials, corpora, shapes, num_slots),
@@ -255,7 +255,7 @@ def _coefficient(term: Term) -> str:
     return f"{weight}{factor} x {term.kind}({term.from_} → {term.to}) at τ={term.temperature:g}, gradient into {term.to} only"
 
 
-def _remaps(specs: Iterable[TrialSpec]) -> list[str]:
+def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
     """Each remap that a trial can ask for, measured on small models of the same proportions."""
     seen: dict[str, str] = {}
     for spec in specs:
@@ -263,19 +263,23 @@ def _remaps(specs: Iterable[TrialSpec]) -> list[str]:
             if not isinstance(model.init, Remap):
                 continue
             source = spec.models[model.init.from_]
-            if source.layers is None or model.layers is None:
-                continue
-            shapes = [m.model_dump(mode="json", exclude={"init", "dropout"}) for m in (source, model)]
-            key = digest([*shapes, model.init.depth, model.init.width])
+            pair = [m.model_dump(mode="json", exclude={"init", "dropout"}) for m in (source, model)]
+            key = digest([*pair, model.init.depth, model.init.width])
             if key in seen:
                 continue
-            plan, found = remap.foresee(source, model)
-            how = f"{model.init.depth} {source.layers}→{model.layers}"
+            config = shapes.config(source, longest(spec))
+            how = f"{model.init.depth} {config.num_hidden_layers}→{model.layers}"
             if model.init.width is not None:
-                how += f", {model.init.width} {source.width}→{model.width}"
-            layers = " ".join("-" if i is None else str(i) for i in plan)
-            verdict = f"{found.verdict} (logits change by {found.difference:.2g})"
-            seen[key] = f"{name} from {model.init.from_}, {how}: layers {layers}; {verdict}"
+                how += f", {model.init.width} {config.hidden_size}→{model.width}"
+            try:
+                plan, found = remap.foresee(source, model, config if source.pretrained else None)
+                layers = " ".join("-" if i is None else str(i) for i in plan)
+                verdict = f"layers {layers}; {found.verdict} (logits change by {found.difference:.2g})"
+            except ValueError as error:  # pretrained weights of a family whose small models are none
+                if source.pretrained is None:
+                    raise
+                verdict = f"not measured: {str(error).splitlines()[0]}"
+            seen[key] = f"{name} from {model.init.from_}, {how}: {verdict}"
     return list(seen.values())
 
 

@@ -37,7 +37,7 @@ from orchestrator.readings import costs, curve_of, ended, planned, point_scores,
 from orchestrator.results import Tables
 from orchestrator.sides import Reading, with_phases_of
 from orchestrator.statistics import Comparison, lower_is_better
-from orchestrator.study import AXIS_WORDS, CostAxis, Study
+from orchestrator.study import AXIS_WORDS, CostAxis, Figure, Study
 from orchestrator.study_file import load_study
 from trainables.spec.trial import TrialSpec
 
@@ -203,13 +203,13 @@ def _lines(verdicts: Sequence[Verdict]) -> list[Line]:
         drawn = reach.setdefault(v.reading, [0.0])
         for c in v.parts:
             drawn += [c.effect, *(c.interval or ()), *(c.new_data or ())]
-            drawn += [v.claim.paper] if isinstance(v.claim.paper, float | int) else []
+            drawn += [] if (figure := _marked(v)) is None else [figure]
             drawn += [_margin(c)] if c.margin else []
     lines = []
     for i, v in enumerate(verdicts, 1):
         claim, drawn = v.claim, reach[v.reading]
         costs = {c.found.against: c for c in v.cost_parts}
-        parts = [_part(claim.arm, c, drawn, claim.paper, costs.get(c.against)) for c in v.parts]
+        parts = [_part(claim.arm, c, drawn, _marked(v), costs.get(c.against)) for c in v.parts]
         others = claim.rivals
         parts += [Part(claim.arm, other) for other in others if other not in {c.against for c in v.parts}]
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
@@ -223,7 +223,9 @@ def _lines(verdicts: Sequence[Verdict]) -> list[Line]:
             time = f", ×{fixed(ratio.device_seconds, 2)} device time" if claim.is_of_time else ""
             about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{time}{whose}"
         about += f"; {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
-        paper = fixed(claim.paper, 3, sign=True) if isinstance(claim.paper, float | int) else claim.paper or "–"
+        paper = str(claim.paper or "–") if claim.figure is None else fixed(claim.figure, 3, sign=True)
+        if isinstance(claim.paper, Figure):
+            paper += f" over {'GLUE' if claim.paper.over == 'glue' else ', '.join(claim.paper.over)}"
         judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
         lines.append(
             Line(
@@ -265,9 +267,12 @@ def _cost(c: CostPart) -> str:
     return f"×{fixed(c.found.ratio, places)}{ends} {word}"
 
 
-def _part(
-    arm: str, c: Comparison, drawn: Sequence[float], paper: str | float | None, cost: CostPart | None
-) -> Part:  # fmt: skip
+def _marked(v: Verdict) -> float | None:
+    """The paper's figure, where it is of what was measured here."""
+    return v.claim.figure if v.paper in ("inside", "below", "above") else None
+
+
+def _part(arm: str, c: Comparison, drawn: Sequence[float], figure: float | None, cost: CostPart | None) -> Part:
     places = decimals_for((c.interval[1] - c.interval[0]) / 2 if c.interval else None, c.effect)
     low, high = min(drawn), max(drawn)
 
@@ -276,7 +281,7 @@ def _part(
 
     left, right = (at(c.interval[0]), at(c.interval[1])) if c.interval else (None, None)
     new_low, new_high = (at(c.new_data[0]), at(c.new_data[1])) if c.new_data else (None, None)
-    marked = at(paper) if isinstance(paper, float | int) else None
+    marked = None if figure is None else at(figure)
     return Part(
         arm,
         c.against,

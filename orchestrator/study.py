@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Discriminator,
     Field,
     PositiveInt,
     Tag,
@@ -21,6 +22,7 @@ from pydantic import (
 
 from orchestrator.messages import StudyError, explain, set_path
 from trainables.data.scores import METRICS
+from trainables.spec.data import GlueTask
 from trainables.spec.trial import TrialSpec
 from trainables.spec.value import Name, Positive, Value, by_key
 
@@ -160,6 +162,20 @@ AXIS_WORDS: Mapping[CostAxis, str] = {
 }
 
 
+class Figure(Value):
+    """What a paper found, as an effect in our units: an average over these tasks of GLUE, comparable with one over
+    exactly those. `glue`: its 8, or 9 with WNLI, whichever these are."""
+
+    figure: float
+    over: Annotated[tuple[GlueTask, ...], Field(min_length=1), AfterValidator(_differ)] | Literal["glue"]
+
+
+Paper = Annotated[
+    Annotated[str | float, Tag("words")] | Annotated[Figure, Tag("average")],
+    Discriminator(lambda value: "average" if isinstance(value, Mapping | Figure) else "words"),
+]
+
+
 class Claim(Value):
     """A sentence that the report judges: `arm` is better than `against` (than each, where several) by more than `margin`.
 
@@ -182,7 +198,7 @@ class Claim(Value):
     axis: CostAxis = "student_tokens"
     less: CostAxis | None = None
     family: str = "main"
-    paper: str | float | None = None
+    paper: Paper | None = None
 
     @field_validator("at", mode="before")
     @classmethod
@@ -202,6 +218,13 @@ class Claim(Value):
     @property
     def rivals(self) -> tuple[str, ...]:
         return (self.against,) if isinstance(self.against, str) else self.against
+
+    @property
+    def figure(self) -> float | None:
+        """The paper's, where it is a number."""
+        if isinstance(self.paper, Figure):
+            return self.paper.figure
+        return None if isinstance(self.paper, str) else self.paper
 
     @property
     def is_of_time(self) -> bool:

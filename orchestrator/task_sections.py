@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,33 +11,41 @@ import pandas as pd
 from orchestrator.blocks import Section, Table, decimals_for, fixed, span
 from orchestrator.claims import Verdict
 from orchestrator.figures import si
-from orchestrator.readings import ended, objective_reading
+from orchestrator.readings import ended, objective_reading, task_facts
 from orchestrator.results import Tables
 from orchestrator.sides import parsed, sides
-from orchestrator.statistics import Comparison
+from orchestrator.statistics import Comparison, compare
 from orchestrator.study import Study
 
 WEIGHTS = ("parameters", "forward_flops", "latency_ms")
 
 
 def by_task(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Section | None:
-    """Each arm on each task, and each claim's difference there; None where there is but one."""
+    """Each arm on each task, and each claim's difference there; None where there is but one. With WNLI, whose labels
+    contradict those of its training set, means stand beside those without it, as papers have either."""
     at = objective_reading(study, "test")
     tasks, found = sides(tables.results, tables.trials, tuple(study.arms), at, "arm", "trial", None)
+    wnli = {name for name, task in task_facts(study).glue.items() if task == "wnli"}
+    less = tuple(task for task in tasks if task not in wnli)
+    means = [tasks, less] if 1 < len(less) < len(tasks) else [tasks]
     rows = [
-        (arm, *(_mean(side.by_task.get(task, {}).values()) for task in tasks), _mean(side.values.values()))
+        (
+            arm,
+            *(_mean(side.by_task.get(task, {}).values()) for task in tasks),
+            *(_mean(_over(some, side.by_task, side.values)) for some in means),
+        )
         for arm, side in found.items()
         if side.by_task
     ]
     blocks = []
     if len(tasks) > 1 and rows:
-        head = ("arm", *tasks, f"mean over {len(tasks)}")
+        head = ("arm", *tasks, *(f"mean over {len(some)}" for some in means))
         caption = f"{at.metric} of {at.model} on test: mean (SD over seeds, n)"
-        blocks.append(Table(caption, head, rows, "l" + "r" * (len(tasks) + 1)))
+        blocks.append(Table(caption, head, rows, "l" + "r" * (len(head) - 1)))
     parts = [
         (f"{i}. {v.name}", f"{v.claim.arm} − {c.against}", f"{v.claim.metric}, {task}", *_difference(c))
         for i, v in enumerate(verdicts, 1)
-        for task, compared in [*v.by_task.items(), *([("mean", v.parts)] if v.by_task else [])]
+        for task, compared in [*v.by_task.items(), *_means(v, wnli)]
         for c in compared
     ]
     if parts:
@@ -50,6 +58,36 @@ def by_task(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Sectio
         "means alone: of many differences by task some leave 0 by chance, and no interval here allows for that."
     )
     return Section("By task", (text, *blocks))
+
+
+def _over(tasks: Sequence[str], by_task: Mapping[str, Mapping[int, float]], seeds: Iterable[int]) -> list[float]:
+    """The mean over these tasks at each seed."""
+    return [math.fsum(by_task[task][seed] for task in tasks) / len(tasks) for seed in seeds]
+
+
+def _means(v: Verdict, wnli: Collection[str]) -> Iterator[tuple[str, Sequence[Comparison]]]:
+    """The claim's difference of means, and that without WNLI, which is not tested."""
+    less = [task for task in v.by_task if task not in wnli]
+    if v.by_task:
+        yield "mean", v.parts
+    if 1 < len(less) < len(v.by_task):
+        yield (
+            f"mean over {len(less)}, without WNLI",
+            [_without(whole, [v.by_task[task] for task in less]) for whole in v.parts],
+        )
+
+
+def _without(whole: Comparison, of_tasks: Sequence[Sequence[Comparison]]) -> Comparison:
+    """The same two sides, over these tasks alone."""
+    own = {str(i): c for i, found in enumerate(of_tasks) for c in found if c.against == whole.against}
+    arm, against = (
+        {task: dict(zip(c.seeds, getattr(c, side), strict=True)) for task, c in own.items()}
+        for side in ("arm_values", "against_values")
+    )
+    values = [dict(zip(whole.seeds, _over(tuple(own), of, whole.seeds), strict=True)) for of in (arm, against)]
+    found = compare(*values, lower_is_better=whole.lower_is_better, margin=whole.margin, name=whole.against)
+    assert found is not None  # `whole` has seeds
+    return found
 
 
 def _mean(values: Iterable[float]) -> str:

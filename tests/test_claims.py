@@ -692,6 +692,32 @@ def test_an_average_over_some_of_glue_is_not_the_papers(names: tuple[str, ...], 
     assert said(verdict, "the average is not comparable with the papers'") == (not comparable)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "names", "comparable"),
+    [
+        (("rte", "mrpc", "sst2", "qnli"), ("mrpc", "qnli", "rte", "sst2"), True),
+        (("rte", "mrpc", "sst2", "qnli"), ("mrpc", "rte", "sst2"), False),
+        (("rte", "mrpc", "sst2", "qnli"), GLUE, False),
+        (("rte", "mrpc"), ("rte", "mrpc", "x"), False),
+        (("rte",), ("rte",), True),
+        (("rte",), ("x",), False),
+        ("glue", GLUE, True),
+        ("glue", (*GLUE, "wnli"), True),
+        ((*GLUE, "wnli"), GLUE, False),
+        ("glue", ("x",), False),
+    ],
+)
+def test_a_figure_is_judged_on_the_average_over_its_own_tasks(
+    theirs: Any, names: tuple[str, ...], comparable: bool
+) -> None:
+    tasks = over(*names)
+    tasks = Tasks(tasks.each, tasks.rules, {n: n for n in names if n != "x"})
+    of = claim(paper={"figure": 0.1, "over": theirs}, **TASK)
+    verdict = verdict_of(*fanned(*names), of, tasks=tasks)
+    assert of.figure == 0.1 and verdict.paper == ("inside" if comparable else "not comparable")
+    assert said(verdict, "the average is not comparable with the papers'") == (not comparable)
+
+
 def test_new_data_are_those_of_each_data_set() -> None:
     results, trials = fanned("cola", "rte", metric="task_loss")
     examples = answered(results, spread=0.2)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trainables import loop, models, passes
 from trainables.data.tasks import TaskBatch, folds
 from trainables.labels import out_of_fold, prediction_quality
-from trainables.phases import Instance, head_of, origin_of
+from trainables.phases import Instance, head_of, origin_of, streams_of
 from trainables.spec.phase import PredictionQuality
 from trainables.spec.trial import TrialSpec
 from trainables.streams import Reader
@@ -210,6 +210,30 @@ def test_prediction_quality_is_the_papers_rule() -> None:
     plain = prediction_quality(median, logits_EC.repeat(20, 1), classes_E.repeat(20), seed=3)
     assert dealt.labels_E.bincount().tolist() == plain.labels_E.bincount().tolist()
     assert dealt.labels_E.tolist() != plain.labels_E.tolist()
+
+
+def test_thresholds_may_be_each_tasks_own(new_task_lab: Any) -> None:
+    """Each branch depends on its own alone, and is the one that it would be if all had these."""
+    lab = new_task_lab()
+
+    def with_thresholds(thresholds: Any) -> TrialSpec:
+        trial = with_quality(thresholds=thresholds)
+        for name in ("teach", "guess", "distil"):
+            trial["phases"][name]["each"] = ["single", "pair"]
+        return lab.spec(trial).pruned()  # type: ignore[no-any-return]
+
+    own = {"single": [0.8, 0.6], "pair": [0.95, 0.75]}
+    spec, other, same = (with_thresholds(t) for t in (own, {**own, "pair": [0.9, 0.7]}, own["single"]))
+    assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec
+    labels = streams_of(spec, Instance("guess", "pair"))["main"].labels
+    assert labels is not None and labels.thresholds == (0.95, 0.75)
+    keys = [[lab.key(s, "guess", task) for s in (spec, other, same)] for task in ("single", "pair")]
+    assert keys[0][0] == keys[0][1] == keys[0][2] and len(set(keys[1])) == 3
+    for wrong in ({"single": [0.8, 0.6]}, {**own, "number": [0.5, 0.5]}):
+        with pytest.raises(
+            ValidationError, match="valid: of each data set that is read here, and of no other: single, pair"
+        ):
+            with_thresholds(wrong)
 
 
 def test_out_of_fold_labels_come_from_the_model_that_did_not_see_the_example(new_task_lab: Any) -> None:
@@ -406,6 +430,7 @@ def test_a_student_with_shared_layers_trains_is_stored_and_goes_on(new_task_lab:
         (lambda t: t["phases"]["distil"]["streams"].update(main={"labels": QUALITY, "data": "number"}), "is a regression, where no answer is right or wrong"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": [0.5, 1]}}), "'median', or two numbers above 0 and below 1"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": "mean"}}), "'median', or two numbers"),
+        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": {"single": 0.5}}}), "or data set -> two such numbers"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "of": "student"}}), "must have been trained by an earlier phase"),
         (lambda t: t["phases"]["pretrain"]["streams"].update(main={"labels": QUALITY}), "is a corpus; labels are for tasks"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "corruption": {"probability": 0.3}}), "which is read as it is"),

@@ -126,12 +126,18 @@ def test_every_budget_ends(lab: Lab, budget: str) -> None:
 
 @pytest.mark.parametrize("init", [INITS["random"], *({**INITS["remap"], "depth": d} for d in get_args(Depth))], ids=str)
 def test_every_initialisation_trains_a_step(lab: Lab, watched: dict[str, Any], init: dict[str, Any]) -> None:
-    ran = one_step(lab, {"models.student.init": init, "models.teacher.layers": 2, "models.student.layers": 1})
+    adds = init.get("depth") == "identity"  # layers, to a family that can have them
+    (family, num_teacher, num_student) = ("modernbert", 1, 2) if adds else ("bert", 2, 1)
+    shapes = {
+        f"models.{name}": model(family, layers=num)
+        for name, num in (("teacher", num_teacher), ("student", num_student))
+    }
+    ran = one_step(lab, {**shapes, "models.student.init": init})
     start, teacher = watched["begin"]["distil", "student"], ran.weights("teach", "teacher")
-    name = "bert.encoder.layer.0.attention.self.query.weight"
+    name = "model.layers.0.attn.Wqkv.weight" if adds else "bert.encoder.layer.0.attention.self.query.weight"
     copied = init["kind"] == "remap" and init["depth"] != "random"
     assert torch.equal(start[name], teacher[name]) == copied  # the trained teacher's, not the fresh one's
-    word = "bert.embeddings.word_embeddings.weight"
+    word = "model.embeddings.tok_embeddings.weight" if adds else "bert.embeddings.word_embeddings.weight"
     assert torch.equal(start[word], teacher[word]) == (init["kind"] == "remap")
 
 

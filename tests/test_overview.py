@@ -22,6 +22,7 @@ from orchestrator.plan import Identity
 from orchestrator.study_file import load_study
 from orchestrator.sweep import main
 from trainables.attempt import Job, run
+from trainables.data.tasks import open_data
 from trainables.models import build
 from trainables.spec.models import Model
 
@@ -94,6 +95,19 @@ def test_remaps_stand_with_their_layers_and_a_measured_verdict(plan: Callable[..
     )
     trial["models"]["student"]["layers"] = 1
     assert "exact" in plan(trial=trial)["remaps"][0]
+
+
+def test_a_remap_from_pretrained_weights_has_a_verdict_by_their_own_shape(
+    plan: Callable[..., dict[str, list[str]]], lab: Lab, tmp_path: Path
+) -> None:
+    rows = open_data(lab.storage.sub("data").uri, lab.fingerprints["data:corpus"]).vocab_size
+    shape, special = Model.model_validate(model(layers=2)), {"pad_token_id": 0}
+    build(shape, name="m", seed=0, vocab_size=rows, special_ids=special, length=32).save_pretrained(tmp_path / "m")
+    init = {"kind": "remap", "from": "teacher", "depth": "first"}
+    trial = distillation(teacher={"pretrained": str(tmp_path / "m")}, student=model(layers=2, init=init))
+    assert plan(trial=trial)["remaps"] == ["student from teacher, first 2→2: layers 0 1; exact (logits change by 0)"]
+    trial["models"]["student"]["layers"] = 1
+    assert plan(trial=trial)["remaps"][0].startswith("student from teacher, first 2→1: layers 0; lossy")
 
 
 def test_the_plan_says_what_the_data_are_and_shows_examples(plan: Callable[..., dict[str, list[str]]]) -> None:

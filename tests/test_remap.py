@@ -11,16 +11,26 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from trainables import models
+from trainables.layouts import PRE_NORM, place_of
 from trainables.phases import Instance, phase_key
-from trainables.remap import RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
-from trainables.spec.models import Depth, Model, Remap, Width
+from trainables.remap import Layers, RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
+from trainables.spec.models import Depth, Model, Random, Remap, Width
 from trainables.spec.trial import TrialSpec, trial_id
 
 DEPTHS = get_args(Depth)
-PLANS: dict[str, dict[tuple[int, int], tuple[int | None, ...]]] = {  # (source, target) layers -> plan
+PLANS: dict[str, dict[tuple[int, int], Layers]] = {  # (source, target) layers -> plan
     "copy_last": {(2, 2): (0, 1), (2, 4): (0, 1, 1, 1), (4, 2): (0, 1), (1, 3): (0, 0, 0)},
     "stack": {(2, 2): (0, 1), (2, 4): (0, 1, 0, 1), (2, 5): (0, 1, 0, 1, 0), (4, 2): (0, 1), (1, 3): (0, 0, 0)},
     "interpolate": {(2, 2): (0, 1), (2, 4): (0, 0, 1, 1), (2, 3): (0, 0, 1), (4, 2): (0, 2), (6, 4): (0, 1, 3, 4)},
+    "spread": {
+        (12, 6): (0, 2, 4, 7, 9, 11),  # DistilBERT's
+        (12, 3): (0, 6, 11),
+        (4, 2): (0, 3),
+        (6, 1): (0,),
+        (2, 4): (0, 0, 1, 1),
+        (2, 2): (0, 1),
+    },
+    "identity": {(2, 2): (0, 1), (2, 4): (0, 1, "idle", "idle")},
     "every_other": {(2, 1): (0,), (3, 2): (0, 2), (4, 2): (0, 2), (12, 6): (0, 2, 4, 6, 8, 10), (1, 1): (0,)},
     "first": {(2, 2): (0, 1), (2, 4): (0, 1, None, None), (4, 2): (0, 1)},
     "random": {(2, 2): (None, None), (2, 3): (None, None, None)},
@@ -66,10 +76,10 @@ def test_a_plan_names_a_source_layer_for_each_target_layer(depth: Any) -> None:
             try:
                 plan = depth_plan(depth, num_source, num_target)
             except RemapError:
-                assert depth == "every_other"
+                assert depth in ("every_other", "identity")
                 continue
             assert len(plan) == num_target
-            assert all(layer is None or 0 <= layer < num_source for layer in plan)
+            assert all(layer in (None, "idle", *range(num_source)) for layer in plan)
 
 
 def test_every_other_says_how_many_layers_it_needs() -> None:
@@ -161,7 +171,10 @@ def test_apply_copies_what_the_plan_says_and_everything_around(family: str, dept
     for name, tensor in target.state_dict().items():
         at = layer_of(target, name)
         layer = None if at is None else plan[at[0]]
-        wanted = name if at is None else None if layer is None else f"{layers_prefix(source)}{layer}.{at[1]}"
+        wanted = name if at is None else f"{layers_prefix(source)}{layer}.{at[1]}" if isinstance(layer, int) else None
+        if layer == "idle" and place_of(family, name) in ("x <- o", "x <- inner"):
+            assert not tensor.any() and name not in left
+            continue
         if wanted is not None and wanted not in ours:  # ModernBERT's first layer has no attention norm
             assert family == "modernbert" and wanted.endswith("0.attn_norm.weight"), wanted
             wanted = None
@@ -217,6 +230,31 @@ def test_growing_a_pre_norm_decoder_by_layers_that_add_nothing_is_exact(family: 
     assert measure(source, target, depth_plan("first", 2, 3)).verdict == "exact"
 
 
+@pytest.mark.parametrize("num_target", [3, 5])
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_growing_by_identity_is_exact_where_norms_come_first_and_new_layers_learn(family: str, num_target: int) -> None:
+    source, target = Model(family=family, layers=3, width=128), Model(family=family, layers=num_target, width=128)
+    target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth="identity")})
+    plan, found = foresee(source, target)
+    assert plan == (0, 1, 2, "idle", "idle")[:num_target] and found.verdict == "exact" and found.difference < 1e-12
+    net = net_of(family, num_target, name="t")
+    apply(net_of(family, 3, name="s"), net, plan)
+    ids = torch.arange(8)[None]
+    net(input_ids=ids, labels=ids).loss.backward()
+    new = {n: p for n, p in net.named_parameters() if n.startswith(f"{layers_prefix(net)}3.")}
+    silent = [p for n, p in new.items() if place_of(family, n) in ("x <- o", "x <- inner") and n.endswith("weight")]
+    assert len(silent) == (2 if num_target > 3 else 0) and all(p.grad is not None and p.grad.any() for p in silent)
+
+
+def test_identity_is_refused_where_a_block_cannot_add_nothing() -> None:
+    with pytest.raises(
+        RemapError, match="norms before each block: modernbert, gpt2, llama; a bert is not one of these"
+    ):
+        check("identity", net_of("bert", 1).config, net_of("bert", 2).config)
+    with pytest.raises(RemapError, match="identity adds layers; the source has 2, the target 1; valid: first"):
+        check("identity", net_of("gpt2", 2).config, net_of("gpt2", 1).config)
+
+
 @pytest.mark.parametrize(("depth", "layers", "verdict"), [("copy_last", (2, 2), "exact"), ("stack", (2, 4), "lossy")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_remap_of_depth_does_is_foreseen(family: str, depth: Any, layers: tuple[int, int], verdict: str) -> None:
@@ -234,6 +272,41 @@ def test_grouped_heads_of_a_given_size_are_foreseen_in_their_proportions() -> No
     target = Model(family="llama", layers=1, width=4096, heads=64, inner=11264, config=wide,
                    init=Remap(kind="remap", from_="s", depth="stack", width="replicate"))  # fmt: skip
     assert foresee(source, target)[1].verdict == "exact"
+
+
+@pytest.mark.parametrize(
+    ("of_source", "of_target", "verdict"),
+    [(None, None, "exact"), (None, "twice", "lossy"), ("mirror", "twice", "lossy"), ("twice", "twice", "exact")],
+)
+def test_layers_that_run_again_are_foreseen_as_they_run(
+    of_source: str | None, of_target: str | None, verdict: str
+) -> None:
+    models_ = [Model.model_validate({"family": "bert", "layers": 2, "width": 128,
+                                     "sharing": order and {"order": order, "swap": True},
+                                     "init": {"kind": "remap", "from": "s", "depth": "first"}})
+               for order in (of_source, of_target)]  # fmt: skip
+    source, target = models_[0].model_copy(update={"init": Random()}), models_[1]
+    assert foresee(source, target)[1].verdict == verdict
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_bring_their_own_shape_are_foreseen_by_it(family: str) -> None:
+    source, target = Model(pretrained="s"), Model(family=family, layers=2, width=128, heads=4)
+    target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth="first")})
+    config = net_of(family, 2, width=128, heads=4, inner=512).config
+    before = config.to_dict()
+    assert foresee(source, target, config)[1].verdict == "exact" and config.to_dict() == before
+    assert foresee(source, target, net_of(family, 3, width=128, heads=4, inner=512).config)[1].verdict == "lossy"
+    with pytest.raises(RemapError, match="equal hidden_size"):
+        foresee(source, target, net_of(family, 2, width=64, heads=4, inner=512).config)
+
+
+def test_what_pretrained_weights_do_otherwise_is_seen() -> None:
+    """Rotations are no part of a shape: a target with those of its family computes something else."""
+    target = Model(family="llama", layers=2, width=128, heads=4, init=Remap(kind="remap", from_="s", depth="first"))
+    config = net_of("llama", 2, width=128, heads=4, inner=512).config
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 100.0}
+    assert foresee(Model(pretrained="s"), target, config)[1].verdict != "exact"
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -478,7 +478,12 @@ def study_of_tasks(seeds: int = 5, more: int = 0) -> Study:
     about = {"arm": "taught", "against": "alone", "model": "student", "metric": "score"}
     claims = {
         "teaching_helps": {"says": "A teacher helps over three tasks", "paper": 2.5, **about},
-        "on_cola": {"says": "A teacher helps on CoLA", "task": "cola", "paper": 0.1, **about},
+        "on_cola": {
+            "says": "A teacher helps on CoLA",
+            "task": "cola",
+            "paper": {"figure": 0.1, "over": ["cola"]},
+            **about,
+        },
         "on_rte": {"says": "A teacher helps on RTE", "task": ["rte"], **about},
     }
     claims |= {f"again_{i}": {"task": "sst2", **about} for i in range(more)}
@@ -578,6 +583,21 @@ def test_both_intervals_are_shown_and_labelled(by_task: tuple[Study, Tables, str
         assert c.new_data[1] - c.new_data[0] > c.interval[1] - c.interval[0]
     assert [v.holds for v in verdicts.values()] == [NEW_DATA, NEW_DATA, THIS_SET]
     assert "at this scale, on new data as well for 2 of 3 verdicts" in page
+
+
+def test_with_wnli_means_stand_with_it_and_without_it(by_task: tuple[Study, Tables, str]) -> None:
+    study, tables, before = by_task
+    trial = YAML(typ="safe").load(TASKS.replace("task: sst2", "task: wnli"))
+    page = make_report(study.model_copy(update={"trial": trial}), tables, PROVENANCE).html
+    assert "mean over 3" in before and "mean over 2" not in before
+    r = tables.results[(tables.results["metric"] == "score") & (tables.results["split"] == "test")]
+    table = r.pivot(index=["arm", "seed"], columns="task", values="value")
+    less = table[["cola", "rte"]].mean(axis=1)
+    (row,) = (row for row in rows_with(page, "taught") if len(row) == 6 and row[0] == "taught" and "5)" in row[1])
+    assert numbers(row[-1]) == pytest.approx([less["taught"].mean(), less["taught"].std(), 5], abs=0.06)
+    (row,) = rows_with(page, "teaching_helps", "without WNLI")
+    assert row[2] == "score, mean over 2, without WNLI"
+    assert numbers(row[4]) == pytest.approx([(less["taught"] - less["alone"]).mean()], abs=0.06)
 
 
 def test_models_are_weighed_by_arm_and_a_shared_one_once(by_task: tuple[Study, Tables, str]) -> None:

@@ -44,7 +44,7 @@ def prediction_quality(
         t1, t2 = (medians[i] if medians[i] is not None else medians[1 - i] for i in (0, 1))
         thresholds = (float(t1 or 0.0), float(t2 or 0.0))
     elif thresholds is None:
-        assert not isinstance(rule.thresholds, str)
+        assert isinstance(rule.thresholds, tuple)  # of one data set
         t1, t2 = rule.thresholds
         thresholds = (t1, t2 if (~right_E).any() else t1)
     bars_E = torch.where(right_E, thresholds[0], thresholds[1])

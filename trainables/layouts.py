@@ -74,6 +74,7 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "score": "head",
     },
 }
+PRE_NORM = ("modernbert", "gpt2", "llama")  # blocks add to the residual stream: one that adds 0 changes nothing
 NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}
 
 

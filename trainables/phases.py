@@ -66,7 +66,8 @@ def streams_of(spec: TrialSpec, instance: Instance) -> dict[str, Stream]:
     for name, stream in spec.phases[instance.phase].streams.items():
         data = instance.item or stream.data
         as_it_is = isinstance(spec.data[data], Tasks | Instructions)
-        found[name] = stream.model_copy(update={"data": data} | ({"corruption": None} if as_it_is else {}))
+        changes = {"data": data, "labels": stream.labels and stream.labels.on(data)}
+        found[name] = stream.model_copy(update=changes | ({"corruption": None} if as_it_is else {}))
     return found
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainables import models
-from trainables.layouts import LAYOUTS, NORM_EPS, Shape, family_of, place_of, shape_of
+from trainables.layouts import LAYOUTS, NORM_EPS, PRE_NORM, Shape, family_of, place_of, shape_of
 from trainables.spec.models import Depth, Model, Remap, Width
 from trainables.width import is_padded, resize, resizing, with_own_rows
 
-Layers = tuple[int | None, ...]  # for each target layer the source layer, or None: keeps its own initialisation
+# For each target layer the source layer; None: it keeps its own initialisation; idle: this too, and it adds nothing.
+Layers = tuple[int | Literal["idle"] | None, ...]
 SWITCHES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias", "scale_attn_weights")
 FIELDS = {  # of a shape, as transformers calls them
     "hidden": "hidden_size",
@@ -39,8 +40,9 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
     """Source layer of each target layer.
 
     copy_last: in order, the last one repeated (DWT's remapping, section 3; FNA++). stack: the whole block again and
-    again (G_stack). interpolate: each layer repeated in place, evenly spread (also downwards). every_other: 0, 2, 4 …
-    (DistilBERT). first: in order, the rest left open. random: every layer left open; only what surrounds them is copied.
+    again (G_stack). interpolate: each layer repeated in place, evenly spread (also downwards). spread: evenly, the first
+    and the last included (DistilBERT: 0 2 4 7 9 11 of 12). every_other: 0, 2, 4 … first: in order, the rest left open.
+    identity: in order, and what is more adds nothing. random: every layer left open; only what surrounds them is copied.
     """
     target = range(num_target)
     match depth:
@@ -50,6 +52,11 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
             return tuple(i % num_source for i in target)
         case "interpolate":
             return tuple(i * num_source // num_target for i in target)
+        case "spread":
+            gaps = max(1, num_target - 1)
+            return tuple(
+                (2 * i * (num_source - 1) + gaps) // (2 * gaps) for i in target
+            )  # to the nearest, up from halves
         case "every_other":
             if num_source < 2 * num_target - 1:
                 raise RemapError(
@@ -58,6 +65,12 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
             return tuple(2 * i for i in target)
         case "first":
             return tuple(i if i < num_source else None for i in target)
+        case "identity":
+            if num_source > num_target:
+                raise RemapError(
+                    f"identity adds layers; the source has {num_source}, the target {num_target}; valid: first"
+                )
+            return tuple(i if i < num_source else "idle" for i in target)
         case "random":
             return (None,) * num_target
 
@@ -70,6 +83,11 @@ def check(depth: Depth, source: Any, target: Any, width: Width | None = None) ->
             raise RemapError(f"a remap needs equal {key}; source has {ours}, target {theirs}")
     if getattr(target, "tie_word_embeddings", True) and not getattr(source, "tie_word_embeddings", True):
         raise RemapError("a remap cannot tie what is apart: target has tie_word_embeddings true, source false")
+    if depth == "identity" and family_of(target) not in PRE_NORM:
+        raise RemapError(
+            f"identity is for layers that only add to what passes them, norms before each block: {', '.join(PRE_NORM)}; a "
+            f"{target.model_type} is not one of these"
+        )
     if width is None:
         _refuse_widths_that_differ(shape_of(source), shape_of(target))
     elif family_of(source) not in LAYOUTS:
@@ -91,6 +109,7 @@ def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
 def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | None = None) -> tuple[str, ...]:
     """Copies layers by plan, and everything that surrounds them (embeddings, final norm, head), in place.
 
+    Layers that are to be idle write nothing to the residual stream: their output projections are 0, and learn at once.
     Positions that only the target has keep their own weights. Returns the tensors that keep their own altogether.
     """
     prefix = layers_prefix(source)
@@ -101,6 +120,9 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
         if tensor.data_ptr() in seen:  # a head that is the embeddings
             continue
         seen.add(tensor.data_ptr())
+        if _is_silent(name, prefix, layers, family_of(target.config)):
+            tensor.zero_()
+            continue
         wanted, ahead = _wanted(name, prefix, layers, ours)
         if wanted is None:
             left.append(name)
@@ -127,9 +149,18 @@ def _wanted(name: str, prefix: str, layers: Layers, ours: Mapping[str, Tensor]) 
         return (name if name in ours else None), None
     index, _, rest = name.removeprefix(prefix).partition(".")
     layer = layers[int(index)]
-    if layer is None or f"{prefix}{layer}.{rest}" not in ours:  # e.g. a first layer that has no norm of its own
+    if (
+        not isinstance(layer, int) or f"{prefix}{layer}.{rest}" not in ours
+    ):  # e.g. a first layer that has no norm of its own
         return None, None
     return f"{prefix}{layer}.{rest}", ours.get(f"{prefix}{layer + 1}.{rest}")
+
+
+def _is_silent(name: str, prefix: str, layers: Layers, family: str) -> bool:
+    """Whether this tensor is what an idle layer would add by."""
+    if not name.startswith(prefix) or layers[int(name.removeprefix(prefix).partition(".")[0])] != "idle":
+        return False
+    return place_of(family, name) in ("x <- o", "x <- inner")
 
 
 def _take_eps(width: Width, source: Any, target: Any) -> None:
@@ -178,19 +209,50 @@ def measure(
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
-def foresee(source: Model, target: Model) -> tuple[Layers, Measured]:
+def foresee(source: Model, target: Model, config: Any = None) -> tuple[Layers, Measured]:
     """The plan by which `target` is remapped from `source`, and what it does: seen on small models of the same family,
-    depths and proportions, whose weights are as far from their start as trained ones. Raises RemapError."""
+    depths and proportions, whose weights are as far from their start as trained ones. `config`: transformers' of a source
+    with pretrained weights, which bring their own shape. Raises RemapError."""
     assert isinstance(target.init, Remap)
+    if config is not None:
+        source = _described(config)
     nets: list[Any] = []
     for name, model in zip(("source", "target"), _small(source, target), strict=True):
-        net = models.build(model, name=name, seed=0, vocab_size=128, special_ids={"pad_token_id": 0}, length=32)
+        made = models.make_config(model, vocab_size=128, special_ids={"pad_token_id": 0}, length=32)
+        if name == "source" and config is not None:
+            made = _resized(config, made)
+        net = models.skeleton(made).float()
+        models.initialise(net, models.initial(model), name=name, seed=0)
         generator = torch.Generator().manual_seed(len(nets))
         for vector in (parameter for parameter in net.parameters() if parameter.ndim < 2):  # gains of 1, biases of 0
             vector.data.add_(0.3 * torch.randn(vector.shape, generator=generator))
         nets.append(net)
     layers = check(target.init.depth, nets[0].config, nets[1].config, target.init.width)
     return layers, measure(nets[0], nets[1], layers, target.init.width)
+
+
+def _described(config: Any) -> Model:
+    """The shape that a transformers config has."""
+    shape = shape_of(config)
+    sizes = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size}
+    return Model(
+        family=family_of(config),
+        layers=config.num_hidden_layers,
+        width=shape.hidden,
+        heads=shape.heads,
+        inner=shape.inner,
+        config={key: size for key, size in sizes.items() if getattr(config, key, None) is not None},
+    )
+
+
+def _resized(config: Any, small: Any) -> Any:
+    """A config with the sizes of another one; all else (norms, rotations, biases) as it was."""
+    found = copy.deepcopy(config)
+    ids = (key for key in small.to_dict() if key.endswith("_token_id"))
+    for key in ("vocab_size", "max_position_embeddings", *FIELDS.values(), "n_inner", "ffn_dim", "hidden_dim", *ids):
+        if hasattr(small, key) and hasattr(found, key):
+            setattr(found, key, getattr(small, key))
+    return found
 
 
 def _small(*pair: Model) -> list[Model]:
@@ -218,6 +280,7 @@ def _small(*pair: Model) -> list[Model]:
             "dropout": 0,
             "config": config,
             "init": {"kind": "random", "std": "width"},
+            "sharing": model.sharing,
         }
         found.append(Model.model_validate(value))
     return found

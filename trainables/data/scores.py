@@ -133,20 +133,23 @@ def _matthews(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
 
 
 def _pearson(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(np.corrcoef(predictions, labels)[0, 1])
+    from scipy.stats import pearsonr
+
+    return _unless_constant(pearsonr, predictions, labels)
 
 
 def _spearman(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    return _pearson(_ranks(predictions), _ranks(labels))
+    from scipy.stats import spearmanr
+
+    return _unless_constant(spearmanr, predictions, labels)
 
 
-def _ranks(values: NDArray[Any]) -> Floats:
-    """1 is the smallest; equal values share the mean of their ranks."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return ranks
+def _unless_constant(correlation: Callable[..., Any], predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of nearly constant ones, as predictions are at first
+        return float(correlation(predictions, labels).statistic)
 
 
 PLAIN: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {

@@ -96,6 +96,9 @@ class _Task(Value):
         return self.num_labels == 1
 
 
+GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+
+
 class Glue(_Task):
     """A task of GLUE from the hub, or from a folder with `<task>/train.parquet` and so on, with the hub's columns.
 
@@ -103,7 +106,7 @@ class Glue(_Task):
     """
 
     kind: Literal["glue"]
-    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    task: GlueTask
     source: str = "nyu-mll/glue"
     revision: str = "main"
 

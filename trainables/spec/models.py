@@ -20,7 +20,7 @@ class Random(Value):
     positions: Literal["random", "sinusoid"] = "random"
 
 
-Depth = Literal["copy_last", "stack", "interpolate", "every_other", "first", "random"]
+Depth = Literal["copy_last", "stack", "interpolate", "spread", "every_other", "first", "identity", "random"]
 Width = Literal[  # how hidden size, heads and inner layer change; exact: all outputs stay as they are
     "replicate",  # copies, whose readers share. Exact: inner layer, heads; hidden size by a whole factor. Down: averages
     "replicate_noise",  # the same, and noise in the readers that cancels over copies, so that these learn apart

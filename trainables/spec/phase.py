@@ -32,9 +32,14 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _thresholds(value: Any) -> Any:
-    numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) and 0 < v < 1 for v in value)
-    if value != "median" and not (numbers and len(value) == 2):
-        raise ValueError("must be 'median', or two numbers above 0 and below 1: for right answers, and for wrong ones")
+    pairs = list(value.values()) if isinstance(value, Mapping) else [value]
+    for pair in pairs if value != "median" else ():
+        numbers = isinstance(pair, list | tuple) and all(isinstance(v, int | float) and 0 < v < 1 for v in pair)
+        if not (numbers and len(pair) == 2):
+            raise ValueError(
+                "must be 'median', or two numbers above 0 and below 1: for right answers, and for wrong ones; or data set "
+                "-> two such numbers"
+            )
     return value
 
 
@@ -42,16 +47,24 @@ class PredictionQuality(Value):
     """Labels of a task's examples by how a model trained on it does there: 0 right and confident, 1 right and not, 2 wrong
     and confident, 3 wrong and not (Cho & Kang 2022, pretraining with the teacher's predictions).
 
-    Confident: its largest probability is above the threshold, one for right answers and one for wrong ones, given or the
-    median. Several models: each labels the fold of examples that it was not trained on (`Fold`), the first fold 0.
+    Confident: its largest probability is above the threshold, one for right answers and one for wrong ones, given
+    (for all tasks, or for each by its name) or the median. Several models: each labels the fold of examples that it was not trained on (`Fold`), the first fold 0.
     """
 
     NUM: ClassVar = 4
 
     kind: Literal["prediction_quality"]
     of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
-    thresholds: Annotated[tuple[float, float] | Literal["median"], BeforeValidator(_thresholds)] = "median"
+    thresholds: Annotated[
+        tuple[float, float] | dict[Name, tuple[float, float]] | Literal["median"], BeforeValidator(_thresholds)
+    ] = "median"
     permuted: bool = False  # dealt out anew at random: as many of each label, and nothing to learn from them
+
+    def on(self, data: str) -> PredictionQuality:
+        """With the thresholds of this data set: what those of others are is nothing to it."""
+        if not isinstance(self.thresholds, dict):
+            return self
+        return self.model_copy(update={"thresholds": self.thresholds[data]})
 
 
 class Fold(Value):

@@ -98,6 +98,12 @@ class TrialSpec(Value):
                     for item in tasks:
                         if self.data[item].is_regression:  # type: ignore[union-attr]
                             raise ValueError(f"{at}.labels: {item} is a regression, where no answer is right or wrong")
+                    thresholds = stream.labels.thresholds
+                    if isinstance(thresholds, dict) and thresholds.keys() != data.keys():
+                        raise ValueError(
+                            f"{at}.labels.thresholds: are of {', '.join(thresholds)}; valid: of each data set that is read "
+                            f"here, and of no other: {', '.join(data)}"
+                        )
                     num = len(stream.labels.of)
                     for fold, labeller in enumerate(stream.labels.of):
                         start = None if labeller in phase.train else self.origin(name, labeller)
@@ -112,7 +118,8 @@ class TrialSpec(Value):
                             )
             for model in self.models_of(name):
                 read = {t.on for t in phase.terms.values() if model in reads(t)}
-                heads = {(phase.streams[on].data if not phase.each else "", phase.streams[on].labels) for on in read}
+                streams = [phase.streams[on] for on in sorted(read)]
+                heads = {(s.data if not phase.each else "", s.labels and s.labels.model_dump_json()) for s in streams}
                 kinds = {isinstance(self.data[item], Tasks) for on in read for item in (phase.each or (phase.streams[on].data,))}  # fmt: skip
                 if True in kinds and len(heads) > 1:
                     raise ValueError(
