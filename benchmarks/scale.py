@@ -79,7 +79,7 @@ def tables(storage: Path, name: str) -> None:
         some = list(ends)[: int(share * len(ends))]
         began = time.perf_counter()
         made = results.tables(name, [{**ends[t][0], "planned": True} for t in some], {t: ends[t][1] for t in some})
-        results.write(made, home, "scale")
+        results.write(made, home.sub("scale"))
         seconds = time.perf_counter() - began
         size = home.size("scale")
         print(f"{len(some):8}{len(made.results):10}{size:12}{size / len(some):13.0f}{seconds:10.2f}")

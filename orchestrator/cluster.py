@@ -29,6 +29,7 @@ CHATTER = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the sweep
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only searched points have an objective
     "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a slot that is lost is told in a line, not in a traceback
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "90",  # ranks that are stopped leave together; after 2 s their slot would be lost
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -81,10 +82,12 @@ def start_ray(address: str | None, slot: Slot, storage: str | None = None) -> in
         scaling = _autoscaler()
         nodes = _wait_for_workers(scaling)
         check_shared(storage, len(nodes), scaling is not None)
-        if scaling is not None:
-            num = num_slots(when_all_are_there(nodes, scaling, slot), slot)
-            _set(TUNE_MAX_PENDING_TRIALS_PG=str(max(1, num)))  # with Tune's own, 1, machines come one after the other
-            return num
+        there = nodes if scaling is None else when_all_are_there(nodes, scaling, slot)
+        num = num_slots(there, slot)
+        _set(
+            TUNE_MAX_PENDING_TRIALS_PG=str(max(1, num))
+        )  # with Tune's own, 1, slots and machines come one after the other
+        return num
     return num_slots(ray.nodes(), slot)
 
 

@@ -269,6 +269,12 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (ours := self.source.live.get(trial.trial_id)) is not None:
+            self.source.say(
+                f"trial {ours}: its process or machine left; it goes on from its last checkpoint in another slot"
+            )
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.on_tick()
         if time.monotonic() - self.looked > NODES_SECONDS:

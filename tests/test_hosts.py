@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import wordy_documents
 from hosts import HOME, SHARE, Hosts, end, why_not
+from s3_server import KEYS
 from sweeping import ROOT, STUDY, attempts, ended, tables
 
 pytestmark = pytest.mark.hosts
@@ -33,7 +34,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     if (reason := why_not()) is not None:
         pytest.skip(f"no pretend machines: {reason}")
     folder = tmp_path_factory.mktemp("hosts")
-    with Hosts(folder, ADDRESSES, ROOT / ".venv", ROOT / "cluster.lock") as found:
+    bucket = {**KEYS, "AWS_ENDPOINT_URL": f"http://{ADDRESSES['laptop']}:5555", "CODISTILL_CACHE": "/tmp/cache"}
+    with Hosts(folder, ADDRESSES, ROOT / ".venv", ROOT / "cluster.lock", environment=bucket) as found:
         yield found
 
 
@@ -139,6 +141,31 @@ def test_a_trial_on_workers_of_two_machines(cluster: Hosts) -> None:
     assert all(end["status"] == "ended" for end in ended(cluster.share / "runs", "group").values())
 
 
+def test_a_bucket_is_the_storage_of_all_machines(cluster: Hosts) -> None:
+    """Both machines write to it, and keep copies of the data that the driver prepared."""
+    pytest.importorskip("moto", reason="needs moto, of the extra `dev`")
+    with (cluster.folder / "bucket.txt").open("w") as log:
+        command = ("python", str(ROOT / "tests" / "s3_server.py"), ADDRESSES["laptop"], "5555", "sweeps")
+        server = cluster.start("laptop", *command, stdout=log)
+        try:
+            _until(lambda: "http://" in (cluster.folder / "bucket.txt").read_text(), 60)
+            study = write_study(cluster, "bucket", arms(2), steps=600)
+            submit(cluster, "bucket", study, f"--tracking-uri sqlite:///{SHARE}/mlflow.db", storage="s3://sweeps/runs")
+            said = finish(cluster, "bucket")
+            listed = cluster.sh(
+                "head", 'python -c \'import fsspec; print(*fsspec.filesystem("s3").find("sweeps/runs/bucket"))\''
+            ).stdout
+        finally:
+            end(server)
+    assert "s3://sweeps/runs/bucket/report.html" in said
+    names = {name.removeprefix("sweeps/runs/bucket/") for name in listed.split()}
+    assert {"report.html", "results.parquet", "trials.parquet"} <= names, listed
+    assert sum(name.endswith("end.json") for name in names) == 4
+    assert not (cluster.share / "runs" / "bucket").exists()
+    for host in ("w1", "w2"):
+        assert cluster.run(host, "ls", "/tmp/cache/data").stdout.strip(), f"{host} keeps no copy"
+
+
 def test_a_machine_without_the_shared_folder_is_named_and_not_used(cluster: Hosts) -> None:
     study = write_study(cluster, "unfit", arms(2))
     cluster.run("w2", "mount", "-t", "tmpfs", "tmpfs", SHARE)  # as where the real folder was not mounted
@@ -179,6 +206,7 @@ def test_what_a_lost_machine_ran_goes_on_elsewhere(cluster: Hosts) -> None:
     again = attempts(cluster.share / "runs", "lost")
     moved = [trial for trial in hit if len(again[trial]) > 1]
     assert moved, f"{hit}: {again}"
+    _until(lambda: cluster.run("w1", "pgrep", "-f", "raylet/raylet", check=False).stdout, 180)  # the autoscaler's work
     for trial in moved:
         log = (home / trial / "log.txt").read_text()
         assert re.search(r"phase \w+: from step [1-9]", log), log

@@ -242,8 +242,10 @@ def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytes
 
     job = Job(trial="t", spec="", fingerprints={}, storage="", folder="", threads=1, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
     monkeypatch.setattr(slots, "run", lambda *_: {"status": "left", "reason": "terminated"})
+    monkeypatch.setattr(slots, "_own_fault", lambda _: None)
+    monkeypatch.setattr(slots.tune, "report", lambda _: None)
     with pytest.raises(RayActorError, match="its checkpoint is written") as told:
-        slots._in_slot({"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job))})
+        slots._in_slot({"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job)), "expected": ""})
     monkeypatch.setattr(Trial, "local_path", None)
     trial = Trial("x", stub=True)
     for error, counted in ((told.value, 0), (RuntimeError("an error"), 1), (told.value, 1)):

@@ -738,7 +738,7 @@ def test_arms_that_still_run_make_a_verdict_provisional(study: Study) -> None:
 
 def test_the_command_writes_both_files_into_the_studys_folder(study: Study, tmp_path: Path, capsys: Any) -> None:
     storage = Storage(str(tmp_path / "runs"))
-    results.write(whole(study), storage, study.folder)
+    results.write(whole(study), storage.sub(study.folder))
     assert main([study.file, "--storage", storage.uri]) == 0
     printed = capsys.readouterr().out.split()
     assert [Path(p).name for p in printed] == ["report.html", "report.md"]
