@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from orchestrator.agenda import Agenda
 from orchestrator.cost import cost_lines
 from orchestrator.memory import memory_lines
@@ -80,9 +82,15 @@ def _corpora(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Prepared]]
 
 
 def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
-    """Tokenizers that differ, remaps between shapes that cannot be, heads that do not fit their streams. `spec` is pruned."""
+    """Types that the device lacks, tokenizers that differ, remaps between shapes that cannot be, heads that do not fit their
+    streams. `spec` is pruned."""
     (lender, first), *_ = corpora.items()
     at = f"{study.file}: "
+    if study.slot.gpus and torch.cuda.is_available():  # else another machine trains, and its trials tell
+        try:
+            models.check_types(spec.precision, spec.models, "cuda")
+        except models.ModelError as error:
+            raise StudyError(f"{at}trial.{error}") from None
     for name, corpus in corpora.items():
         maps = {f"data {whose!r}": one.tokenizer.get_vocab() for whose, one in ((name, corpus), (lender, first))}
         if corpus.tokenizer_identity != first.tokenizer_identity and (difference := models.difference_of(maps)):

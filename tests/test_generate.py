@@ -125,6 +125,7 @@ def test_a_draw_is_never_a_token_without_probability() -> None:
     assert draw(logits_BV, at_B, Sampling()).tolist() == [1, 3, 3]
     for how in (Sampling(top_k=1), Sampling(top_p=0.3)):
         assert draw(logits_BV, at_B, how).tolist() == [1, 3, 3]  # both are the likeliest
+    assert Sampling.model_validate({"top_k": 0}) == Sampling()  # none are left out
 
 
 def test_the_sort_of_numpy_is_that_of_torch() -> None:

@@ -329,6 +329,25 @@ def test_a_billion_parameters_are_counted_without_a_byte() -> None:
     assert lines(value.model_copy(update={"slot": Slot(gpus=1, memory_gb=48)}))[0].startswith("up to ")
 
 
+def test_a_vocabulary_of_128_thousand_is_counted_too() -> None:
+    """Llama 3.2's shapes: heads that share keys and values, one matrix for embeddings and head."""
+    trial, num, shared = billions({"f": flow("teacher", "student")}), 128_256, {"tie_word_embeddings": True}
+    for one in trial["models"].values():
+        one["config"] = {**shared, "num_key_value_heads": 8}
+    value, big = study(trial=trial, slot={"gpus": 1, "memory_gb": 24}), Shapes(vocab_size=num, special_ids=SPECIAL)
+    found = need(reached(value), Instance("distil"), value.slot, big, 1)
+    # by hand: keys and values are 8 of the student's 32 heads, 8 of the teacher's 24
+    student = num * 2048 + 16 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048) + 2048
+    teacher = num * 3072 + 28 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072
+    assert (student, teacher) == (1_235_814_400, 3_212_749_824)  # as on their cards
+    parts = found.parts
+    assert (parts["weights"], parts["optimizer"], parts["teacher"]) == (4 * student, 8 * student, 4 * teacher)
+    assert (
+        found.when == " while it is evaluated" and parts["evaluation"] > 2 * 32 * 512 * num * 4
+    )  # logits of 32 sequences
+    assert found.total > room(value.slot) == 24e9
+
+
 def test_a_teacher_that_learns_too_fits_by_lora() -> None:
     """Both learn: only the pairs of the teacher have gradients and moments, beside its weights in bf16."""
     trial = billions(

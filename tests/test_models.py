@@ -10,7 +10,13 @@ import httpx
 import pytest
 import torch
 from conftest import FAMILIES
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load, save
 from torch import nn
 
@@ -322,6 +328,13 @@ def test_a_type_that_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
     models.check_dtype("fp32", "cuda:1")
     with pytest.raises(ModelError, match=r"^device cuda:1 \(Tesla T4\) does not compute in bf16; valid: fp32$"):
         models.check_dtype("bf16", "cuda:1")
+    asked = {"m": Model(pretrained="some/m"), "n": Model(pretrained="some/n", dtype="bf16")}
+    models.check_types("fp32", {"m": asked["m"]}, "cuda:1")
+    for precision, where in (("bf16", "precision"), ("fp32", r"models\.n\.dtype")):
+        with pytest.raises(
+            ModelError, match=rf"^{where}: device cuda:1 \(Tesla T4\) does not compute in bf16; valid: fp32$"
+        ):
+            models.check_types(precision, asked, "cuda:1")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
@@ -379,8 +392,8 @@ def refused(kind: type[Exception]) -> BaseException:
     response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co/x"))
     return (
         kind("401 Client Error.\nlong story", response=response)
-        if kind is not OfflineModeIsEnabled
-        else kind("offline")
+        if issubclass(kind, HfHubHTTPError)
+        else kind("offline\nlong story")
     )  # type: ignore[call-arg]
 
 
@@ -390,6 +403,11 @@ def refused(kind: type[Exception]) -> BaseException:
         (GatedRepoError, None, "gated; accept its terms at https://huggingface.co/some/model and set HF_TOKEN"),
         (RepositoryNotFoundError, None, "the hub shows no such model; if it is private, set HF_TOKEN"),
         (OfflineModeIsEnabled, "1", "cache does not hold it and HF_HUB_OFFLINE=1 forbids to fetch it; unset it"),
+        (
+            LocalEntryNotFoundError,
+            None,
+            "co does not answer; set HTTPS_PROXY if there is a proxy, HF_ENDPOINT to a mirror, or",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

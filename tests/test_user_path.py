@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -259,6 +260,17 @@ def test_a_model_that_cannot_go_on_from_a_cache_is_refused_before_it_is_trained(
     )
 
 
+def test_a_type_that_this_gpu_lacks_is_found_in_the_plan(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    lacks = "device cuda (Tesla T4) does not compute in bf16; valid: fp32"
+    gpu = "slot={cpus: 1, gpus: 1, memory_gb: 10}"
+    assert refusal(planned(gpu, "trial.precision=bf16")) == f"mine.yaml: trial.precision: {lacks}"
+    assert refusal(planned(gpu, "trial.models.teacher.dtype=bf16")) == f"mine.yaml: trial.models.teacher.dtype: {lacks}"
+    assert planned("trial.precision=bf16")[0] == 0  # no GPU is asked for
+
+
 # --------------------------------------------------------------------------------------------------------------- the hub
 
 
@@ -313,17 +325,35 @@ def test_what_the_hub_does_not_give_is_one_message_that_names_the_variable(
     given: Path, hub: str, tmp_path: Path
 ) -> None:
     """In a process of its own, as a user starts it: the hub's address is read when its client is imported."""
+    said = refusals(hub, list(ASKED), given, tmp_path)
+    for found, ends in zip(said, ASKED.values(), strict=True):
+        assert found.endswith(ends), found
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_is_one_message_with_what_helps(given: Path, tmp_path: Path) -> None:
+    with socket.socket() as closed:  # bound, and listening to nobody
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        said = refusals(nowhere, [change for change in ASKED if "hub, name: some/none" in change], given, tmp_path)
+    helps = "set HTTPS_PROXY if there is a proxy, HF_ENDPOINT to a mirror, or name a local folder"
+    for found in said:
+        assert found.endswith(f": {nowhere} does not answer; {helps}"), found
+
+
+def refusals(hub: str, changes: list[str], given: Path, tmp_path: Path) -> list[str]:
+    """The message for each change of the study, from a process of its own with this hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}  # fmt: skip
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     script = """if True:
-        import sys
+        import sys, time
         from orchestrator.sweep import main
+        time.sleep = lambda _: None  # the hub's client tries again for minutes
         for change in sys.argv[2:]:
             print(main(["mine.yaml", "--dry-run", "--storage", sys.argv[1], "--set", f"trial.{change}"]), flush=True)
     """
-    command = [sys.executable, "-c", script, str(tmp_path / "runs"), *ASKED]
+    command = [sys.executable, "-c", script, str(tmp_path / "runs"), *changes]
     done = subprocess.run(command, cwd=given, capture_output=True, text=True, timeout=480, env=environment)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.stdout.split() == ["2"] * len(ASKED) and "Traceback" not in done.stderr, done.stderr
-    for said, ends in zip(errors, ASKED.values(), strict=True):
-        assert said.endswith(ends), said
+    assert done.stdout.split() == ["2"] * len(changes) and "Traceback" not in done.stderr, done.stderr
+    return errors

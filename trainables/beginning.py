@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +65,7 @@ def begin(run: Run, instance: Instance) -> Running:
     streams, flops = _readers(run, instance, seed)
     read = dict.fromkeys(model for term in spec.terms.values() for model in reads(term))
     read |= dict.fromkeys(model for stream in streams.values() for model in makers_of(stream.spec))
-    _check_types(run, read)
+    models.check_types(run.spec.precision, {name: run.spec.models[name] for name in read}, at.device)
     nets = {name: make(run, instance, name, head_of(run.spec, instance, name)) for name in read}
     for name, net in nets.items():
         net.to(at.device).train(name in spec.train).requires_grad_(name in spec.train)
@@ -121,16 +121,6 @@ def begin(run: Run, instance: Instance) -> Running:
         for name in makers_of(stream.spec):
             phase.token_flops[name] = flops_per_token(nets[name], length=stream.length, device=at.device)
     return phase
-
-
-def _check_types(run: Run, names: Iterable[str]) -> None:
-    """Raises ModelError where the device does not compute in a type that the trial asks for."""
-    asked = {"precision": run.spec.precision, **{f"models.{name}.dtype": run.spec.models[name].dtype for name in names}}
-    for where, dtype in asked.items():
-        try:
-            models.check_dtype(dtype, run.at.device)
-        except models.ModelError as error:
-            raise models.ModelError(f"{where}: {error}") from None
 
 
 def _controls(spec: Phase) -> dict[str, Any]:

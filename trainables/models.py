@@ -84,6 +84,18 @@ def check_dtype(dtype: str, device: str) -> None:
         )
 
 
+def check_types(precision: str, models: Mapping[str, Model], device: str) -> None:
+    """Raises ModelError, which begins with the path in the trial, where the device lacks a type that a trial asks for."""
+    for where, dtype in {
+        "precision": precision,
+        **{f"models.{n}.dtype": model.dtype for n, model in models.items()},
+    }.items():
+        try:
+            check_dtype(dtype, device)
+        except ModelError as error:
+            raise ModelError(f"{where}: {error}") from None
+
+
 def initial(model: Model) -> Random:
     """How what no other weights fill is drawn."""
     return model.init if isinstance(model.init, Random) else model.init.rest

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 Kind = Literal["model", "data set", "tokenizer"]
 
@@ -28,6 +33,11 @@ def why_not(name: str, kind: Kind, error: BaseException) -> str:
         return f"the hub's cache does not hold it and {offline or 'HF_HUB_OFFLINE'} forbids to fetch it; unset it once"
     if any(isinstance(c, RepositoryNotFoundError) or type(c).__name__ == "DatasetNotFoundError" for c in causes):
         return f"the hub shows no such {kind}; if it is private, set HF_TOKEN to a token that may read it"
+    if any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
+        return (
+            f"{constants.ENDPOINT} does not answer; set HTTPS_PROXY if there is a proxy, HF_ENDPOINT to a mirror, or name a "
+            "local folder"
+        )
     return why
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from trainables.spec.value import Name, Positive, Value
 
@@ -172,7 +172,7 @@ class Sampling(Value):
 
     temperature: Positive = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda k: k or None)] = None  # 0: of all
     max_tokens: int = Field(128, ge=1)  # of a reply; one that has not ended by then stays as it is, and is counted
 
 
