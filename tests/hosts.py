@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NEEDS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+NEEDS = ("setpriv", "unshare", "nsenter", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
 HOME = "/home/root"  # not this machine's own, where programs may lie that the hosts use too
 PATH = f"{HOME}/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHARE = "/mnt/share"  # one folder of all hosts, as NFS would be
@@ -90,7 +91,7 @@ class Hosts:
         (keys / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         (keys / "bashrc").write_text("".join(f"export {key}={value}\n" for key, value in self.environment.items()))
         try:
-            self._switch = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+            self._switch = subprocess.Popen([*DIES_WITH_US, "unshare", "--net", "sleep", "infinity"])
             _wait(lambda: _inside(self._switch, "net"), "a namespace for the bridge")
             self._in_switch("ip", "link", "add", "br0", "type", "bridge")
             self._in_switch("ip", "link", "set", "br0", "up")
@@ -141,7 +142,7 @@ class Hosts:
         }  # fmt: skip
         with (home / "log.txt").open("w") as log:
             host = subprocess.Popen(
-                ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "bash", "-c", BEGIN],
+                [*DIES_WITH_US, "unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "bash", "-c", BEGIN],
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._hosts[name] = host
