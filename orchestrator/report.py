@@ -223,7 +223,7 @@ def _lines(verdicts: Sequence[Verdict]) -> list[Line]:
             time = f", ×{fixed(ratio.device_seconds, 2)} device time" if claim.is_of_time else ""
             about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{time}{whose}"
         about += f"; {'lower' if lower_is_better(claim.metric) else 'higher'} is better"
-        paper = str(claim.paper or "–") if claim.figure is None else fixed(claim.figure, 3, sign=True)
+        paper = str(claim.paper or "–") if claim.figure is None else f"{claim.figure:+g}".replace("-", "−")
         if isinstance(claim.paper, Figure):
             paper += f" over {'GLUE' if claim.paper.over == 'glue' else ', '.join(claim.paper.over)}"
         judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"

@@ -274,7 +274,7 @@ def test_every_number_of_a_claims_line_is_that_of_the_tables(tables: Tables, rep
 def test_the_paper_is_judged_apart_and_the_price_of_a_gain_is_named(report: Report) -> None:
     lines = claim_rows(report.html)
     assert lines[0][-1] == "+1.44 GLUE not comparable"
-    assert lines[1][-1] == "−0.020 below our interval"
+    assert lines[1][-1] == "−0.02 below our interval"
     assert "×1.00 tokens, ×2.80 compute" in lines[0][1]  # (5 + 9) / 5
 
 
