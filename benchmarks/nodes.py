@@ -3,8 +3,9 @@
     python -m benchmarks.nodes --nodes 50 --trials 300 --steps 300
 
 Ray's own test cluster starts the daemons (`ray.cluster_utils.Cluster`: a head without slots, and nodes of one fake core
-each); the command `orchestrator.sweep` joins it and runs trivial trials. From outside, once a second, this looks at which
-slots' processes are there, how many trials have ended, and the CPU time of the driver.
+each); the command `orchestrator.sweep` joins it and runs trivial trials, on as many slots as there are trials where those
+are fewer than nodes, for a machine without the memory. From outside, once a second, this looks at which slots' processes
+are there, how many trials have ended, and the CPU time of the driver.
 
 *Node*: seconds until a node daemon is alive, and what it takes. *Slots*: seconds from the command's start until so many
 processes of slots were there. *Driver CPU*: seconds of the driver's process. All processes share this machine's cores, so
@@ -96,14 +97,14 @@ def main() -> None:
             print(
                 f"node daemons: {about['seconds'] / given.nodes:.1f} s and {gigabytes(daemons) / given.nodes:.2f} GB each"
             )
-            watch(study, storage, about["address"], environment, given.nodes, before[SLOT])
+            watch(study, storage, about["address"], environment, min(given.nodes, given.trials), before[SLOT])
         finally:
             cluster.stdin.write("\n")
             cluster.stdin.close()
             cluster.wait(180)
 
 
-def watch(study: Path, storage: Path, address: str, environment: dict[str, str], nodes: int, others: set[int]) -> None:
+def watch(study: Path, storage: Path, address: str, environment: dict[str, str], most: int, others: set[int]) -> None:
     command = [sys.executable, "-m", "orchestrator.sweep", str(study), "--storage", str(storage), "--address", address]
     began, taken = time.time(), 0.0
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -112,16 +113,16 @@ def watch(study: Path, storage: Path, address: str, environment: dict[str, str],
     while driver.poll() is None:
         slots = processes(SLOT) - others
         marks.append((time.time() - began, len(slots), num_ended(home), cpu_seconds(driver.pid)))
-        if len(slots) == nodes and not taken:
+        if len(slots) == most and not taken:
             taken = gigabytes(slots)
         time.sleep(1)
     assert driver.returncode == 0, driver.communicate()[0]
-    for share in (1 / nodes, 0.5, 0.9, 1.0):
-        at = next((mark for mark in marks if mark[1] >= share * nodes), None)
+    for share in (1 / most, 0.5, 0.9, 1.0):
+        at = next((mark for mark in marks if mark[1] >= share * most), None)
         when = f"after {at[0]:.0f} s, driver CPU {at[3]:.0f} s, {at[2]} trials had ended" if at else "never"
-        print(f"{max(1, round(share * nodes)):4} slots: {when}")
-    print(f"all slots: {taken:.1f} GB, {taken / nodes:.2f} each")
-    full = [mark for mark in marks if mark[1] == nodes]
+        print(f"{max(1, round(share * most)):4} slots: {when}")
+    print(f"all slots: {taken:.1f} GB, {taken / most:.2f} each")
+    full = [mark for mark in marks if mark[1] == most]
     if len(full) > 1 and full[-1][2] > full[0][2]:
         num = full[-1][2] - full[0][2]
         wall, cpu = ((full[-1][i] - full[0][i]) / num for i in (0, 3))
