@@ -204,14 +204,14 @@ def test_a_slot_keeps_its_group_until_it_dies_or_has_served_enough(monkeypatch: 
 
     monkeypatch.setattr(worker, "Group", Fake)
     monkeypatch.setattr(worker, "_GROUP", None)
-    first: Any = worker.group(2, 1, 0, "x")
+    first: Any = worker.group(2, 1, 0, "x", "")
     first.served = worker.RENEW_AFTER - 1
-    assert worker.group(2, 1, 0, "x") is first
+    assert worker.group(2, 1, 0, "x", "") is first
     first.served += 1
-    second: Any = worker.group(2, 1, 0, "x")
+    second: Any = worker.group(2, 1, 0, "x", "")
     assert second is not first and first.is_closed
     second.is_alive = False
-    third: Any = worker.group(2, 1, 0, "x")
+    third: Any = worker.group(2, 1, 0, "x", "")
     assert third is not second
     worker.close()
     assert third.is_closed and worker._GROUP is None
