@@ -84,9 +84,8 @@ def start_ray(address: str | None, slot: Slot, storage: str | None = None) -> in
         check_shared(storage, len(nodes), scaling is not None)
         there = nodes if scaling is None else when_all_are_there(nodes, scaling, slot)
         num = num_slots(there, slot)
-        _set(
-            TUNE_MAX_PENDING_TRIALS_PG=str(max(1, num))
-        )  # with Tune's own, 1, slots and machines come one after the other
+        # with Tune's own, 1, slots and machines come one after the other
+        _set(TUNE_MAX_PENDING_TRIALS_PG=str(max(1, num)))
         return num
     return num_slots(ray.nodes(), slot)
 

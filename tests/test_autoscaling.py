@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import wordy_documents
 from hosts import HOME, SHARE, Hosts, why_not
-from sweeping import ROOT, STUDY, tables
+from sweeping import ROOT, STUDY, tables, until
 
 pytestmark = pytest.mark.hosts
 MOST = 3  # machines beside the head
@@ -56,21 +55,15 @@ def test_machines_come_when_trials_wait_and_go_when_nothing_does(tmp_path: Path)
             """Beside the head."""
             return int(hosts.run("one", "pgrep", "-fc", "raylet/raylet --raylet_socket_name", check=False).stdout) - 1
 
-        def until(what: Callable[[], bool], seconds: float) -> None:
-            deadline = time.monotonic() + seconds
-            while not what():
-                assert driver.poll() is None, driver.communicate()[0]
-                assert time.monotonic() < deadline, f"{machines()} machines"
-                time.sleep(0.5)
-
         assert machines() == 0
         sweep = f"export RAY_AUTH_MODE=token; cd {ROOT}; python -m orchestrator.sweep {SHARE}/study.yaml --address auto --storage {SHARE}/runs"
         log = (tmp_path / "driver.txt").open("w")
         driver = hosts.start("one", "bash", "-c", f". ~/.bashrc; {sweep}", stdout=log)
         try:
-            until(lambda: machines() == MOST, 240)  # all at once, though none was there
-            until(lambda: len(list(hosts.share.glob("runs/study/trials/*/end.json"))) == 2, 240)
-            until(lambda: machines() == 1, 120)  # those that nothing needs any more have gone; the long trial runs
+            until(lambda: machines() == MOST, driver, 240)  # all at once, though none was there
+            until(lambda: len(list(hosts.share.glob("runs/study/trials/*/end.json"))) == 2, driver, 240)
+            # those that nothing needs any more have gone; the long trial runs
+            until(lambda: machines() == 1, driver, 120)
             driver.wait(400)
         finally:
             driver.kill()
