@@ -266,6 +266,7 @@ def _check(study: Study, lines: Lines) -> None:
             what = study.objective
             if study.tune and what.model not in spec.pruned().phases[what.phase].train:
                 raise StudyError(f"does not train {what.model!r} in phase {what.phase!r}, by which `tune` chooses")
+    _no_arm_is_there_twice(study, lines)
     for size in study.size_axes():
         if study.vary[size].when:
             raise StudyError(
@@ -318,6 +319,21 @@ def _blamed_on(place: str) -> Iterator[None]:
         yield
     except StudyError as error:
         raise StudyError(f"{place}: {without_place(error)}") from None
+
+
+def _no_arm_is_there_twice(study: Study, lines: Lines) -> None:
+    """Equal arms have the same trials, which the tables can give to one of them only."""
+    tuned = [{path: value} for path, grid in (study.tune.grid.items() if study.tune else ()) for value in grid] or [{}]
+    seen: list[tuple[str, list[TrialSpec]]] = []
+    for arm in study.arms:
+        specs = [study.spec(arm=arm, seed=0, tuned=value).pruned() for value in tuned]
+        for other, others in seen:
+            if specs == others:
+                raise StudyError(
+                    f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r} trains the same as arm {other!r}; valid: one of "
+                    f"them, or a difference in what is trained"
+                )
+        seen.append((arm, specs))
 
 
 def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:

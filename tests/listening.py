@@ -24,11 +24,20 @@ def tree(root: int) -> dict[int, str]:
     while todo:
         pid = todo.pop()
         try:
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+            found[pid] = command_line(pid)
         except OSError:
             continue
         todo += [child for child, parent in parents.items() if parent == pid]
     return found
+
+
+def command_line(pid: int) -> str:
+    """By one read: a second one may be of what the process has become meanwhile, and the two together are nobody's."""
+    file = os.open(f"/proc/{pid}/cmdline", os.O_RDONLY)
+    try:
+        return os.read(file, 1 << 20).decode(errors="replace").replace("\0", " ").strip()
+    finally:
+        os.close(file)
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

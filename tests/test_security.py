@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from listening import listening, tree
+from listening import command_line, listening, tree
 from sweeping import Bench, finish, tables, write_study
 from transformers import BertConfig, BertForMaskedLM
 
@@ -322,7 +322,7 @@ def test_what_listens_is_what_the_document_says_and_no_secret_gets_out(
     bench = Bench(tmp_path)
     away = ("--tracking-uri", "http://someone:CANARY-uri@127.0.0.1:1/?token=CANARY-query", "--tracking-later")
     driver = bench.start(study, *(away if workers == 1 else ()))
-    own = Path(f"/proc/{driver.pid}/cmdline").read_text().replace("\0", " ").strip()  # what the user typed
+    own = command_line(driver.pid)  # what the user typed
     seen: set[tuple[str, str]] = set()
     commands: set[str] = set()
     begun: set[tuple[int, str]] = set()

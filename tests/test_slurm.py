@@ -31,6 +31,7 @@ case "$1 $2" in
     *) echo "scontrol: $*" >&2; exit 1;;
 esac
 """
+STEPS = 24_000  # so many that no machine is through when the first job's hours, 54 s, are over
 REST = "arms: {alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 2\nlimits: {checkpoint_seconds: 1}"
 
 
@@ -39,7 +40,7 @@ def test_what_is_left_when_the_hours_are_over_goes_on_when_the_job_starts_again(
         pytest.skip(f"no pretend machines: {reason}")
     with Hosts(tmp_path, NODES, ROOT / ".venv", ROOT / "cluster.lock") as hosts:
         (hosts.share / "corpus.txt").write_text("\n\n".join(wordy_documents(160, seed=1)))
-        (hosts.share / "study.yaml").write_text(STUDY.format(corpus=f"{SHARE}/corpus.txt", steps=4000, rest=REST))
+        (hosts.share / "study.yaml").write_text(STUDY.format(corpus=f"{SHARE}/corpus.txt", steps=STEPS, rest=REST))
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             hosts.run("n1", "tee", f"/usr/local/bin/{name}", text=text)
             hosts.run("n1", "chmod", "755", f"/usr/local/bin/{name}")
@@ -48,7 +49,9 @@ def test_what_is_left_when_the_hours_are_over_goes_on_when_the_job_starts_again(
             slurm = (
                 f"SLURM_JOB_ID=4242 SLURM_JOB_NODELIST='n[1-2]' SLURM_JOB_NUM_NODES=2 HOURS={hours} RUNS={SHARE}/runs"
             )
-            return hosts.sh("n1", f"cd {ROOT} && {slurm} bash docs/sweep.sbatch {SHARE}/study.yaml", timeout=500).stdout
+            return hosts.sh(
+                "n1", f"cd {ROOT} && {slurm} bash docs/sweep.sbatch {SHARE}/study.yaml", timeout=1500
+            ).stdout
 
         said = job(0.015)
         assert "--hours 0.015 are over" in said and "Still to run" in said, said

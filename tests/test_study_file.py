@@ -557,6 +557,8 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("against: alone, model", "against: alon, model", ["no arm 'alon'", "'alone'"]),
     ("against: alone, model", "against: [alone, lone], model", ["no arm 'lone'", "'alone'"]),
     ("against: alone, model", "against: taught, model", ["compared with itself"]),
+    ("  taught: {}", "  taught: {}\n  again: {phases.distil.terms.soft.weight: 1}", ["study.yaml:26", "arm 'again' trains the same as arm 'taught'"]),
+    ("  taught: {}", "  taught: {}\n  other: {phases.distil.terms.soft.weight: 0, phases.teach.batch: 4}", ["arm 'other' trains the same as arm 'alone'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: studnet, metric: mlm_loss}\nprofiles", ["no model 'studnet'", "'student'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: teacher, metric: mlm_loss}\nprofiles", ["does not train 'teacher'", "valid: student"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_los}\nprofiles", ["no metric 'mlm_los'", "'mlm_loss'", "mlm_accuracy"]),

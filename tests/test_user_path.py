@@ -158,6 +158,7 @@ def refusal(found: tuple[int, str, str]) -> str:
 
 
 def test_the_readmes_study_of_decoders_is_planned(planned: Planned) -> None:
+    assert len(BLOCK.splitlines()) == 20
     code, out, err = planned()
     assert code == 0, err
     assert "3 arms x 5 seeds" in out and "distil.soft: 1 x forward_kl(teacher → student)" in out
