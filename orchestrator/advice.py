@@ -85,6 +85,7 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     if found.verdict == "refuted":
         command = export_command(study, f"--arm {shlex.quote(base)}")
     facts += _shrinkage(study, tables, found, difference, score, fresh)
+    facts.append(("beside it", _beside(study, tables, base, params, fresh)))
     return Advice(title, lead, found.verdict, recipe, [*_confirmed(study, found, base), *facts, cost], command)
 
 
@@ -107,6 +108,23 @@ def _shrinkage(study: Study, tables: Tables, found: Confirmation, difference: fl
             f"{less}: from {fixed(score, places)} in the search to {fixed(mean, places)} on fresh seeds (dev)",
         )
     ]
+
+
+def _beside(study: Study, tables: Tables, base: str, params: dict[str, Any], fresh: pd.DataFrame) -> str:
+    """How hard the other side was looked for, and by how much the recipe is dearer: neither is equal by itself."""
+    tried = ended(tables, "tune", base)
+    sizes = match(study, 0, params)
+    num = sum(match(study, 0, parsed(cell)) == sizes for cell in tried["params"])
+    text = f"{base}, " + (f"the best of {num} tuned trials" if num > 1 else "not tuned")
+    confirmed = ended(tables, "confirm")
+    both = (costs(tables, runs, objective_reading(study)) for runs in (fresh, confirmed[confirmed["point"] == base]))
+    means = [c.drop(columns="trial").mean() for c in both if not c.empty]
+    if len(means) < 2:
+        return text
+    flops, seconds = ([m[f"own_{what}"] + m[f"before_{what}"] for m in means] for what in ("flops", "device_seconds"))
+    if min(flops[1], seconds[1]) <= 0:
+        return text
+    return f"{text}; the recipe takes ×{flops[0] / flops[1]:.2f} its compute and ×{seconds[0] / seconds[1]:.2f} its device time"
 
 
 def _search_difference(study: Study, tables: Tables, base: str, params: dict[str, Any], winner: pd.DataFrame) -> float:
@@ -175,7 +193,7 @@ def _best_on_dev(study: Study, tables: Tables, trials: pd.DataFrame) -> str | No
 
 
 def _cost(study: Study, tables: Tables, trials: pd.DataFrame) -> str:
-    cost = costs(tables, trials[trials["status"] == "ended"], study.objective.phase)
+    cost = costs(tables, trials[trials["status"] == "ended"], objective_reading(study))
     if cost.empty:
         return "not known yet"
     mean = cost.drop(columns="trial").mean()

@@ -26,7 +26,7 @@ from orchestrator.sides import (
     equal_sides,
     is_at,
     of_kind,
-    ratio,
+    ratios,
     sides,
 )
 from orchestrator.statistics import (
@@ -181,14 +181,14 @@ def _pairs(
         at, pairs = plain._replace(equal=claim.axis), list[tuple[Side, Side]]()
         for against in claim.rivals:
             both = {claim.arm: at, against: at._replace(model=claim.against_model or claim.model)}
-            averaged, of = equal_sides(results, trials, both, claim.axis, num_seeds)
+            averaged, of = equal_sides(results, trials, both, claim.axis, num_seeds, tasks.trains)
             pairs.append((of[claim.arm], of[against]))
         return at._replace(tasks=averaged), pairs
     at = plain._replace(at=claim.at)
-    averaged, of = sides(results, trials, (claim.arm, *claim.rivals), at, "arm", "trial", num_seeds)
+    averaged, of = sides(results, trials, (claim.arm, *claim.rivals), at, "arm", "trial", num_seeds, tasks.trains)
     if claim.against_model not in (None, claim.model):
         rival = at._replace(model=claim.against_model)
-        of |= sides(results, trials, claim.rivals, rival, "arm", "trial", num_seeds)[1]
+        of |= sides(results, trials, claim.rivals, rival, "arm", "trial", num_seeds, tasks.trains)[1]
     return at._replace(tasks=averaged), [(of[claim.arm], of[against]) for against in claim.rivals]
 
 
@@ -209,11 +209,18 @@ def _verdict(
         verdict = "refuted" if refuting else decide(p, min(part.beyond for part in parts))
     of = {side.name: side for pair in reversed(pairs) for side in pair}
     costs = {arm: side.cost for arm, side in of.items() if side.cost is not None}
-    ratios = {b.name: ratio(a.cost, b.cost) for a, b in pairs if a.cost is not None and b.cost is not None}
+    spent = {b.name: found for a, b in pairs if (found := ratios(a, b)) is not None}
     notes = [note for part in parts for note in part.notes] + [n for pair in pairs for side in pair for n in side.notes]
-    for against, times in ratios.items() if claim.less is None else ():
+    for against, (times, whole, shared) in spent.items() if claim.less is None else ():
         if not 1 / 1.1 <= (x := getattr(times, claim.axis)) <= 1.1:
             notes.append(f"axis not equal: {claim.arm!r} used {x:.3g} times the {claim.axis} of {against!r}")
+        if shared and any(abs(a - b) > 0.005 for a, b in zip(times, whole, strict=True)):
+            notes.append(
+                f"cost beside {against!r} is without {', '.join(shared)}, which both start from; with it "
+                + ", ".join(
+                    f"\N{MULTIPLICATION SIGN}{getattr(whole, axis):.3g} {words}" for axis, words in AXIS_WORDS.items()
+                )
+            )
     if len(at.tasks) > 1:
         notes.append(f"mean over {', '.join(at.tasks)}, inside each seed")
     other = _another_average(claim, at.tasks, tasks)
@@ -241,7 +248,7 @@ def _verdict(
         seeds_more=_seeds_more(parts) if verdict == "undecided" else None,
         counts={arm: side.counts for arm, side in of.items()},
         costs=costs,
-        cost_ratios=ratios,
+        cost_ratios={against: times for against, (times, _, _) in spent.items()},
         paper=_judge_paper(claim, compared if len(pairs) == 1 and not other else ()),
         notes=tuple(dict.fromkeys(notes)),
         reading=at,
@@ -493,7 +500,7 @@ def confirm_verdict(
     Of several candidates take `holm` over their `comparison.p`.
     """
     names = (winner_point, baseline_point)
-    averaged, of = sides(results, trials, names, reading, "point", "confirm", num_seeds)
+    averaged, of = sides(results, trials, names, reading, "point", "confirm", num_seeds, tasks.trains)
     at = reading._replace(tasks=averaged)
     answers = _examples(examples, {names: reading}, "point", "confirm")
     winner, baseline = of[winner_point], of[baseline_point]

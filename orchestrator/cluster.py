@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,24 @@ def _autoscaler() -> dict[str, Any] | None:
     """What the cluster's autoscaler was told, as `ray up` left it on the head; None where this is no head, or has none."""
     if ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]") != ray.util.get_node_ip_address():
         return None
+    path = Path.home() / "ray_bootstrap_config.yaml"
     try:
-        found = json.loads((Path.home() / "ray_bootstrap_config.yaml").read_text())  # JSON, whatever its name
+        found = json.loads(path.read_text()) if _monitor_reads(path) else None  # JSON, whatever its name
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _monitor_reads(path: Path) -> bool:
+    """Whether this Ray's own monitor was started with that file: one may lie there from an earlier cluster."""
+    address, told = f"--gcs-address={ray.get_runtime_context().gcs_address}", "--autoscaling-config="
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            given = (process / "cmdline").read_text(errors="replace").split("\0")
+            files = [Path(one.removeprefix(told)).expanduser() for one in given if one.startswith(told)]
+            if address in given and path in files:
+                return True
+    return False
 
 
 def _wait_for_workers(scaling: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -30,18 +30,19 @@ class Ending:
     """Looked at once a turn. As a context it listens to SIGINT and SIGTERM."""
 
     agenda: Agenda
-    hours: float | None
+    hours: float | None  # since `started`
     say: Callable[[str], None]
+    started: float = field(default_factory=lambda: time.monotonic())
     signal: int | None = None  # that came, if one did
     _home: Storage = field(init=False)
     _asked: float | None = None  # when what runs was asked to leave
     _told: set[str] = field(default_factory=set)
     _looked: float = -1e9
+    _tried: float = -1e9
     _before: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._home = self.agenda.storage.sub(self.agenda.study.folder)
-        self._started = time.monotonic()
 
     def __enter__(self) -> Ending:
         self._home.delete(DRAIN)
@@ -63,20 +64,22 @@ class Ending:
         if self.signal is not None and self._asked is None:
             name = signal.Signals(self.signal).name
             self._leave(f"{name}: what runs writes its checkpoint and leaves (once more: at once)")
-        elif self.hours is not None and self._asked is None and now - self._started > 3600 * self.hours:
+        elif self.hours is not None and self._asked is None and now - self.started > 3600 * self.hours:
             self._leave(f"--hours {self.hours:g} are over: what ran was left at a checkpoint")
-        elif limit and not self.agenda.closed and now - self._started > 60 * limit:
+        elif limit and not self.agenda.closed and now - self.started > 60 * limit:
             self._close(f"the limit of {limit:g} minutes came: nothing new was started")
         if not self.agenda.closed and now - self._looked > LOOK_SECONDS[self._home.is_local]:
             self._looked = now
-            if self._home.read(DRAIN) is not None:
-                self._home.delete(DRAIN)
-                self._close("drained: nothing new was started")
-        if self._asked is not None:
+            with contextlib.suppress(OSError):  # the next look asks again
+                if self._home.read(DRAIN) is not None:
+                    self._close("drained: nothing new was started")
+                    self._home.delete(DRAIN)
+        if self._asked is not None and now - self._tried > LOOK_SECONDS[self._home.is_local] / 2:
+            self._tried = now
             for trial in self.agenda.running.keys() - self._told:
-                self._told.add(trial)
-                with contextlib.suppress(OSError):  # a full disk: then they go without a checkpoint
+                with contextlib.suppress(OSError):  # asked again soon; after a signal they may go without a checkpoint
                     outcomes.ask(self._home, trial, "leave")
+                    self._told.add(trial)
             if self.signal is not None and now - self._asked > PATIENCE:
                 raise KeyboardInterrupt
 
@@ -123,9 +126,7 @@ def request(home: Storage, *, drain: bool, stop: str | None) -> str:
     if drain:
         home.write(DRAIN, b"")
         return "asked: what runs is finished, nothing new is started"
-    running = [
-        t for t in home.list("trials") if outcomes.read_start(home, t) and home.read(f"trials/{t}/end.json") is None
-    ]
+    running = [trial for trial in home.list("trials") if outcomes.is_running(home, trial)]
     found = [trial for trial in running if stop and trial.startswith(stop)]
     if len(found) != 1:
         what = "is no running trial" if not found else f"is the beginning of {len(found)} running trials"

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
+
 from orchestrator.messages import StudyError
 from orchestrator.results import open_storage
 from orchestrator.study import Study
@@ -22,6 +24,7 @@ from orchestrator.sweep import add_study_arguments
 from trainables import models, sharing
 from trainables.data import DataError
 from trainables.data.tasks import open_data
+from trainables.data.tokenizer import encode, ends
 from trainables.store import Corrupt, PhaseStore, Storage
 
 
@@ -92,6 +95,8 @@ def export(
         net = sharing.unrolled(net)
     try:
         tokenizer = open_data(storage.sub("data").uri, row["data"]).tokenizer
+        if net.can_generate():
+            _let_it_answer(net, tokenizer)
         net.save_pretrained(str(to))
         tokenizer.save_pretrained(str(to))
         _name_inputs(to, net)
@@ -100,6 +105,24 @@ def export(
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
+
+
+def _let_it_answer(net: Any, tokenizer: Any) -> None:
+    """A decoder reads and writes as it was trained: after a start token, with no end token behind the prompt, up to one."""
+    start, end = ends(tokenizer)
+    for config in (net.config, net.generation_config):
+        config.bos_token_id, config.eos_token_id = start, end
+        config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for name, token in (("bos_token", start), ("eos_token", end)):
+        if getattr(tokenizer, name) is None and token is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+    before = [] if start is None else [start]
+    if tokenizer("a", "b")["input_ids"] == [*before, *encode(tokenizer, ["a"])[0], *encode(tokenizer, ["b"])[0]]:
+        return
+    names = tokenizer.convert_ids_to_tokens(before)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=list(zip(names, before, strict=True))
+    )
 
 
 def _name_inputs(to: Path, net: Any) -> None:

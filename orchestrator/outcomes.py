@@ -58,6 +58,15 @@ def read_end(home: Storage, trial: str) -> tuple[Row, Records] | None:
         return None
 
 
+def is_running(home: Storage, trial: str) -> bool:
+    """Whether it began and has no end, or an attempt after its end: what failed, or was stopped early, may run again."""
+    if read_start(home, trial) is None:
+        return False
+    end = read_end(home, trial)
+    made = [int(name.rpartition("-")[2]) for name in attempts(home, f"trials/{trial}")]
+    return end is None or max(made, default=0) > int(end[0].get("attempts") or 0)
+
+
 def ask(home: Storage, trial: str, what: str) -> None:
     """Asks a running trial to `stop` for good, or to `leave` for now: it writes its checkpoint and goes."""
     home.write(f"trials/{trial}/{LEAVE}", what.encode())

@@ -38,6 +38,7 @@ ENDPOINT = "http://169.254.169.254"  # or what AWS_EC2_METADATA_SERVICE_ENDPOINT
 ANSWER_SECONDS = 2.0  # the service is on the machine itself
 TRIES = 3  # at the start, before it is said that there is no such service
 NOTICE_SECONDS = 120.0  # what AWS promises
+LATE_SECONDS = 30.0  # tried for, where the time is over by this machine's clock
 SLOT, RANK = "ResourceTrainable", "RayTrainWorker"  # how Ray calls the actors of slots, and of the ranks of groups
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would tell of its own machine
@@ -182,6 +183,8 @@ def leave(address: str, node: str | None, taken: float) -> int:
     is over; what a group leaves behind can keep the node until then. Returns 1 where Ray was not reached."""
     at = datetime.fromtimestamp(taken, UTC).isoformat(timespec="seconds")
     print(f"spot notice: this machine is taken away at {at}", flush=True)
+    if taken <= time.time():  # a clock that is ahead, or a notice that was read late: the machine is still there
+        taken = time.time() + LATE_SECONDS
     ray: _Ray | None = None
     told: set[int] = set()
     while time.time() < taken:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.results import Tables
-from orchestrator.sides import Reading, is_at, is_of, parsed, spent_on
+from orchestrator.sides import Reading, is_at, is_of, parsed, spent_on, with_phases_of
 from orchestrator.sides import Tasks as TaskFacts
 from orchestrator.study import Study, tasks_of
 from trainables.data.scores import rule_of
@@ -32,13 +32,14 @@ def ended(tables: Tables, kind: str, arm: str | None = None) -> pd.DataFrame:
 
 
 def task_facts(study: Study) -> TaskFacts:
-    """What the base trial says of its data sets and of the phases that fan out over them."""
+    """What the base trial says of its data sets and its phases."""
     spec = study.spec(seed=0)
     tasks = {name: data for name, data in spec.data.items() if isinstance(data, Tasks)}
     return TaskFacts(
         each={name: study.each_of(name) for name in spec.phases},
         rules={name: rule_of(task) for name, task in tasks.items()},
         glue={name: task.task for name, task in tasks.items() if isinstance(task, Glue)},
+        trains={name: tuple(phase.train) for name, phase in spec.phases.items()},
     )
 
 
@@ -123,18 +124,18 @@ def score_name(study: Study) -> str:
     return f"{o.metric} on dev" + (f", minus paired {o.minus}" if o.minus else "")
 
 
-def costs(tables: Tables, trials: pd.DataFrame, phase: str) -> pd.DataFrame:
-    """A row per trial: tokens of `phase`; flops and device_seconds of it (`own`), of its other phases at their recorded
-    cost (`before`), and of these divided by the planned trials that share them (`shared`)."""
+def costs(tables: Tables, trials: pd.DataFrame, at: Reading) -> pd.DataFrame:
+    """A row per trial: tokens of the phase that is read; flops and device_seconds of it (`own`), of the phases before it at
+    their recorded cost (`before`), and of these divided by the planned trials that share them (`shared`)."""
     everyone = planned(tables.trials)
     everyone = everyone[everyone["kind"] != "teacher"]
     users = Counter(done["key"] for cell in everyone["phases"] for done in parsed(cell).values())
     rows = []
-    for trial in trials.to_dict("records"):
+    for trial in with_phases_of(trials, at.phase, at.tasks).to_dict("records"):
         row: dict[str, Any] = {"trial": trial["trial"], "tokens": 0.0}
         row |= {f"{part}_{what}": 0.0 for part in ("own", "before", "shared") for what in ("flops", "device_seconds")}
-        for name, done in parsed(trial["phases"]).items():
-            own = is_of(name, phase)
+        for name, done in trial["phases"].items():
+            own = is_of(name, at.phase)
             row["tokens"] += float(done["tokens"]) if own else 0.0
             for what in ("flops", "device_seconds"):
                 row[f"{'own' if own else 'before'}_{what}"] += float(done[what])

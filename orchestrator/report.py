@@ -351,7 +351,7 @@ def _spent(
     column = _SPENT[at.equal or "flops"][0]
     trials = with_phases_of(ended(tables, "trial", arm), at.phase, at.tasks)
     curve = curve_of(tables, at, trials)
-    before = costs(tables, trials, at.phase)
+    before = costs(tables, trials, at)
     if curve.empty or before.empty:
         return figures.Series(arm, style)
     if column != "tokens":

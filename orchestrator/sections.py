@@ -48,6 +48,7 @@ from orchestrator.results import Tables
 from orchestrator.sides import Reading, parsed
 from orchestrator.statistics import Comparison, compare, lower_is_better, rank_correlation
 from orchestrator.study import Choice, Study
+from trainables.spec.phase import makers
 from trainables.spec.terms import CrossEntropy, is_off
 from trainables.spec.trial import TrialSpec, parse_start
 
@@ -74,12 +75,13 @@ def teachers(study: Study, tables: Tables) -> Section:
                 continue
             places = decimals_for(_half(found), found.effect)
             by = f"{fixed(found.effect, places, sign=True)} {span(found.interval, places)}"
-            rows.append((arm, teacher, f"teacher {_standing(found)} {base} at equal steps, by", by, str(found.n)))
+            rows.append((arm, teacher, f"teacher {_standing(found)} {base} at its end, by", by, str(found.n)))
     if not rows:
         return Section(title, ("The study has no arms.",))
     text = (
-        f"{at.metric} on test of the teacher as the arm used it, minus that of the student compared with, after as "
-        f"many steps as the arm’s own; by seed, {_direction(at.metric)} is better. Level: the 95 % interval includes 0."
+        f"{at.metric} on test of the teacher as the arm used it (by a loss, or for the replies and labels that it made), minus "
+        f"that of the student compared with, at its own end; by seed, {_direction(at.metric)} is better. Level: the 95 % "
+        "interval includes 0."
     )
     head = ("arm", "teacher", "measured", "difference, 95 % interval", "n")
     return Section(title, (text, Table("Arms by their teacher", head, rows, "lllrr")))
@@ -103,13 +105,14 @@ def _direction(metric: str) -> str:
 
 def _teachers(spec: TrialSpec, study: Study) -> dict[str, tuple[str, float]]:
     """Models that teach the objective's -> phase and progress at which each is as good as it was when it taught."""
-    phase = study.objective.phase
+    phase, taught = study.objective.phase, study.objective.model
+    flows = (t for t in spec.phases[phase].terms.values() if not isinstance(t, CrossEntropy) and not is_off(t.weight))
+    sources = [term.from_ for term in flows if term.to == taught]
     found: dict[str, tuple[str, float]] = {}
-    for term in spec.phases[phase].terms.values():
-        if isinstance(term, CrossEntropy) or term.to != study.objective.model or is_off(term.weight):
-            continue
-        origin = None if term.from_ in spec.phases[phase].train else spec.origin(phase, term.from_)
-        found[term.from_] = parse_start(origin)[:2] if origin else (phase, 1.0)
+    for source in dict.fromkeys([*sources, *makers(spec.phases[phase].streams)]):
+        if source != taught:
+            origin = None if source in spec.phases[phase].train else spec.origin(phase, source)
+            found[source] = parse_start(origin)[:2] if origin else (phase, 1.0)
     return found
 
 
@@ -265,7 +268,7 @@ def early_stopping(study: Study, tables: Tables) -> Section | None:
 def cost_by_arm(study: Study, tables: Tables) -> Section:
     title, rows = "What it cost", []
     for arm in study.arms:
-        cost = costs(tables, ended(tables, "trial", arm), study.objective.phase)
+        cost = costs(tables, ended(tables, "trial", arm), objective_reading(study))
         if cost.empty:
             continue
         mean = cost.drop(columns="trial").mean()
@@ -295,9 +298,9 @@ def cost_by_arm(study: Study, tables: Tables) -> Section:
         *(f"time, {w}" for w in ways),
     )
     text = (
-        "Mean per trial. What came before (the teacher) counts as nothing, divided by the trials that share it, or in "
-        f"full; a reused phase counts at its recorded cost. Tokens are those of phase {study.objective.phase}; time is "
-        "device time."
+        f"Mean per trial, up to the end of phase {study.objective.phase}. What came before it (the teacher) counts as nothing, "
+        "divided by the trials that share it, or in full; a reused phase counts at its recorded cost. Tokens are those of "
+        f"phase {study.objective.phase}; time is device time."
     )
     return Section(title, (text, Table("Cost by arm", head, rows, "l" + "r" * 8), saved))
 

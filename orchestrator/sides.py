@@ -30,11 +30,12 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Tasks:
-    """What the study says of its data sets, beside the tables."""
+    """What the study says of its data sets and phases, beside the tables."""
 
     each: Mapping[str, tuple[str, ...]]  # phase -> the data sets over which it fans out
     rules: Mapping[str, Rule]  # data set -> how its answers become a `score`
     glue: Mapping[str, str]  # data set -> the task of GLUE that it is
+    trains: Mapping[str, Collection[str]] = field(default_factory=dict)  # phase -> the models that it trains
 
 
 NO_TASKS = Tasks({}, {}, {})
@@ -52,8 +53,10 @@ class Counts(NamedTuple):
 class Cost(NamedTuple):
     """A mean over trials, or a ratio of two; memoised phases at their recorded cost."""
 
-    student_tokens: float  # of the claimed phase, up to the point that is judged
-    flops: float  # of that, and of the trial's phases before it
+    student_tokens: (
+        float  # that the claimed model was trained on: in the claimed phase up to the point that is judged, and before
+    )
+    flops: float  # of the claimed phase up to there, and of the trial's phases before it, the teacher's included
     device_seconds: float  # likewise
 
 
@@ -109,6 +112,7 @@ def sides(
     column: str,  # arm | point
     kind: str,
     num_seeds: int | None,
+    trains: Mapping[str, Collection[str]],
 ) -> tuple[tuple[str, ...], dict[str, Side]]:
     """The data sets (those asked for; else all that any of the arms has), and what each arm has at the reading."""
     trials, rows = _rows(results, trials, names, at, column, kind)
@@ -117,7 +121,7 @@ def sides(
     found = {}
     for name in names:
         own, recorded = here[here[column] == name], sorted(set(rows.loc[rows[column] == name, "progress"]))
-        found[name] = side = _side(name, trials[trials[column] == name], own, at.phase, tasks, num_seeds or 0)
+        found[name] = side = _side(name, trials[trials[column] == name], own, at, tasks, num_seeds or 0, trains)
         if not side.by_task:
             there = f"it has {', '.join(f'{x:.4g}' for x in recorded)}" if recorded else "it has none at all"
             what = f"{at.split} {at.metric} of {at.model!r} in phase {at.phase!r}"
@@ -126,8 +130,9 @@ def sides(
 
 
 def equal_sides(
-    results: pd.DataFrame, trials: pd.DataFrame, readings: Mapping[str, Reading], axis: CostAxis, num_seeds: int | None
-) -> tuple[tuple[str, ...], dict[str, Side]]:
+    results: pd.DataFrame, trials: pd.DataFrame, readings: Mapping[str, Reading], axis: CostAxis, num_seeds: int | None,
+    trains: Mapping[str, Collection[str]],
+) -> tuple[tuple[str, ...], dict[str, Side]]:  # fmt: skip
     """As `sides`, for two arms that are read at equal cost (`readings`: of each; they differ in the model at most).
 
     At each seed both may spend what the cheaper of them took in all; each is read at its last look within that. So the
@@ -136,7 +141,7 @@ def equal_sides(
     at = next(iter(readings.values()))
     read = {name: _rows(results, trials, (name,), of, "arm", "trial") for name, of in readings.items()}
     tasks = at.tasks or tuple(sorted({task for _, rows in read.values() for task in rows["task"]}))
-    seen = {name: _looks(*read[name], at.phase, tasks, only_ended=True) for name in readings}
+    seen = {name: _looks(*read[name], of, tasks, trains, only_ended=True) for name, of in readings.items()}
     ends = [{s: looks[-1] for s, looks in of.items() if looks[-1].progress == 1} for of in seen.values()]
     budgets = {s: min(_spent(of[s], axis) for of in ends) for s in sorted(set.intersection(*map(set, ends)))}
     found = {}
@@ -158,8 +163,9 @@ def equal_sides(
             for trial, progress in zip(rows["trial"], rows["progress"], strict=True)
         ]
         side = _side(
-            name, own, rows[np.array(here, dtype=bool)], at.phase, tasks, num_seeds or 0, {*late, *has_end} - {*chosen}
-        )
+            name, own, rows[np.array(here, dtype=bool)], readings[name], tasks, num_seeds or 0, trains,
+            {*late, *has_end} - {*chosen},
+        )  # fmt: skip
         side.notes.extend(_on_equal_cost(name, chosen, late, budgets, axis))
         later = {seed: look.value for seed, look in after.items() if math.isfinite(look.value) and seed in side.values}
         found[name] = replace(side, progress={seed: look.progress for seed, look in chosen.items()}, later=later)
@@ -203,14 +209,16 @@ def _on_equal_cost(
 def looks_of(
     results: pd.DataFrame, trials: pd.DataFrame, name: str, at: Reading, tasks: Sequence[str]
 ) -> dict[int, list[Look]]:
-    """The looks of an arm by seed, in order; of trials that have not ended, without the cost of their other phases."""
-    return _looks(*_rows(results, trials, (name,), at, "arm", "trial"), at.phase, tasks, only_ended=False)
+    """The looks of an arm by seed, in order; of trials that have not ended, without the cost of their other phases, and of
+    all without the tokens of these."""
+    return _looks(*_rows(results, trials, (name,), at, "arm", "trial"), at, tasks, {}, only_ended=False)
 
 
 def _looks(
-    trials: pd.DataFrame, rows: pd.DataFrame, phase: str, tasks: Sequence[str], *, only_ended: bool
-) -> dict[int, list[Look]]:
-    trials = with_phases_of(trials[trials["status"] == "ended"] if only_ended else trials, phase, tasks)
+    trials: pd.DataFrame, rows: pd.DataFrame, at: Reading, tasks: Sequence[str],
+    trains: Mapping[str, Collection[str]], *, only_ended: bool,
+) -> dict[int, list[Look]]:  # fmt: skip
+    trials = with_phases_of(trials[trials["status"] == "ended"] if only_ended else trials, at.phase, tasks)
     rows = rows[rows["trial"].isin(set(trials["trial"])) & rows["task"].isin(list(tasks))]
     by = ["trial", "progress"]
     whole = rows.groupby(by)["task"].nunique()
@@ -224,7 +232,7 @@ def _looks(
         values.setdefault((str(trial), progress), []).append(found)
     found_of: dict[int, list[Look]] = {}
     for trial in trials.to_dict("records"):
-        others = _others(trial["phases"], phase)
+        others = _others(trial["phases"], at, trains)
         for key in sorted(key for key in values if key[0] == trial["trial"] and whole[key] == len(tasks)):
             look = Look(*key, math.fsum(values[key]) / len(tasks), Bill(Cost(*costs[key]), others))
             found_of.setdefault(int(trial["seed"]), []).append(look)
@@ -263,8 +271,8 @@ def is_at(rows: pd.DataFrame, at: Reading) -> pd.Series[bool]:
 
 
 def _side(
-    name: str, trials: pd.DataFrame, rows: pd.DataFrame, phase: str, tasks: Sequence[str], num_seeds: int,
-    without: Collection[int] = (),
+    name: str, trials: pd.DataFrame, rows: pd.DataFrame, at: Reading, tasks: Sequence[str], num_seeds: int,
+    trains: Mapping[str, Collection[str]], without: Collection[int] = (),
 ) -> Side:  # fmt: skip
     """`without`: seeds that can have no value, as is said elsewhere."""
     found: dict[tuple[str, int], list[float]] = {}
@@ -292,10 +300,10 @@ def _side(
         at_seeds = ", ".join(map(str, sorted(partial)))
         notes.append(f"{name!r} has no {', '.join(lacks)} at seed {at_seeds}: no mean over fewer tasks is taken")
     used = trials[trials["seed"].isin(list(values))]
-    used = with_phases_of(used, phase, tasks)
-    bills = _bills(used, rows, phase)
+    used = with_phases_of(used, at.phase, tasks)
+    bills = _bills(used, rows, at, trains)
     cost = Cost(*np.mean([bill.total() for bill in bills.values()], axis=0).tolist()) if bills else None
-    return Side(name, values, by_task, failed, counts, cost, notes + _on_sharing(used, phase), bills)
+    return Side(name, values, by_task, failed, counts, cost, notes + _on_sharing(used, at.phase), bills)
 
 
 def with_phases_of(trials: pd.DataFrame, phase: str, tasks: Sequence[str]) -> pd.DataFrame:
@@ -332,24 +340,30 @@ def _on_sharing(trials: pd.DataFrame, phase: str) -> list[str]:
     return [f"{of}{' on ' if items else ''}{', '.join(items)}: {what}" for (of, what), items in notes.items()]
 
 
-def _bills(trials: pd.DataFrame, rows: pd.DataFrame, phase: str) -> dict[int, Bill]:
+def _bills(
+    trials: pd.DataFrame, rows: pd.DataFrame, at: Reading, trains: Mapping[str, Collection[str]]
+) -> dict[int, Bill]:
     """By seed: the phase up to these rows (which are cumulative), and the phases before it in full."""
     spent = spent_on(rows, trials, ["trial"]).reindex(trials["trial"], fill_value=0.0)
     found = {}
     for trial in trials.to_dict("records"):
         own = spent.loc[trial["trial"]]
         claimed = Cost(float(own["tokens"]), float(own["flops"]), float(own["device_seconds"]))
-        found[int(trial["seed"])] = Bill(claimed, _others(trial["phases"], phase))
+        found[int(trial["seed"])] = Bill(claimed, _others(trial["phases"], at, trains))
     return found
 
 
-def _others(phases: Mapping[str, Any], phase: str) -> dict[str, tuple[str, Cost]]:
-    """A memoised phase counts at its recorded cost; its tokens are not the student's of the claimed one."""
-    return {
-        name: (str(done["key"]), Cost(0.0, float(done["flops"]), float(done["device_seconds"])))
-        for name, done in phases.items()
-        if not is_of(name, phase)
-    }
+def _others(
+    phases: Mapping[str, Any], at: Reading, trains: Mapping[str, Collection[str]]
+) -> dict[str, tuple[str, Cost]]:
+    """A memoised phase counts at its recorded cost, its tokens where it trains the model that is read."""
+    found = {}
+    for name, done in phases.items():
+        if not is_of(name, at.phase):
+            is_trained = at.model in trains.get(name.partition("[")[0], ())
+            tokens = float(done["tokens"]) if is_trained else 0.0
+            found[name] = str(done["key"]), Cost(tokens, float(done["flops"]), float(done["device_seconds"]))
+    return found
 
 
 def spent_on(rows: pd.DataFrame, trials: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -383,5 +397,21 @@ def item_of(name: str) -> str:
     return name.partition("[")[2].removesuffix("]")
 
 
-def ratio(arm: Cost, against: Cost) -> Cost:
+def ratios(arm: Side, against: Side) -> tuple[Cost, Cost, tuple[str, ...]] | None:
+    """The arm's mean cost over the other's, at the seeds that both have: without the phases that both start from at a seed,
+    and with them; and the names of these."""
+    seeds = sorted(arm.bills.keys() & against.bills.keys())
+    if not seeds:
+        return None
+    own, full, shared = list[tuple[Cost, Cost]](), list[tuple[Cost, Cost]](), dict[str, None]()
+    for a, b in ((arm.bills[seed], against.bills[seed]) for seed in seeds):
+        both = a.keys() & b.keys()
+        own.append((a.total(both), b.total(both)))
+        full.append((a.total(), b.total()))
+        shared |= dict.fromkeys(name for name, (key, _) in a.others.items() if key in both)
+    less, whole = (_ratio(*np.mean(np.array(pairs), axis=0).tolist()) for pairs in (own, full))
+    return less, whole, tuple(shared)
+
+
+def _ratio(arm: Iterable[float], against: Iterable[float]) -> Cost:
     return Cost(*(a / b if b else (1.0 if a == b else math.inf) for a, b in zip(arm, against, strict=True)))

@@ -20,6 +20,7 @@ import ray
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.execution import class_cache
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.trainable.function_trainable import wrap_function
@@ -50,6 +51,7 @@ def run_agenda(
     """Runs until the agenda has nothing more and nothing is running. Raises KeyboardInterrupt on Ctrl-C."""
     # Tune hands these on by way of command lines, which everybody sees: slots have them from their machine
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update([n for n in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in n])
+    class_cache.ENV_VARS_TO_PROPAGATE.add("TUNE_FUNCTION_THREAD_TIMEOUT_S")  # read in the slot, not here
     study = agenda.study
     scratch = tempfile.mkdtemp(prefix="codistill-tune-")
     early = study.search.stop_early if study.search else None
@@ -86,11 +88,15 @@ def run_agenda(
                 callbacks=[_Watch(source, on_tick)],
             ),
         ).fit()
+    except KeyboardInterrupt:
+        if not source.only_waits():
+            raise
+        source.leave_what_waits()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        agenda.storage.delete(f"{study.folder}/{GROUPS}")
-        with suppress(OSError):  # storage that cannot be written any more has been told of already
-            agenda.storage.delete(f"{study.folder}/{MARKER}")
+        for name in (GROUPS, MARKER):
+            with suppress(OSError):  # storage that cannot be written any more has been told of already
+                agenda.storage.delete(f"{study.folder}/{name}")
 
 
 def _device(slot: Slot) -> str:
@@ -146,7 +152,11 @@ class _Source(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         if self.live and len(self.live) >= self.num_slots - len(self.parked):
             return None
-        planned = self.agenda.next()
+        try:
+            planned = self.agenda.next()
+        except OSError as error:
+            self._cannot_write(error.strerror or str(error))
+            planned = None
         if planned is None:  # a slot that nothing will need any more is released while others still run
             self.is_finished = not self.live or (self.live.keys() <= self.begun and self.agenda.nothing_follows())
             return Searcher.FINISHED if self.is_finished else None
@@ -197,6 +207,8 @@ class _Source(Searcher):  # type: ignore[misc]
             return
         if "fault" in result:
             self._park(trial_id, redact(result["fault"]))
+        elif "begun" in result and self.agenda.closed and trial_id not in self.begun:
+            self.agenda.take_back(self.live.pop(trial_id))  # it has waited for a machine until nothing new is to start
         elif "begun" in result:
             self.begun.add(trial_id)
         else:
@@ -214,6 +226,20 @@ class _Source(Searcher):  # type: ignore[misc]
     def is_unwanted(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """Whether Tune shall end a trial of its own: one that was taken back, unless it still keeps a slot from others."""
         return trial_id not in self.live and ("fault" not in result or (self.is_finished and not self.live))
+
+    def only_waits(self) -> bool:
+        """Whether nothing new is to start, and nothing runs but what still waits for a machine."""
+        return bool(self.agenda.closed and self.live) and not self.live.keys() & self.begun
+
+    def leave_what_waits(self) -> None:
+        for trial_id in list(self.live):
+            self.agenda.take_back(self.live.pop(trial_id))
+
+    def take_up_again(self, trial_id: str) -> None:
+        """Of a trial that Tune gave up because its slot did not let go of the one before."""
+        trial = self.live.pop(trial_id)
+        self.say(f"trial {trial}: its slot was lost before it began; it goes on in another")
+        self.agenda.take_back(trial)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         self.parked.discard(trial_id)
@@ -276,7 +302,12 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for trial in trials:  # where an actor could not be used again, Tune tells nobody
+            if trial.trial_id in self.source.live and trial.status == Trial.ERROR:
+                self.source.take_up_again(trial.trial_id)
         self.on_tick()
+        if self.source.only_waits():  # Tune would wait with them, and pay for machines
+            raise KeyboardInterrupt
         if time.monotonic() - self.looked > NODES_SECONDS:
             self.looked = time.monotonic()
             if not has_node():  # Tune would wait for ever

@@ -266,7 +266,6 @@ def _check(study: Study, lines: Lines) -> None:
             what = study.objective
             if study.tune and what.model not in spec.pruned().phases[what.phase].train:
                 raise StudyError(f"does not train {what.model!r} in phase {what.phase!r}, by which `tune` chooses")
-    _no_arm_is_there_twice(study, lines)
     for size in study.size_axes():
         if study.vary[size].when:
             raise StudyError(
@@ -276,6 +275,7 @@ def _check(study: Study, lines: Lines) -> None:
         for value in study.tune.grid[path]:  # type: ignore[union-attr]
             with _blamed_on(f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid at {value!r}"):
                 _learns(study, study.spec(seed=0, tuned={path: value}))
+    _no_arm_is_there_twice(study, lines)
     base = TrialSpec.model_validate({**study.trial, "seed": 0})
     _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
     for name, claim in study.claims.items():
@@ -420,6 +420,11 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
     tasks = phase.each or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
     if isinstance(what, Claim):  # what is only scored is scored on test
         tasks = (*tasks, *phase.scored_on)
+    elif phase.scored_on and what.task is None:
+        raise StudyError(
+            f"{at}: {', '.join(phase.scored_on)} (of scored_on) is scored on test alone, so that a mean over all data would be "
+            f"another one there than on dev; name what counts on both: `task: {tasks[0]}`"
+        )
     wanted = (what.task,) if isinstance(what.task, str) else what.task
     for task in wanted or ():
         if task not in tasks:

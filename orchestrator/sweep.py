@@ -141,6 +141,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
     from orchestrator.results import open_storage
     from orchestrator.tracking import Mirror
 
+    started = time.monotonic()  # preparing data counts, too, where hours are bought
     storage = open_storage(arguments.storage)
     home = storage.sub(study.folder)
     _check_storage(arguments.storage)
@@ -158,7 +159,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         )
         progress = Progress(agenda, storage.uri)
         agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
-        ending = Ending(agenda, arguments.hours, progress.say)
+        ending = Ending(agenda, arguments.hours, progress.say, started)
         try:
             _run(agenda, arguments, provenance, mirror, progress, ending)
         except KeyboardInterrupt:

@@ -24,8 +24,9 @@ def by_task(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Sectio
     """Each arm on each task, and each claim's difference there; None where there is but one. With WNLI, whose labels
     contradict those of its training set, means stand beside those without it, as papers have either."""
     at = objective_reading(study, "test")
-    tasks, found = sides(tables.results, tables.trials, tuple(study.arms), at, "arm", "trial", None)
-    wnli = {name for name, task in task_facts(study).glue.items() if task == "wnli"}
+    facts = task_facts(study)
+    tasks, found = sides(tables.results, tables.trials, tuple(study.arms), at, "arm", "trial", None, facts.trains)
+    wnli = {name for name, task in facts.glue.items() if task == "wnli"}
     less = tuple(task for task in tasks if task not in wnli)
     means = [tasks, less] if 1 < len(less) < len(tasks) else [tasks]
     rows = [

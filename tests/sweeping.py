@@ -159,7 +159,7 @@ objective: {{phase: distil, model: student, metric: mlm_loss, mode: min}}
 {rest}
 """
 ARMS = (
-    "arms: {short: {phases.distil.budget.steps: 30}, alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 1"
+    "arms: {short: {phases.distil.budget.steps: 20}, alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 1"
 )
 
 

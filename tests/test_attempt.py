@@ -19,6 +19,7 @@ from conftest import Lab, Listener, distillation
 
 from trainables import attempt, loop, notice
 from trainables.attempt import LEAVE, PEER_LOST, Job, run
+from trainables.store import StorageError
 
 HOME = "study/trials/t"
 
@@ -105,6 +106,7 @@ def test_a_scheduler_that_ends_the_trial_is_no_fault(lab: Lab, go: Any) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "left", "storage: No space left on device"),
         (OSError(errno.EROFS, "Read-only file system"), "left", "storage: Read-only file system"),
+        (StorageError(errno.EACCES, "Access Denied", "bucket/trials"), "left", "storage: Access Denied"),
         (OSError(errno.ENOENT, "No such file"), "failed", "FileNotFoundError: [Errno 2] No such file"),
         (
             RuntimeError("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"),

@@ -491,11 +491,23 @@ def test_costs_count_memoised_phases_and_the_axis_is_held_to_ten_per_cent() -> N
     found = tables({"good": good, "alone": alone}, flops={"good": 99.0, "alone": 50.0})
     verdict = verdict_of(*found, claim(axis="flops"))
     assert verdict.costs["good"] == (1000, 129.0, 12.0)
-    assert verdict.cost_ratios["alone"].flops == pytest.approx(129 / 80)
-    assert said(verdict, "axis not equal: 'good' used 1.61 times the flops of 'alone'")
+    assert verdict.cost_ratios["alone"].flops == pytest.approx(99 / 50), "what both start from is no difference"
+    assert said(verdict, "axis not equal: 'good' used 1.98 times the flops of 'alone'")
+    assert said(verdict, "without teach, which both start from; with it ×1 student tokens, ×1.61 FLOPs, ×1 device time")
     assert not said(verdict_of(*found, claim()), "axis")
-    near = tables({"good": good, "alone": alone}, flops={"good": 57.0, "alone": 50.0})
+    near = tables({"good": good, "alone": alone}, flops={"good": 54.0, "alone": 50.0})
     assert not said(verdict_of(*near, claim(axis="flops")), "axis")
+
+
+def test_tokens_are_those_of_all_phases_that_train_the_model() -> None:
+    good, alone = around(-0.1)
+    results, trials = tables({"good": good, "alone": alone})
+    warmed = trials["phases"].str.replace('"teach"', '"warm[corpus]"').str.replace('"teach', '"warm')
+    trials["phases"] = trials["phases"].where(trials["arm"] != "good", warmed)
+    facts = Tasks({}, {}, {}, {"teach": ("teacher",), "warm": ("student",), "distil": ("student",)})
+    verdict = verdict_of(results, trials, tasks=facts)
+    assert (verdict.costs["good"].student_tokens, verdict.costs["alone"].student_tokens) == (1500, 1000)
+    assert said(verdict, "axis not equal: 'good' used 1.5 times the student_tokens of 'alone'")
 
 
 def test_one_teacher_for_all_seeds_is_named_as_such() -> None:

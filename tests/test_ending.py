@@ -73,6 +73,26 @@ def test_after_the_hours_what_runs_is_asked_to_leave(make: Any, clock: list[floa
     assert len(said) == 1 and it.signal is None
 
 
+def test_storage_that_does_not_answer_is_asked_again(
+    make: Any, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, agenda, _ = make(hours=0.5)
+    agenda.running = {"abc": None}
+
+    def away(*_: Any) -> None:
+        raise OSError("away")
+
+    with monkeypatch.context() as broken:
+        for name in ("read", "write", "delete"):
+            broken.setattr(Storage, name, away)
+        for clock[0] in (10.0, 1801.0, 1810.0):
+            it.tick()
+    assert agenda.closed and asked(agenda, "abc") is None
+    clock[0] = 1820.0
+    it.tick()
+    assert asked(agenda, "abc") == b"leave"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_all_to_leave_and_waits_only_so_long(make: Any, clock: list[float], number: int) -> None:
     it, agenda, _ = make()
@@ -114,13 +134,16 @@ def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
     home = Storage(str(tmp_path / "study"))
     for trial in ("abc1", "abc2", "over"):
         outcomes.write_start(home, trial, {"trial": trial})
-    outcomes.write_end(home, "over", {"trial": "over", "status": "ended"})
+    outcomes.write_end(home, "over", {"trial": "over", "status": "ended", "attempts": 1})
+    home.write("trials/over/attempt-1/attempt.json", b"{}")
     with only_driver(home):
         with pytest.raises(StudyError, match="--stop over: is no running trial; running: abc1, abc2"):
             request(home, drain=False, stop="over")
         with pytest.raises(StudyError, match="the beginning of 2 running trials"):
             request(home, drain=False, stop="abc")
         assert "trial abc2 stops" in request(home, drain=False, stop="abc2")
+        home.write("trials/over/attempt-2/attempt.json", b"{}")  # it failed, and is tried again
+        assert "trial over stops" in request(home, drain=False, stop="over")
     assert home.read("trials/abc2/leave") == b"stop"
     outcomes.write_start(home, "abc2", {"trial": "abc2"})
     assert home.read("trials/abc2/leave") is None, "what was asked of the attempt before does not bind the next"

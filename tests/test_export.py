@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Lab, Listener, distillation
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from conftest import Lab, Listener, distillation, wordy_documents
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import export
 from orchestrator.agenda import Agenda
@@ -18,6 +20,8 @@ from orchestrator.study_file import load_study
 from trainables import models
 from trainables.attempt import Job, run
 from trainables.data.corpus import open_corpus
+from trainables.data.tokenizer import encode, ends, train_wordpiece
+from trainables.spec.models import Model
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 
@@ -142,3 +146,39 @@ def test_a_trial_by_its_id_and_another_model(file: Path, lab: Lab, tmp_path: Pat
     given = ["--trial", trial, "--model", "teacher", "--storage", lab.storage.uri]
     assert export.main([str(file), "--to", str(tmp_path / "to"), *given]) == 0
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "to").config.num_hidden_layers == 1
+
+
+def byte_level(texts: list[str]) -> Any:
+    """As GPT-2's: one token that starts and ends, and that its tokenizer does not add."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("make", [lambda texts: train_wordpiece(texts, 200), byte_level])
+def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends(make: Any, tmp_path: Path) -> None:
+    tokenizer = make(wordy_documents(20, seed=0))
+    start, end = ends(tokenizer)
+    shape = Model.model_validate({"family": "gpt2", "layers": 1, "width": 16, "heads": 2, "dropout": 0})
+    ids = models.special_ids(tokenizer)
+    net = models.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
+    text = wordy_documents(1, seed=1)[0][:30]
+    as_trained = [start, *encode(tokenizer, [text])[0]]
+    export._let_it_answer(net, tokenizer)
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(text)["input_ids"] == as_trained and ends(tokenizer) == (start, end)
+    assert tokenizer.decode(as_trained, skip_special_tokens=True).split() == text.lower().split()
+    asked = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        net.lm_head.weight[:] = 0.0
+        net.lm_head.weight[end] = 1.0
+        net.transformer.ln_f.weight[:] = 0.0
+        net.transformer.ln_f.bias[:] = 1.0  # the end is the likeliest token everywhere
+    replied = net.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert replied.tolist() == [end]

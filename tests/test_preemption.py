@@ -235,6 +235,9 @@ def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
     Busy.tries = -100
     assert preemption.leave("auto", None, time.time() + 1) == 1
     assert "nobody was told to leave" in capsys.readouterr().err
+    Busy.stays, Busy.tries = False, 3
+    assert preemption.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
+    assert "node mine has ended" in capsys.readouterr().out
 
 
 def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,6 +386,11 @@ def test_without_a_paired_objective_the_score_itself_shrinks(tmp_path: Path) -> 
     assert "Use p000" not in page
 
 
+def test_the_recipe_says_how_hard_the_other_side_was_looked_for_and_what_it_costs_beside_it(report: Report) -> None:
+    (said,) = re.findall(r"<dt>beside it</dt><dd>(.*?)</dd>", report.html)
+    assert re.fullmatch(r"alone, the best of 3 tuned trials; the recipe takes ×2\.80 its compute and ×\d+\.\d\d its device time", said)
+
+
 def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> None:
     maker = Maker(study)
     arms(maker)
@@ -399,8 +404,8 @@ def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> Non
 
 def test_arms_are_labelled_by_the_measured_quality_of_their_teacher(tables: Tables, report: Report) -> None:
     page = report.html
-    (good,) = (row for row in rows_with(page, "at equal steps") if row[0] == "good")
-    (weak,) = (row for row in rows_with(page, "at equal steps") if row[0] == "too_weak")
+    (good,) = (row for row in rows_with(page, "at its end, by") if row[0] == "good")
+    (weak,) = (row for row in rows_with(page, "at its end, by") if row[0] == "too_weak")
     assert "teacher better than alone" in good[2]
     assert "teacher weaker than alone" in weak[2]
     alone = values(tables, "alone", "mlm_loss", "test", 1.0)

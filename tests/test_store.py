@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from trainables.store import (
     PhaseStore,
     Published,
     Storage,
+    StorageError,
     check_writable,
     drop_checkpoints,
     load_checkpoint,
@@ -100,6 +103,33 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         storage.write("a", b"new")
     assert storage.read("a") == b"old" and storage.list() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "Access Denied"), "Access Denied"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (TimeoutError(), "TimeoutError"),
+        (RuntimeError("no credentials\nfound"), "no credentials"),
+    ],
+)
+def test_whatever_a_bucket_says_is_one_kind_of_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    fs = type(fsspec.filesystem("memory"))
+    for name in ("cat_file", "pipe_file", "ls", "exists", "mv"):
+        monkeypatch.setattr(fs, name, fails)
+    for use in (lambda: storage.read("a"), lambda: storage.write("a", b""), lambda: storage.create("a", b""), storage.list,
+                lambda: storage.size("a"), lambda: storage.delete("a"), lambda: storage.move("a", "b")):  # fmt: skip
+        with pytest.raises(StorageError) as found:
+            use()
+        assert found.value.strerror == says and found.value.__cause__ is error
 
 
 def test_a_place_that_cannot_be_written_is_noticed_and_no_probe_stays(tmp_path: Path) -> None:

@@ -68,6 +68,9 @@ def changed(old: str, new: str, text: str = TEXT) -> str:
     return text.replace(old, new)
 
 
+UNLIKE = changed("  taught: {}", "  taught: {phases.distil.batch: 16}")  # whatever the weight
+
+
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Study]:
     def load(text: str = TEXT, profile: str | None = None, overrides: Sequence[str] = (), **more: Any) -> Study:
@@ -557,8 +560,6 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("against: alone, model", "against: alon, model", ["no arm 'alon'", "'alone'"]),
     ("against: alone, model", "against: [alone, lone], model", ["no arm 'lone'", "'alone'"]),
     ("against: alone, model", "against: taught, model", ["compared with itself"]),
-    ("  taught: {}", "  taught: {}\n  again: {phases.distil.terms.soft.weight: 1}", ["study.yaml:26", "arm 'again' trains the same as arm 'taught'"]),
-    ("  taught: {}", "  taught: {}\n  other: {phases.distil.terms.soft.weight: 0, phases.teach.batch: 4}", ["arm 'other' trains the same as arm 'alone'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: studnet, metric: mlm_loss}\nprofiles", ["no model 'studnet'", "'student'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: teacher, metric: mlm_loss}\nprofiles", ["does not train 'teacher'", "valid: student"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_los}\nprofiles", ["no metric 'mlm_los'", "'mlm_loss'", "mlm_accuracy"]),
@@ -578,6 +579,18 @@ def test_a_claim_speaks_of_what_is_there(refused: Refused, old: str, new: str, w
     assert f"study.yaml:{line_with(text, 'helps:')}: claims.helps" in said, said
     for want in wants:
         assert want in said, said
+
+
+@pytest.mark.parametrize(("more", "as_what"), [
+    ("again: {phases.distil.terms.soft.weight: 1}", "taught"),
+    ("again: {phases.distil.terms.soft.weight: 0, phases.teach.batch: 4}", "alone"),  # whose teacher nobody needs
+])  # fmt: skip
+def test_an_arm_is_there_once(refused: Refused, load: Callable[..., Study], more: str, as_what: str) -> None:
+    """Else its trials would be the other's, and the tables could give them to one of the two."""
+    text = changed("  taught: {}", f"  taught: {{}}\n  {more}")
+    assert f"study.yaml:{line_with(text, 'again:')}: arm 'again' trains the same as arm {as_what!r}" in refused(text)
+    tuned = changed("search:", f"tune: {{grid: {{{LR}: [1e-3, 5e-3, 9e-3]}}}}\nsearch:")
+    assert "own" in load(changed("  taught: {}", f"  taught: {{}}\n  own: {{{LR}: 5e-3}}", tuned)).arms  # not as tuned
 
 
 def test_equal_cost_is_read_where_something_is_recorded_on_the_way(load: Callable[..., Study], refused: Refused) -> None:  # fmt: skip
@@ -799,14 +812,14 @@ def test_a_tuned_value_gives_way_to_point_and_arm(load: Callable[..., Study]) ->
 
 
 def test_an_override_of_a_choice_that_others_depend_on_decides_for_them(load: Callable[..., Study]) -> None:
-    text = changed("log: true}", f"log: true, when: {{{SOFT}: [on, fade]}}}}")
+    text = changed("log: true}", f"log: true, when: {{{SOFT}: [on, fade]}}}}", UNLIKE)
     on, off = load(text, overrides=[f"trial.{SOFT}=1"]), load(text, overrides=[f"trial.{SOFT}=0", "search=null", "confirm=null"])  # fmt: skip
     assert list(on.vary) == [LR] and on.vary[LR].when == {}
     assert list(off.vary) == []
 
 
 def test_an_override_of_a_choice_that_an_exclusion_names_decides_it(load: Callable[..., Study]) -> None:
-    text = changed("vary:\n", "vary:\n  phases.distil.batch: {choice: [4, 8]}\n")
+    text = changed("vary:\n", "vary:\n  phases.distil.batch: {choice: [4, 8]}\n", UNLIKE)
     text = changed("search:", f"exclude:\n  - {{{SOFT}: on, phases.distil.batch: 4}}\nsearch:", text)
     assert load(text).is_excluded({SOFT: "on", "phases.distil.batch": "4"})
     assert load(text, overrides=[f"trial.{SOFT}=1"]).is_excluded({"phases.distil.batch": "4"})

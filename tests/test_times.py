@@ -662,10 +662,11 @@ def test_what_is_scored_at_the_end_alone_cannot_be_read_on_the_way(tmp_path: Pat
         "phases": {"distil": distil},
     }
 
-    def said(**fields: Any) -> str:
+    def said(*, objective: Any = (("task", "ask"),), **fields: Any) -> str:
         about = {"arm": "okd", "against": "gkd", "model": "student", "metric": "rougeL", **fields}
-        raw = {"question": "?", "trial": trial, "arms": {"okd": {}, "gkd": {}}, "seeds": 2, "claims": {"c": about}}
-        raw["objective"] = {"phase": "distil", "model": "student", "metric": "rougeL", "mode": "max", "task": "ask"}
+        raw = {"question": "?", "trial": trial, "arms": {"okd": {}, "gkd": {"phases.distil.batch": 3}}, "seeds": 2}
+        raw["claims"] = {"c": about}
+        raw["objective"] = {"phase": "distil", "model": "student", "metric": "rougeL", "mode": "max", **dict(objective)}
         file = tmp_path / "okd.yaml"
         file.write_text(json.dumps(raw))
         try:
@@ -677,4 +678,6 @@ def test_what_is_scored_at_the_end_alone_cannot_be_read_on_the_way(tmp_path: Pat
     for fields in (EQUAL, {"task": "more", **EQUAL}, {"task": ["ask", "more"], "at": 0.5}):
         assert "more (of scored_on) is scored at the end alone" in said(**fields)
         assert said(**fields).endswith("name a task that is scored on the way: ask")
+    unnamed = said(objective=(), task="ask")
+    assert "objective: more (of scored_on) is scored on test alone" in unnamed and unnamed.endswith("`task: ask`")
     assert not any(said(**f) for f in ({"task": "ask", **EQUAL}, {"task": "more"}, LESS, {"at": 0.5, "task": "ask"}))

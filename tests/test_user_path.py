@@ -228,7 +228,7 @@ def test_tokenizers_that_differ_are_both_named(planned: Planned, tmp_path: Path)
     )
     assert said.endswith("; valid: tokenizer: {kind: pretrained, name: ./other}")
     further = "{kind: instruction_files, test: ./mine.jsonl, columns: {prompt: question, response: answer}, tokenizer: {kind: pretrained, name: ./other}}"  # fmt: skip
-    said = refusal(planned(f"trial.data.more={further}", "trial.phases.distil.scored_on=[more]"))
+    said = refusal(planned(f"trial.data.more={further}", "trial.phases.distil.scored_on=[more]", "objective.task=mine"))
     assert said.startswith("mine.yaml: data.more: the tokenizers of data 'more' (")
     assert f" and of data 'mine' ({tokens}) differ in " in said and said.endswith(
         "one tokenizer for all data of a trial"

@@ -24,11 +24,11 @@ from trainables.notice import LEAVE, Notice, watched
 from trainables.remap import RemapError
 from trainables.running import Diverged, Left, Session, Stopped, Surroundings, is_out_of_memory
 from trainables.spec.trial import TrialSpec
-from trainables.store import Storage, as_json, attempts, log
+from trainables.store import Storage, StorageError, as_json, attempts, log
 from trainables.trial import run_trial
 
 PEER_LOST = "another rank was lost"
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # wherever else a trial writes
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _what_befell(error: Exception) -> dict[str, str]:
     first = (str(error).splitlines() or [""])[0]
     if is_out_of_memory(error):
         return {"status": "failed", "reason": f"out of memory: {first}"}
-    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+    if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
         return {"status": "left", "reason": f"storage: {error.strerror}"}
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
         return {"status": "left", "reason": PEER_LOST}

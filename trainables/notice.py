@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
@@ -62,7 +62,9 @@ class Notice:
             and now - self._looked > LOOK_SECONDS[self.storage.is_local]
         ):
             self._looked = now
-            text = self.storage.read(self.name)
+            text = None
+            with suppress(OSError):  # it is asked again soon, and whatever is to be written will tell
+                text = self.storage.read(self.name)
             if text is not None:
                 self._asked = "stop" if text.strip() == b"stop" else "leave"
         return self._asked or ("terminated" if _terminated.is_set() else None)

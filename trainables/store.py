@@ -6,13 +6,15 @@ names them with their checksums: before it the phase is not there, and the first
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +48,13 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
 )
 
 
+class StorageError(OSError):
+    """The storage does not do as it should: full, away, or not allowed. No trial is to blame."""
+
+
 @dataclass(frozen=True)
 class Storage:
-    """A folder by path or URI. Names below it use `/`."""
+    """A folder by path or URI. Names below it use `/`. Everything raises StorageError where the storage fails."""
 
     uri: str
 
@@ -60,6 +66,21 @@ class Storage:
         fs, root = fsspec.core.url_to_fs(os.path.abspath(self.uri) if "://" not in self.uri else self.uri)
         return fs, f"{root.rstrip('/')}/{name}" if name else root.rstrip("/")
 
+    @contextmanager
+    def _reached(self, path: str) -> Iterator[None]:
+        """Each backend has errors of its own: of these, one. That a name is there, or is not, is none."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, FileExistsError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None and error.strerror:
+                raise StorageError(error.errno, error.strerror, path) from error
+            if isinstance(error, OSError) or not self.is_local:
+                text = (str(error).strip().splitlines() or [""])[0]
+                raise StorageError(errno.EIO, text or type(error).__name__, path) from error
+            raise
+
     def sub(self, name: str) -> Storage:
         return Storage(f"{self.uri.rstrip('/')}/{name}")
 
@@ -70,43 +91,47 @@ class Storage:
     def read(self, name: str) -> bytes | None:
         fs, path = self._at(name)
         try:
-            return bytes(fs.cat_file(path))
+            with self._reached(path):
+                return bytes(fs.cat_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, content: bytes) -> None:
         """Whole or not at all. Locally: a temporary file, fsync, rename; elsewhere one PUT."""
         fs, path = self._at(name)
-        if not self.is_local:
-            fs.pipe_file(path, content)
-            return
-        temporary = _temporary(path, content)
-        os.replace(temporary, path)
-        _sync_folder(path)
+        with self._reached(path):
+            if not self.is_local:
+                fs.pipe_file(path, content)
+                return
+            temporary = _temporary(path, content)
+            os.replace(temporary, path)
+            _sync_folder(path)
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes unless the name is there; says whether it did."""
         fs, path = self._at(name)
-        if not self.is_local:
-            if fs.exists(path):
+        with self._reached(path):
+            if not self.is_local:
+                if fs.exists(path):
+                    return False
+                fs.pipe_file(path, content)
+                return True
+            temporary = _temporary(path, content)
+            try:
+                os.link(temporary, path)  # fails if the name exists: no window between the question and the answer
+            except FileExistsError:
                 return False
-            fs.pipe_file(path, content)
-            return True
-        temporary = _temporary(path, content)
-        try:
-            os.link(temporary, path)  # fails if the name exists: no window between the question and the answer
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary)
-        _sync_folder(path)
+            finally:
+                os.unlink(temporary)
+            _sync_folder(path)
         return True
 
     def list(self, name: str = "") -> list[str]:
         """The names in a folder, sorted; none where it is not."""
         fs, path = self._at(name)
         try:
-            found = fs.ls(path, detail=False, refresh=True) if not self.is_local else fs.ls(path, detail=False)
+            with self._reached(path):
+                found = fs.ls(path, detail=False, refresh=True) if not self.is_local else fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         inside = {str(item).rstrip("/") for item in found} - {path}  # object stores may list the folder itself
@@ -115,16 +140,19 @@ class Storage:
     def size(self, name: str) -> int:
         """Bytes of a file, or of all files below a folder."""
         fs, path = self._at(name)
-        return int(fs.du(path)) if fs.exists(path) else 0
+        with self._reached(path):
+            return int(fs.du(path)) if fs.exists(path) else 0
 
     def delete(self, name: str) -> None:
         fs, path = self._at(name)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        with self._reached(path):
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
 
     def move(self, name: str, to: str) -> None:
         fs, path = self._at(name)
-        fs.mv(path, self._at(to)[1], recursive=True)
+        with self._reached(path):
+            fs.mv(path, self._at(to)[1], recursive=True)
 
 
 def _temporary(path: str, content: bytes) -> str:
