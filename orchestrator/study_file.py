@@ -322,7 +322,10 @@ def _blamed_on(place: str) -> Iterator[None]:
 
 
 def _no_arm_is_there_twice(study: Study, lines: Lines) -> None:
-    """Equal arms have the same trials, which the tables can give to one of them only."""
+    """Equal arms have the same trials, which the tables can give to one of them only. With --set, which may make them equal
+    for a quick look, that is so and no fault."""
+    if study.fixed:
+        return
     tuned = [{path: value} for path, grid in (study.tune.grid.items() if study.tune else ()) for value in grid] or [{}]
     seen: list[tuple[str, list[TrialSpec]]] = []
     for arm in study.arms:
