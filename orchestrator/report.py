@@ -328,6 +328,9 @@ def _pairs(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Drawing
     if not groups:
         return None
     height = (290 if len(groups) == 1 else 190) - (25 if len(verdicts) > 4 else 0)
+    height = max(
+        height, 80 + 13 * max(len(group.spent) for group in groups)
+    )  # the names beside it, one below the other
     caption = (
         "Left: thin lines join one seed’s two arms, the thick line their means. Right: the same values against all that "
         "was spent, the teacher’s included; lines are the means on the way."
