@@ -85,7 +85,9 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     if found.verdict == "refuted":
         command = export_command(study, f"--arm {shlex.quote(base)}")
     facts += _shrinkage(study, tables, found, difference, score, fresh)
-    facts.append(("beside it", _beside(study, tables, base, params, fresh)))
+    facts[0] = (facts[0][0], f"{facts[0][1]}, {base}’s of {max(1, _num_tuned(study, tables, base, params))}")
+    confirmed = ended(tables, "confirm")
+    cost = ("cost", _cost(study, tables, runs, (base, confirmed[confirmed["point"] == base])))
     return Advice(title, lead, found.verdict, recipe, [*_confirmed(study, found, base), *facts, cost], command)
 
 
@@ -110,21 +112,10 @@ def _shrinkage(study: Study, tables: Tables, found: Confirmation, difference: fl
     ]
 
 
-def _beside(study: Study, tables: Tables, base: str, params: dict[str, Any], fresh: pd.DataFrame) -> str:
-    """How hard the other side was looked for, and by how much the recipe is dearer: neither is equal by itself."""
-    tried = ended(tables, "tune", base)
+def _num_tuned(study: Study, tables: Tables, base: str, params: dict[str, Any]) -> int:
+    """How many trials the other side was chosen from: the search's best is the best of more."""
     sizes = match(study, 0, params)
-    num = sum(match(study, 0, parsed(cell)) == sizes for cell in tried["params"])
-    text = f"{base}, " + (f"the best of {num} tuned trials" if num > 1 else "not tuned")
-    confirmed = ended(tables, "confirm")
-    both = (costs(tables, runs, objective_reading(study)) for runs in (fresh, confirmed[confirmed["point"] == base]))
-    means = [c.drop(columns="trial").mean() for c in both if not c.empty]
-    if len(means) < 2:
-        return text
-    flops, seconds = ([m[f"own_{what}"] + m[f"before_{what}"] for m in means] for what in ("flops", "device_seconds"))
-    if min(flops[1], seconds[1]) <= 0:
-        return text
-    return f"{text}; the recipe takes ×{flops[0] / flops[1]:.2f} its compute and ×{seconds[0] / seconds[1]:.2f} its device time"
+    return sum(match(study, 0, parsed(cell)) == sizes for cell in ended(tables, "tune", base)["params"])
 
 
 def _search_difference(study: Study, tables: Tables, base: str, params: dict[str, Any], winner: pd.DataFrame) -> float:
@@ -192,13 +183,24 @@ def _best_on_dev(study: Study, tables: Tables, trials: pd.DataFrame) -> str | No
     return (min if study.objective.mode == "min" else max)(ordered, key=values.__getitem__) if ordered else None
 
 
-def _cost(study: Study, tables: Tables, trials: pd.DataFrame) -> str:
-    cost = costs(tables, trials[trials["status"] == "ended"], objective_reading(study))
+def _cost(study: Study, tables: Tables, trials: pd.DataFrame, beside: tuple[str, pd.DataFrame] | None = None) -> str:
+    """Mean of a trial, its teacher included; and over that of an arm beside it, since no axis holds the two equal."""
+    at = objective_reading(study)
+    cost = costs(tables, trials[trials["status"] == "ended"], at)
     if cost.empty:
         return "not known yet"
+    flops, seconds = _spent(cost)
+    text = f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time a trial, teacher included"
+    other = costs(tables, beside[1], at) if beside is not None else cost
+    if beside is None or other.empty or not _spent(other)[0]:
+        return text
+    return f"{text}: ×{flops / _spent(other)[0]:.2f} {beside[0]}’s FLOPs"
+
+
+def _spent(cost: pd.DataFrame) -> tuple[float, float]:
     mean = cost.drop(columns="trial").mean()
-    flops, seconds = (mean[f"own_{what}"] + mean[f"before_{what}"] for what in ("flops", "device_seconds"))
-    return f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time a trial, teacher included"
+    flops, seconds = (float(mean[f"own_{what}"] + mean[f"before_{what}"]) for what in ("flops", "device_seconds"))
+    return flops, seconds
 
 
 def arguments(study: Study) -> str:
