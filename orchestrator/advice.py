@@ -191,10 +191,10 @@ def _cost(study: Study, tables: Tables, trials: pd.DataFrame, beside: tuple[str,
         return "not known yet"
     flops, seconds = _spent(cost)
     text = f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time a trial, teacher included"
-    other = costs(tables, beside[1], at) if beside is not None else cost
-    if beside is None or other.empty or not _spent(other)[0]:
+    if beside is None or (other := costs(tables, beside[1], at)).empty:
         return text
-    return f"{text}: ×{flops / _spent(other)[0]:.2f} {beside[0]}’s FLOPs"
+    less, _ = _spent(other)
+    return f"{text}: ×{flops / less:.2f} {beside[0]}’s FLOPs" if less else text
 
 
 def _spent(cost: pd.DataFrame) -> tuple[float, float]:

@@ -94,10 +94,9 @@ def test_slots_of_any_machine_have_the_time_that_ranks_need_to_leave(monkeypatch
     def never(*_: Any) -> None:
         raise Reached
 
-    names = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
     monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", {"AWS_SECRET_ACCESS_KEY"})
     monkeypatch.setattr(slots, "_Source", never)
     study = SimpleNamespace(search=None)
     with pytest.raises(Reached):
         slots.run_agenda(SimpleNamespace(study=study), 1, provenance={}, on_tick=never, say=never)  # type: ignore[arg-type]
-    assert set(class_cache.ENV_VARS_TO_PROPAGATE) == {names}
+    assert set(class_cache.ENV_VARS_TO_PROPAGATE) == {"TUNE_FUNCTION_THREAD_TIMEOUT_S"}
