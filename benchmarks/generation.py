@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation                                   # on two shared cores: some minutes
     python -m benchmarks.generation --top-p 0.9
-    python -m benchmarks.generation --device cuda --width 768 --layers 12 --vocab-size 50257 --prompts 64 --rounds 5
+    python -m benchmarks.generation --device cuda --width 768 --layers 12 --vocab-size 50257 --rounds 5
 
 A model with random weights; prompts of random ids, of random lengths between half of `--prompt-length` and all of it.
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -11,7 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainables.generate import Drawn, GenerationError, _descending, _streams, draw, interleave, sample
+from trainables.generate import (
+    Drawn,
+    GenerationError,
+    _begun,
+    _descending,
+    _left_padded,
+    _Reading,
+    _streams,
+    draw,
+    interleave,
+    sample,
+)
 from trainables.models import build
 from trainables.spec.data import Sampling
 from trainables.spec.models import Model
@@ -73,7 +84,25 @@ def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_comput
     wanted = [reply[: reply.index(end) + 1] if end in reply else reply for reply in lists(whole)]
     assert lists(ending) == wanted
     assert 0 < ending.num_unfinished == sum(end not in reply for reply in wanted) < len(wanted)
-    assert ending.num_tokens < whole.num_tokens == len(PROMPTS) * (11 + 39)
+    # prompts are read in parts of similar lengths: 1 and 2, 3 and 6, 6 and 9, 11
+    assert ending.num_tokens < whole.num_tokens == 2 * 2 + 2 * 6 + 2 * 9 + 11 + len(PROMPTS) * 39
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prompts_read_in_parts_leave_what_reading_them_at_once_leaves(family: str) -> None:
+    net, prompts = make(family), sorted(PROMPTS, key=len)
+    reading, logits_BV = _begun(net, VOCAB, prompts, PAD, "cpu")
+    plain = _Reading(net, VOCAB)
+    ids_BT, mask_BT = _left_padded(prompts, PAD, "cpu")
+    torch.testing.assert_close(logits_BV, plain.read(ids_BT, mask_BT, 1)[:, 0])
+    assert reading.mask_BT is not None and torch.equal(reading.mask_BT, mask_BT)
+    is_token_B1T1 = mask_BT[:, None, :, None]
+    for layer, other in zip(reading.cache.layers, plain.cache.layers, strict=True):
+        for states, others in ((layer.keys, other.keys), (layer.values, other.values)):
+            torch.testing.assert_close(states * is_token_B1T1, others * is_token_B1T1)
+            assert states.isfinite().all()  # 0 times what is masked is no number where that is none
+    assert reading.num_tokens < plain.num_tokens == ids_BT.numel()
 
 
 # ----------------------------------------------------------------------------------------------------------------- draws

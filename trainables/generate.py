@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainables.spec.data import Sampling
@@ -71,22 +72,21 @@ def sample(
     room = _room(prompts, how.max_tokens, net)
     with _answering(net), autocast():
         for chosen in _batches(prompts, rows):
-            reading = _Reading(net, vocab_size)
             written = _Written([room[i] for i in chosen], end_id, device)
             at_RT = _streams(seed, "draw", [first + i for i in chosen], how.max_tokens, device)
-            ids_BT, mask_BT = _left_padded([prompts[i] for i in chosen], pad_id, device)
-            while len(written.active_B):
-                logits_BV = reading.read(ids_BT, mask_BT, 1)[:, 0]
+            reading, logits_BV = _begun(net, vocab_size, [prompts[i] for i in chosen], pad_id, device)
+            while True:
                 at_B = at_RT[written.active_B, written.num_R[written.active_B].clamp_max(how.max_tokens - 1)]
                 token_B = logits_BV.argmax(-1) if greedy else draw(logits_BV, at_B, how)
                 goes_on_B = written.add(token_B[:, None], torch.ones_like(token_B))
+                if not (going_on := int(goes_on_B.sum())):
+                    break
                 # rows that ended are left out once they are a quarter, so that all such copies together cost four times
                 # the first one at most
-                if (going_on := int(goes_on_B.sum())) <= 0.75 * len(goes_on_B):
-                    if going_on:
-                        reading.keep(goes_on_B.nonzero()[:, 0])
+                if going_on <= 0.75 * len(goes_on_B):
+                    reading.keep(goes_on_B.nonzero()[:, 0])
                     written.active_B, token_B = written.active_B[goes_on_B], token_B[goes_on_B]
-                ids_BT, mask_BT = token_B[:, None], torch.ones_like(token_B[:, None], dtype=torch.bool)
+                logits_BV = reading.read(token_B[:, None], torch.ones_like(token_B[:, None], dtype=torch.bool), 1)[:, 0]
             replies.update(zip(chosen, written.replies(), strict=True))
             num_unfinished += written.num_unfinished()
             num_tokens += reading.num_tokens
@@ -356,6 +356,15 @@ class _Reading:
             raise _refused(self.net)
         return logits_BTV[:, -num:, : self.vocab_size].float()
 
+    def join(self, others: Sequence[_Reading]) -> None:
+        """Goes on with the rows of others, too, behind its own; the others are used up."""
+        masks = [one.mask_BT for one in (self, *others) if one.mask_BT is not None]
+        longest = max(mask_BT.shape[1] for mask_BT in masks)
+        self.mask_BT = torch.cat([functional.pad(mask_BT, (longest - mask_BT.shape[1], 0)) for mask_BT in masks])
+        for own, *more in zip(self.cache.layers, *(other.cache.layers for other in others), strict=True):
+            own.join(more)
+        self.num_tokens += sum(other.num_tokens for other in others)
+
     def keep(self, rows_B: Tensor, drop_B: Tensor | None = None) -> None:
         """Goes on with these rows only, each without its last `drop_B` tokens."""
         assert self.mask_BT is not None
@@ -372,6 +381,24 @@ class _Reading:
         self.mask_BT = places_T >= longest - lengths_B[:, None]
         for layer in self.cache.layers:
             layer.take(rows_B, slots_BT)
+
+
+def _begun(net: Any, vocab_size: int, prompts: Sequence[Tokens], pad_id: int, device: str) -> tuple[_Reading, Tensor]:
+    """The prompts, shortest first, as the model has read them, and logits after each, [B, vocab_size].
+
+    Read in four parts, since padding all of them to the longest costs as much as their own tokens do: where lengths are
+    spread evenly up to a longest one, parts spare three quarters of the padding.
+    """
+    num_parts = 4 if len(prompts[0]) < len(prompts[-1]) else 1
+    parts = [part.tolist() for part in np.array_split(np.arange(len(prompts)), num_parts) if len(part)]
+    readings = [_Reading(net, vocab_size) for _ in parts]
+    logits = [
+        reading.read(*_left_padded([prompts[i] for i in part], pad_id, device), 1)[:, 0]
+        for reading, part in zip(readings, parts, strict=True)
+    ]
+    if len(readings) > 1:
+        readings[0].join(readings[1:])
+    return readings[0], torch.cat(logits)
 
 
 class _Slots(DynamicLayer):  # type: ignore[misc]
@@ -394,6 +421,22 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, :new] for room in self.rooms)
         return self.keys, self.values
 
+    def join(self, others: Sequence[_Slots]) -> None:
+        """The rows of others behind its own, their last tokens in the same slot. Layer by layer: one is held twice."""
+        every = [self, *others]
+        num, longest = sum(len(layer.keys) for layer in every), max(layer.get_seq_length() for layer in every)
+        # what is masked is multiplied by 0 and must be finite
+        rooms = [one.new_zeros((num, one.shape[1], _roomy(longest), one.shape[3])) for one in (self.keys, self.values)]
+        start = 0
+        for layer in every:
+            stop = start + len(layer.keys)
+            for room, states in zip(rooms, (layer.keys, layer.values), strict=True):
+                room[start:stop, :, longest - states.shape[2] : longest] = states
+            layer.rooms, start = None, stop
+            del layer.keys, layer.values
+        self.rooms = (rooms[0], rooms[1])
+        self.keys, self.values = (room[:, :, :longest] for room in rooms)
+
     def take(self, rows_B: Tensor, slots_BT: Tensor) -> None:
         """Each of these rows, at these of its slots."""
         kept = [states[rows_B[:, None], :, slots_BT].transpose(1, 2) for states in (self.keys, self.values)]
@@ -403,7 +446,12 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
 
     def _move(self, least: int, like: Sequence[Tensor], states: Sequence[Tensor] | None) -> None:
         """To rooms for `least` tokens and some, of the rows, heads, widths and types of `like`."""
-        rooms = [one.new_empty((*one.shape[:2], least + least // 4 + 32, one.shape[3])) for one in like]
+        rooms = [one.new_empty((*one.shape[:2], _roomy(least), one.shape[3])) for one in like]
         for room, one in zip(rooms, states or (), strict=False):
             room[:, :, : one.shape[2]] = one
         self.rooms = (rooms[0], rooms[1])
+
+
+def _roomy(num: int) -> int:
+    """So many slots and some."""
+    return num + num // 4 + 32
