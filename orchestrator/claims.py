@@ -26,6 +26,7 @@ from orchestrator.sides import (
     equal_sides,
     is_at,
     of_kind,
+    paid,
     ratios,
     sides,
 )
@@ -409,18 +410,15 @@ def _notes_on_pairs(found: Comparison | None, arm: str, against: str) -> list[st
 
 def _cost_part(arm: Side, against: Side, axis: CostAxis) -> _Part:
     """Whether the arm took less of the axis than `against`, each without the phases that both have at that seed."""
-    seeds = arm.values.keys() & against.values.keys() & arm.bills.keys() & against.bills.keys()
-    bills = {seed: (arm.bills[seed], against.bills[seed]) for seed in sorted(seeds)}
-    both = {seed: a.keys() & b.keys() for seed, (a, b) in bills.items()}
-    own = [{s: float(getattr(pair[i].total(both[s]), axis)) for s, pair in bills.items()} for i in (0, 1)]
-    full = [{s: float(getattr(pair[i].total(), axis)) for s, pair in bills.items()} for i in (0, 1)]
+    spent = paid(arm, against)
+    own, full = (
+        [{seed: float(getattr(pair[i], axis)) for seed, pair in pairs.items()} for i in (0, 1)]
+        for pairs in (spent.own, spent.full)
+    )
     found, whole = (compare_costs(*costs, name=against.name) for costs in (own, full))
     words, failed = AXIS_WORDS[axis], bool(arm.failed | against.failed)
     if found is None or whole is None:
         return _Part(None, 1, 0, [f"no seed has {words} recorded of both {arm.name!r} and {against.name!r}"], failed)
-    shared = tuple(
-        dict.fromkeys(n for s, (a, _) in bills.items() for n, (key, _) in a.others.items() if key in both[s])
-    )
     notes, p = [], 1.0 if found.p is None else found.p
     if found.log_sd == 0:
         if axis == "device_seconds":
@@ -435,13 +433,15 @@ def _cost_part(arm: Side, against: Side, axis: CostAxis) -> _Part:
     times = f"\N{MULTIPLICATION SIGN}{found.ratio:.3g}"
     times += " [{:.3g}, {:.3g}]".format(*found.interval) if found.interval else ""
     left_out = (
-        f"without {', '.join(shared)}, which both start from" if shared else "which start from no phase in common"
+        f"without {', '.join(spent.shared)}, which both start from"
+        if spent.shared
+        else "which start from no phase in common"
     )
     notes.append(
         f"{words} of {arm.name!r}: {times} that of {against.name!r} ({verdict}; geometric mean over "
         f"{found.n} seed{'s' if found.n > 1 else ''}, {left_out}); \N{MULTIPLICATION SIGN}{whole.ratio:.3g} in full"
     )
-    return _Part(None, p, found.log_gain, notes, failed, cost=CostPart(axis, found, whole.ratio, shared, verdict))
+    return _Part(None, p, found.log_gain, notes, failed, cost=CostPart(axis, found, whole.ratio, spent.shared, verdict))
 
 
 def _seeds_more(parts: list[_Part]) -> int | None:

@@ -397,20 +397,33 @@ def item_of(name: str) -> str:
     return name.partition("[")[2].removesuffix("]")
 
 
-def ratios(arm: Side, against: Side) -> tuple[Cost, Cost, tuple[str, ...]] | None:
-    """The arm's mean cost over the other's, at the seeds that both have: without the phases that both start from at a seed,
-    and with them; and the names of these."""
-    seeds = sorted(arm.bills.keys() & against.bills.keys())
-    if not seeds:
-        return None
-    own, full, shared = list[tuple[Cost, Cost]](), list[tuple[Cost, Cost]](), dict[str, None]()
-    for a, b in ((arm.bills[seed], against.bills[seed]) for seed in seeds):
+class Paid(NamedTuple):
+    """What two sides have spent, at the seeds that both have a bill of."""
+
+    own: dict[int, tuple[Cost, Cost]]  # by seed, of arm and against, without the phases that both start from there
+    full: dict[int, tuple[Cost, Cost]]  # with them
+    shared: tuple[str, ...]  # the names of these
+
+
+def paid(arm: Side, against: Side) -> Paid:
+    """What each has spent of its own, so that what both start from does not make them look alike."""
+    found = Paid({}, {}, ())
+    for seed in sorted(arm.bills.keys() & against.bills.keys()):
+        a, b = arm.bills[seed], against.bills[seed]
         both = a.keys() & b.keys()
-        own.append((a.total(both), b.total(both)))
-        full.append((a.total(), b.total()))
-        shared |= dict.fromkeys(name for name, (key, _) in a.others.items() if key in both)
-    less, whole = (_ratio(*np.mean(np.array(pairs), axis=0).tolist()) for pairs in (own, full))
-    return less, whole, tuple(shared)
+        found.own[seed], found.full[seed] = (a.total(both), b.total(both)), (a.total(), b.total())
+        names = (name for name, (key, _) in a.others.items() if key in both)
+        found = found._replace(shared=tuple(dict.fromkeys((*found.shared, *names))))
+    return found
+
+
+def ratios(arm: Side, against: Side) -> tuple[Cost, Cost, tuple[str, ...]] | None:
+    """The arm's mean cost over the other's: of their own, and in full; and the phases that both start from."""
+    found = paid(arm, against)
+    if not found.own:
+        return None
+    own, full = (_ratio(*np.mean(np.array(list(pairs.values())), axis=0).tolist()) for pairs in (found.own, found.full))
+    return own, full, found.shared
 
 
 def _ratio(arm: Iterable[float], against: Iterable[float]) -> Cost:
