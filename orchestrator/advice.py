@@ -64,12 +64,11 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     shown = fixed(score, decimals_for(None, score), sign=study.objective.minus is not None)
     paired = f" minus {study.objective.minus}" if study.objective.minus else ""
     facts = [("search", f"{shown} on dev{paired}: optimistic, best of {len(done)}")]
-    cost = ("cost", _cost(study, tables, runs))
     command = export_command(study, f"--trial {run}") if run else ""
     if study.confirm is None or confirming.empty:
         why = "confirm has not run yet" if study.confirm else "the study asks for no confirm"
         lead = f"{winner} is the best so far, not confirmed on fresh seeds: {why}."
-        return Advice(title, lead, "", recipe, [*facts, cost], command)
+        return Advice(title, lead, "", recipe, [*facts, ("cost", _cost(study, tables, runs))], command)
     base = study.confirm.against
     difference = _search_difference(study, tables, base, params, done[done["point"] == winner])
     found = confirm_verdict(
