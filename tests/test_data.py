@@ -124,6 +124,22 @@ def _written(name: str, content: str) -> Callable[[Path], Files]:
     return make
 
 
+def _in_latin_1(tmp_path: Path) -> Files:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    return data_of(tmp_path / "a.jsonl")
+
+
+def test_json_is_read_as_it_stands_whatever_else_is_in_it(tmp_path: Path) -> None:
+    rows = [{"text": "2020-01-01", "id": 1}, {"id": "two", "text": "b"}, {"late": [], "text": "c"}, {"id": None}]
+    for name, content in (
+        ("a.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, rows))),
+        ("b.json", json.dumps(rows)),
+        ("c.json", json.dumps(rows, indent=2)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert load_documents(data_of(tmp_path / name)).train == ("2020-01-01", "b", "c"), name
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -132,7 +148,25 @@ def _written(name: str, content: str) -> Callable[[Path], Files]:
         (_written("a.xml", "<a/>"), r"format of .*a\.xml'; valid suffixes: \.parquet, \.jsonl, \.json, \.csv, \.txt"),
         (_written("a.txt", " \n\n \n"), r"train: no text in it"),
         (_written("a.csv", ""), r"cannot read .*a\.csv' as its suffix says"),
-        (_written("a.json", '[{"text": "x"}]'), r"cannot read .*a\.json' as its suffix says"),
+        (
+            _written("a.jsonl", '{"text": "x"}\n\n{"text":\n'),
+            r"a\.jsonl' as its suffix says: line 3, column 9: Expecting value",
+        ),
+        (
+            _written("a.json", '[\n{"text": "x"},\n{"text"}]'),
+            r"a\.json' as its suffix says: line 3, column 8: Expecting ':'",
+        ),
+        (
+            _written("a.jsonl", '{"text": "x"}\n{"text": 3}'),
+            r"train: line 2 of .*: column 'text' holds int; columns\.text must",
+        ),
+        (
+            _written("a.jsonl", '{"text": "x"}\n7'),
+            r"line 2 of .* is int; valid: an object with a value for each column",
+        ),
+        (_written("a.jsonl", "\n"), r"a\.jsonl' has no rows; give at least one object with 'text'"),
+        (_written("a.jsonl", '{"txt": "x"}'), r"no column 'text' in .*; there is txt; did you mean 'txt'"),
+        (_in_latin_1, r"a\.jsonl' as its suffix says: after line 0: 'utf-8' codec can't decode byte 0xe9"),
         (_written("a.parquet", "not parquet"), r"cannot read .*a\.parquet' as its suffix says"),
         (lambda tmp: data_of(tmp / "none.txt"), r"train: no file matches .*none\.txt'"),
         (lambda tmp: data_of(tmp / "*.csv"), r"train: no file matches .*\*\.csv'"),

@@ -131,6 +131,34 @@ def test_special_tokens_count_where_a_chat_template_puts_them(tmp_path: Path) ->
     assert data.about["exchanges"]["template"] == "chat"
 
 
+def test_what_a_template_writes_before_a_reply_is_learnt_and_not_scored(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %} <|user|> {{ m['content'] }} <|end|> "
+        "{% else %}{% if messages[0]['content'] == 'w1' %}w8 <|end|> {% endif %}w9 {{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "w2 w3"}]}
+        for prompt in ("w1", "w4")
+    ]
+    data = opened(tmp_path, rows, tok(template=template), template="chat", columns={"messages": "messages"})
+    for i, lead in enumerate(("w8 <|end|> w9", "w9")):
+        ids = data.test.reply(i).tolist()
+        assert ids == [*(WORDS.index(word) for word in f"{lead} w2 w3".split()), 2]
+        assert data.text(ids) == "w2 w3" == data.test.references(i)[0]
+    assert data.leads == ("w8 w9", "w9")  # special tokens are no text
+    assert data.text([WORDS.index("w2"), WORDS.index("w9"), 2]) == "w2 w9" and data.text([2]) == ""
+    assert opened(tmp_path, rows_of(3)).leads == ()
+
+
+def test_a_vocabulary_with_a_gap_has_a_row_for_its_last_token(tmp_path: Path) -> None:
+    words = {word: i + 3 * (i > 10) for i, word in enumerate(WORDS)}
+    backend = Tokenizer(tokenizer_models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    gappy = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
+    data = opened(tmp_path, [{"instruction": "w1", "response": WORDS[-1]}], gappy)
+    assert data.test.reply(0)[0] == data.vocab_size - 1 == len(WORDS) + 2 > len(gappy)
+
+
 def test_at_most_so_many_are_kept_and_always_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"w{i % 40} w{i // 40}", "response": "w1"} for i in range(300)]
     data = opened(tmp_path, rows, train=True, examples=50, evaluate=10)

@@ -19,6 +19,7 @@ from trainables.generate import (
     _left_padded,
     _Reading,
     _streams,
+    check,
     draw,
     interleave,
     sample,
@@ -201,6 +202,10 @@ def test_a_reply_is_cut_where_the_models_positions_end() -> None:
         sample(net, some_prompts(0, 3), Sampling(max_tokens=10), **HOW)
     with pytest.raises(GenerationError, match="mamba cannot answer"):
         sample(make("mamba"), PROMPTS, Sampling(max_tokens=10), **HOW)
+    mixed_layers = make("llama")
+    mixed_layers.config.layer_types = ["conv", "full_attention"]  # as LFM2's, of which one keeps no tokens
+    with pytest.raises(GenerationError, match="keeps more than keys and values of tokens"):
+        check(mixed_layers)
     assert sample(net, [], Sampling(), **HOW) == Drawn((), 0, 0)
 
 

@@ -168,7 +168,7 @@ def test_conversations_of_another_form_are_refused(tmp_path: Path, value: Any, s
         ({"context": "contxt"}, "no column 'contxt' in .*did you mean 'context'"),
         ({"response": "number"}, "row 1: 'number' is int 3; valid: a text, or a list of texts"),
         ({"context": "number"}, "row 1: 'number' is int 3; valid: a text, or nothing"),
-        ({"prompt": "number"}, "'number' of .* holds int64; columns.prompt must name one of strings"),
+        ({"prompt": "number"}, "line 1 of .*: column 'number' holds int; columns.prompt must name one of strings"),
         ({"messages": "context"}, "columns.messages: conversations have turns, which only `template: chat`"),
     ],
 )
@@ -268,6 +268,15 @@ def test_a_chat_template_is_asked_for_prompt_and_conversation() -> None:
         "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
     )
     assert render(ROW, "chat", chat_tokenizer(thinking)).lead == "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("reply", ["a", "channel", "final:", ":", "Hello"])
+def test_a_reply_begins_after_what_the_template_writes_though_that_holds_its_words(reply: str) -> None:
+    channel = CHATML.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}channel final: {% endif %}{{ m['content'] }}"
+    )
+    found = render(ROW._replace(replies=(reply,)), "chat", chat_tokenizer(channel))
+    assert (found.lead, found.reply) == ("channel final: ", reply)
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,7 @@ def _answered(
             greedy=seed is None,
         )
         for index, reply in zip(indices.tolist(), drawn.replies, strict=True):
-            text = data.tokenizer.decode(reply.tolist(), skip_special_tokens=True).strip()
-            rouge_E[index] = rouge_l(text, exchanges.references(index))
+            rouge_E[index] = rouge_l(data.text(reply.tolist()), exchanges.references(index))
             unfinished_E[index] = reply[-1] != data.end_id
     if session:
         return _total(session, rouge_E), _total(session, unfinished_E)

@@ -298,9 +298,14 @@ def _answering(*nets: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+# layers that keep keys and values of tokens and nothing else, as configs name them
+KEEPING_TOKENS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+
+
 def check(net: Any) -> None:
     """Raises GenerationError for a model, of any device, that has no cache of keys and values to go on from."""
-    if getattr(net, "_is_stateful", False) or cache_name(net) is None:
+    kinds = set(getattr(net.config.get_text_config(), "layer_types", None) or ())
+    if getattr(net, "_is_stateful", False) or cache_name(net) is None or kinds - KEEPING_TOKENS:
         raise _refused(net)
 
 

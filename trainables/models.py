@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -212,7 +213,7 @@ def _load(
         )
     except ModelError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unreachable(
             str(model.pretrained), "a folder with config.json and model.safetensors, or a hub id", error
         ) from None

@@ -102,7 +102,7 @@ def write_task(task: Tasks, tok: Any, home: Path) -> dict[str, Any]:
         "splits": counts,
         "removed_duplicates": splits.removed,
         "tokenizer_identity": tokenizer.identity(tok),
-        "vocab_size": len(tok),
+        "vocab_size": tokenizer.num_ids(tok),
         "task": {
             "num_labels": task.num_labels,
             "class_names": names,

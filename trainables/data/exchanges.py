@@ -202,8 +202,15 @@ class ExchangeSet:
     end_id: int
     pad_id: int  # never read, so any will do: the end token, as a padding token makes some models warn
     scoring: Scoring
+    leads: tuple[str, ...]  # what the template has before replies, as it is decoded; the longest first
     length: int  # tokens of prompt and reply at most
     about: dict[str, Any]  # counts by split, rows that were left out and why, checksums
+
+    def text(self, reply: Sequence[int]) -> str:
+        """What is compared with references: without special tokens, and without what the template has before a reply,
+        such as an empty thought, which is learnt with it and no answer."""
+        text: str = self.tokenizer.decode(list(reply), skip_special_tokens=True).strip()
+        return text.removeprefix(next((lead for lead in self.leads if text.startswith(lead)), "")).lstrip()
 
     def apart(self) -> ExchangeSet:
         """The same with a row for each exchange: see `Exchanges.apart`."""
@@ -221,13 +228,14 @@ def exchanges_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Exchang
         dev=dev,
         test=test,
         tokenizer=tok,
-        vocab_size=len(tok),
+        vocab_size=tokenizer.num_ids(tok),
         special_ids=tokenizer.special_ids(tok),
         mask_id=tok.mask_token_id,
         tokenizer_identity=about["tokenizer_identity"],
         end_id=end_id,
         pad_id=end_id,
         scoring=Scoring.model_validate(about["exchanges"]["scoring"]),
+        leads=tuple(about["exchanges"]["leads"]),
         length=about["length"],
         about=about,
     )
@@ -240,7 +248,7 @@ def write_exchanges(data: Instructions, tok: Any, home: Path) -> dict[str, Any]:
     """Fills a folder; returns what about.json tells of it."""
     end_id, splits = _end_of(tok), divided(data)
     tok.save_pretrained(str(home / "tokenizer"))
-    counts = {}
+    counts, leads = {}, set[str]()
     for name in SPLITS:
         rows: tuple[Row, ...] = getattr(splits, name)
         dropped = dict(splits.dropped.get(name, {}))
@@ -252,6 +260,7 @@ def write_exchanges(data: Instructions, tok: Any, home: Path) -> dict[str, Any]:
         most = data.examples if name == "train" else data.evaluate
         chosen = np.arange(len(found)) if most is None else sample(len(found), most)
         some = [(found[i], prompts[i]) for i in chosen]
+        leads |= {text.lead for (_, text), _ in some}
         counts[name] = {**_write(some, tok, end_id, data.length, home / f"{name}.arrow"), "dropped": dropped}
     return {
         "exchange": EXCHANGE,
@@ -259,9 +268,20 @@ def write_exchanges(data: Instructions, tok: Any, home: Path) -> dict[str, Any]:
         "splits": counts,
         "removed_duplicates": splits.removed,
         "tokenizer_identity": tokenizer.identity(tok),
-        "vocab_size": len(tok),
-        "exchanges": {"template": data.template, "scoring": data.scoring.model_dump(mode="json")},
+        "vocab_size": tokenizer.num_ids(tok),
+        "exchanges": {
+            "template": data.template,
+            "scoring": data.scoring.model_dump(mode="json"),
+            "leads": _decoded(sorted(leads), tok),
+        },
     }
+
+
+def _decoded(leads: Sequence[str], tok: Any) -> list[str]:
+    """Each as it begins a reply that is decoded without special tokens, the longest first."""
+    encoded = tokenizer.encode(tok, leads, is_template=True) if leads else []
+    texts = {tok.decode(ids, skip_special_tokens=True).strip() for ids in encoded} - {""}
+    return sorted(texts, key=lambda text: (-len(text), text))
 
 
 def sample(num_rows: int, num: int) -> NDArray[np.int64]:

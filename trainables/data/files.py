@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,16 +11,16 @@ from typing import Any, NamedTuple
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.json as pajson
 from pyarrow import csv as pacsv
 
 from trainables.data import DataError
 from trainables.data.hub import why_not
 from trainables.spec.data import Hub
 
-TABLES = (".parquet", ".jsonl", ".json", ".csv")  # .json too holds one object a line
+JSON = (".jsonl", ".json")  # an object a line, or one array of objects
+TABLES = (".parquet", *JSON, ".csv")
 SUFFIXES = (*TABLES, ".txt")
-BLOCK = 1 << 26  # bytes; a JSON line must fit into one block
+BLOCK = 1 << 26  # bytes; a row of CSV must fit into one block
 
 
 class Place(NamedTuple):
@@ -79,8 +80,7 @@ def read_tables(
 ) -> Iterator[Table]:
     """Columns that hold strings, and others that hold anything, file by file; in a CSV file all hold strings."""
     for place in places:
-        rows = _table(place.uri, texts, others, fields, what)
-        yield Table(repr(place.uri), {name: rows[name].to_pylist() for name in rows.column_names})
+        yield Table(repr(place.uri), _columns_of(place.uri, texts, others, fields, what))
 
 
 def read_hub(data: Hub, split: str, *, what: str) -> list[str]:
@@ -148,8 +148,7 @@ def some_text(documents: Iterable[str | None], what: str) -> list[str]:
 
 def _read(uri: str, text: str, what: str) -> list[str | None]:
     if not uri.endswith(".txt"):
-        documents: list[str | None] = _table(uri, (text,), (), {text: "columns.text"}, what)[text].to_pylist()
-        return documents
+        return _columns_of(uri, (text,), (), {text: "columns.text"}, what)[text]
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         return list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))
@@ -157,17 +156,74 @@ def _read(uri: str, text: str, what: str) -> list[str | None]:
         raise _unreadable(uri, what, error) from error
 
 
-def _table(uri: str, texts: Sequence[str], others: Sequence[str], fields: Mapping[str, str], what: str) -> Any:
+def _columns_of(
+    uri: str, texts: Sequence[str], others: Sequence[str], fields: Mapping[str, str], what: str
+) -> dict[str, list[Any]]:
     """Columns of a file, of which `texts` are strings."""
-    fs, path = fsspec.core.url_to_fs(uri)
     columns = list(dict.fromkeys((*texts, *others)))
+    if uri.endswith(JSON):
+        return _columns_of_json(uri, columns, texts, fields, what)
+    fs, path = fsspec.core.url_to_fs(uri)
     try:
         rows = pads.dataset(path, filesystem=fs, format=_format(uri, columns))
         for column in columns:
             _check_column(column, rows.schema, uri, what, fields.get(column), is_text=column in texts)
-        return rows.to_table(columns=columns)
+        return dict(rows.to_table(columns=columns).to_pydict())
     except pa.ArrowException as error:
         raise _unreadable(uri, what, error) from error
+
+
+def _columns_of_json(
+    uri: str, columns: Sequence[str], texts: Sequence[str], fields: Mapping[str, str], what: str
+) -> dict[str, list[Any]]:
+    """By Python's own reader: Arrow's takes a date in a text for a time, and has a say on columns that nobody asked for."""
+    found: dict[str, list[Any]] = {column: [] for column in columns}
+    there: dict[str, None] = {}
+    for where, row in _objects(uri, what):
+        there |= dict.fromkeys(row)
+        for column, values in found.items():
+            value = row.get(column)
+            if column in texts and not (value is None or isinstance(value, str)):
+                field = fields.get(column)
+                raise DataError(
+                    f"{what}: {where} of {uri!r}: column {column!r} holds {type(value).__name__}; "
+                    f"{f'{field} must name one of strings' if field else 'it must hold strings'}"
+                )
+            values.append(value)
+    if not there:
+        raise DataError(
+            f"{what}: {uri!r} has no rows; give at least one object with {' and '.join(map(repr, columns))}"
+        )
+    for column in columns:
+        _check_is_there(column, tuple(there), uri, what, fields.get(column))
+    return found
+
+
+def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and the object."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    number = 0
+    try:
+        with fs.open(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                if not line.lstrip().startswith("["):
+                    each: Iterable[tuple[str, Any]] = [(f"line {number}", json.loads(line.rstrip()))]
+                else:  # a list is no row, so this is the array of all of them
+                    each = ((f"row {i}", row) for i, row in enumerate(json.loads(line + file.read()), 1))
+                for where, row in each:
+                    if not isinstance(row, dict):
+                        raise DataError(
+                            f"{what}: {where} of {uri!r} is {type(row).__name__}; valid: an object with a value for each "
+                            f"column, on a line by itself or in one array of all"
+                        )
+                    yield where, row
+    except json.JSONDecodeError as error:
+        place = f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}"
+        raise _unreadable(uri, what, ValueError(place)) from error
+    except UnicodeDecodeError as error:
+        raise _unreadable(uri, what, ValueError(f"after line {number}: {error}")) from error
 
 
 def _unreadable(uri: str, what: str, error: Exception) -> DataError:
@@ -177,30 +233,30 @@ def _unreadable(uri: str, what: str, error: Exception) -> DataError:
 def _format(uri: str, columns: Sequence[str]) -> Any:
     if uri.endswith(".parquet"):
         return "parquet"
-    if uri.endswith(".csv"):
-        return pads.CsvFileFormat(
-            parse_options=pacsv.ParseOptions(newlines_in_values=True),
-            read_options=pacsv.ReadOptions(block_size=BLOCK),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string())  # "1984" is text here
-            ),
-        )
-    return pads.JsonFileFormat(read_options=pajson.ReadOptions(block_size=BLOCK))
+    return pads.CsvFileFormat(
+        parse_options=pacsv.ParseOptions(newlines_in_values=True),
+        read_options=pacsv.ReadOptions(block_size=BLOCK),
+        convert_options=pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),  # "1984" is text here
+    )
 
 
 def _check_column(
     column: str, schema: Any, where: str, what: str, field: str | None = "columns.text", *, is_text: bool = True
 ) -> None:
     """`field`: what in a spec names the column, if anything does."""
-    if column not in schema.names:
-        near = difflib.get_close_matches(column, schema.names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; set {field} to one of them"
-        there = f"{what}: no column {column!r} in {where!r}; there is {', '.join(schema.names)}"
-        raise DataError(there + (hint if field else ""))
+    _check_is_there(column, schema.names, where, what, field)
     kind = schema.field(column).type
     if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         must = f"{field} must name one of strings" if field else "it must hold strings"
         raise DataError(f"{what}: column {column!r} of {where!r} holds {kind}; {must}")
+
+
+def _check_is_there(column: str, names: Sequence[str], where: str, what: str, field: str | None) -> None:
+    if column not in names:
+        near = difflib.get_close_matches(column, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; set {field} to one of them"
+        there = f"{what}: no column {column!r} in {where!r}; there is {', '.join(names)}"
+        raise DataError(there + (hint if field else ""))
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from trainables.spec.data import (
     Scoring,
 )
 
-INSTRUCT = 1  # raised whenever the same rows would be split or put into a template otherwise
+INSTRUCT = 2  # raised whenever the same rows would be split or put into a template otherwise
 SPLITS = ("train", "dev", "test")
 CUT, MOST = 0.08, 500  # of the rows of train, and at most about so many, for each of dev and test that is not there
 ROLES = "{role, content}"
@@ -299,6 +299,9 @@ def _hash_of(rows: tuple[Row, ...] | None) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- templates
 
 
+MARK = "codistill-reply"  # in no template
+
+
 class Rendered(NamedTuple):
     """The text of a row: what the model is given, and what it is to write."""
 
@@ -327,16 +330,20 @@ def render(row: Row, template: str, tok: Any) -> Rendered:
     reply, named = row.replies[0], _name_of(chat_template(tok))
     try:
         prompt: str = tok.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-        whole: str = tok.apply_chat_template([*given, {"role": "assistant", "content": reply}], tokenize=False)
+        # what a template writes before a reply may hold the reply's words, so another one shows where it begins
+        whole, marked = (
+            tok.apply_chat_template([*given, {"role": "assistant", "content": text}], tokenize=False)
+            for text in (reply, MARK)
+        )
     except (TemplateError, ValueError, TypeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(turn.role for turn in row.turns)
         raise DataError(f"template: {named} refuses a conversation of {roles}, assistant: {said}") from error
     valid = "valid: a template that puts the reply after the prompt as it is, or `template: alpaca`"
-    if not whole.startswith(prompt):
+    if not whole.startswith(prompt) or not marked.startswith(prompt):
         raise DataError(f"template: {named} does not begin a conversation with its own prompt; {valid}")
-    lead, found, _ = whole[len(prompt) :].partition(reply)
-    if not found:
+    lead, found, _ = marked[len(prompt) :].partition(MARK)
+    if not found or not whole.startswith(f"{prompt}{lead}{reply}"):
         raise DataError(f"template: {named} loses the reply {_brief(reply)}; {valid}")
     return Rendered(prompt, lead, reply)
 

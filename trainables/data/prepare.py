@@ -145,7 +145,7 @@ def _write(data: Corpora, splits: Splits, tok: Any, home: Path) -> dict[str, Any
         "splits": counts,
         "removed_duplicates": splits.removed,
         "tokenizer_identity": tokenizer.identity(tok),
-        "vocab_size": len(tok),
+        "vocab_size": tokenizer.num_ids(tok),
     }
 
 

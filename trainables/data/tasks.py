@@ -154,7 +154,7 @@ def _task_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Task:
         dev=examples("dev"),
         test=examples("test"),
         tokenizer=tok,
-        vocab_size=len(tok),
+        vocab_size=tokenizer.num_ids(tok),
         special_ids=tokenizer.special_ids(tok),
         mask_id=tok.mask_token_id,
         tokenizer_identity=about["tokenizer_identity"],

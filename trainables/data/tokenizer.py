@@ -80,6 +80,12 @@ def open_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def num_ids(tokenizer: Any) -> int:
+    """One more than its greatest id. That is `len`, but where a vocabulary has gaps."""
+    greatest: int = max(tokenizer.get_vocab().values())
+    return max(len(tokenizer), 1 + greatest)
+
+
 def identity(tokenizer: Any) -> str:
     """Hash of the sorted token -> id map: equal where logits of two models mean the same tokens."""
     return digest(sorted(tokenizer.get_vocab().items()), 16)
