@@ -12,7 +12,8 @@ import torch
 from conftest import FAMILIES
 from safetensors.torch import load, save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainables import lora, models
 from trainables.evaluate import size_and_speed
@@ -31,6 +32,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-grouped": {"config": GROUPED},
     "qwen2-grouped": {"config": GROUPED},
     "roberta": {},
+    "phi3": {"config": GROUPED},
+    "gpt_neox": {},
+    "bloom": {},
 }
 ALL = ("query", "key", "value", "output")
 
@@ -116,18 +120,56 @@ def test_what_is_no_target_does_not_change_by_a_bit(which: str) -> None:
     net = adapted(copy.deepcopy(base), "query", "value")
     fill(net)
     before, after = models.weights_of(base), lora.merged(net)
-    targets = {f"{path}.weight": names for path, names in projections_of(base).items()}
+    targets = {f"{path}.weight": outputs for path, outputs in projections_of(base).items()}
     changed = set[str]()
     for name, tensor in before.items():
         if {"query", "value"} & set(targets.get(name, ())):
             is_conv = base.get_submodule(name.removesuffix(".weight")).__class__.__name__ == "Conv1D"
-            parts = zip(targets[name], *(side[name].chunk(len(targets[name]), 1 if is_conv else 0) for side in (before, after)), strict=True)  # fmt: skip
-            for target, ours, theirs in parts:
+            for target, places in targets[name].items():
+                ours, theirs = ((side[name].T if is_conv else side[name])[places] for side in (before, after))
                 assert torch.equal(ours, theirs) == (target not in ("query", "value")), (name, target)
                 changed |= {target} if not torch.equal(ours, theirs) else set()
         else:
             assert torch.equal(tensor, after[name]), name
     assert changed == {"query", "value"}
+
+
+@pytest.mark.parametrize("target", ["query", "key", "value"])
+@pytest.mark.parametrize("which", ["gpt2", "llama", "llama-grouped", "phi3", "gpt_neox"])
+def test_attention_sees_a_change_in_that_target_alone(which: str, target: str) -> None:
+    """By what the family's own code hands to attention, which knows nothing of our table."""
+    seen = list[tuple[torch.Tensor, ...]]()
+
+    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        seen.append((query, key, value))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **more)
+
+    AttentionInterface.register("watched", watched)
+    base = build(which, layers=1)
+    net = adapted(copy.deepcopy(base), target)
+    fill(net)
+    for one in (base, net, plain(net, base)):
+        one.set_attn_implementation("watched")
+        one(input_ids=some_ids())
+    before, after, again = seen
+    for name, was, now, whole in zip(("query", "key", "value"), before, after, again, strict=True):
+        assert ((was - now).abs().max() < 1e-11) == (name != target), name
+        close(now, whole)
+
+
+def test_attention_of_bloom_sees_a_change_in_that_target_alone() -> None:
+    """It has no rotations: the same added to all keys changes no probability; a value changes none either."""
+    changes = {}
+    for target in ("query", "key", "value"):
+        base = build("bloom", layers=1)
+        net = adapted(copy.deepcopy(base), target)
+        split = net.transformer.h[0].self_attention.query_key_value
+        with torch.no_grad():
+            getattr(split, target).base_layer.bias += torch.randn(32, generator=torch.Generator().manual_seed(3))
+        a, b = (one.transformer(input_ids=some_ids(), output_attentions=True) for one in (base, net))
+        pairs = ((a.attentions[0], b.attentions[0]), (a.last_hidden_state, b.last_hidden_state))
+        changes[target] = [bool((was - now).abs().max() > 1e-6) for was, now in pairs]
+    assert changes == {"query": [True, True], "key": [False, False], "value": [False, True]}
 
 
 @pytest.mark.parametrize("which", SHAPES)
@@ -142,7 +184,7 @@ def test_the_change_is_alpha_over_rank_times_b_a(which: str) -> None:
         expected = scale * pairs[f"{stem}.B"] @ pairs[f"{stem}.A"]
         change = merged[f"{path}.weight"] - base.state_dict()[f"{path}.weight"]
         is_conv = type(base.get_submodule(path)).__name__ == "Conv1D"
-        close((change.T if is_conv else change).chunk(len(targets))[targets.index("value")], expected)
+        close((change.T if is_conv else change)[targets["value"]], expected)
 
 
 @pytest.mark.parametrize("which", SHAPES)
@@ -324,13 +366,11 @@ def test_a_shape_without_weights_can_be_adapted_to_count_what_learns() -> None:
 
 
 def test_a_family_whose_projections_are_not_known_is_refused_with_its_linear_layers() -> None:
-    config = AutoConfig.for_model("gpt_neox", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)  # fmt: skip
+    config = AutoConfig.for_model("mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)  # fmt: skip
     with pytest.raises(ModelError) as error:
         adapted(models.skeleton(config))
-    assert "model 'm' (gpt_neox): no projection is known to be its query" in str(error.value)
-    assert "gpt_neox.layers.*.attention.query_key_value" in str(error.value) and "valid targets: none" in str(
-        error.value
-    )
+    assert "model 'm' (mpt): no projection is known to be its query" in str(error.value)
+    assert "transformer.blocks.*.attn.Wqkv" in str(error.value) and "valid targets: none" in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen3", "gemma2", "phi", "mistral"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> place; linear ones: writes <- reads
@@ -100,35 +102,69 @@ USUAL = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k
 USUAL_OUTPUTS = ("o_proj", "out_proj", "out_lin", "dense")  # beside them; BERT's kin: one module up, `output.dense`
 
 
-def projections_of(net: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Path of a linear layer of attention -> the projections that it makes, in the order of its outputs: query, key, value,
-    output. Several in one are of equal size. Families without a layout: where the names are usual ones."""
-    family, found = family_of(net.config), dict[str, tuple[str, ...]]()
+# families without a layout whose query, key and value are one matrix: (it, the output), ends of paths
+FUSED = {
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj"),
+    "gpt_neox": ("attention.query_key_value", "attention.dense"),
+    "bloom": ("self_attention.query_key_value", "self_attention.dense"),
+}
+HEAD_BY_HEAD = ("gpt_neox", "bloom")  # of which each head's three stand side by side
+Outputs = NDArray[np.int64]
+
+
+def projections_of(net: nn.Module) -> dict[str, dict[str, Outputs]]:
+    """Path of a linear layer of attention -> the projections that it makes (query, key, value, output) -> which of its
+    outputs are theirs. Families without a layout: where it is known, or the names are usual ones."""
+    family, found = family_of(net.config), dict[str, dict[str, Outputs]]()
+    if family in FUSED:
+        return _fused_projections(net, family)
     if family not in LAYOUTS:
-        return _usual_projections(net)
+        names = _usual_projections(net)
+        return {path: {name: np.arange(num_outputs(net.get_submodule(path)))} for path, name in names.items()}
     for path, module in net.named_modules():
         if is_linear(module) and (place := place_of(family, f"{path}.weight")) is not None:
             writes, _, reads = place.partition(" <- ")
             if reads == "o" or set(writes.split()) <= {"q", "k", "v"}:
-                found[path] = tuple(LOGICAL[space] for space in ("o" if reads == "o" else writes).split())
+                spaces = ("o" if reads == "o" else writes).split()
+                parts = np.split(np.arange(num_outputs(module)), len(spaces))
+                found[path] = {LOGICAL[space]: part for space, part in zip(spaces, parts, strict=True)}
     return found
 
 
-def _usual_projections(net: nn.Module) -> dict[str, tuple[str, ...]]:
-    modules, found = dict(net.named_modules()), dict[str, tuple[str, ...]]()
+def _fused_projections(net: nn.Module, family: str) -> dict[str, dict[str, Outputs]]:
+    shape, (fused, output), found = shape_of(net.config), FUSED[family], dict[str, dict[str, Outputs]]()
+    for path, module in net.named_modules():
+        if path.endswith(f".{output}"):
+            found[path] = {"output": np.arange(num_outputs(module))}
+        elif path.endswith(f".{fused}"):
+            outputs = np.arange(num_outputs(module))
+            if family in HEAD_BY_HEAD:
+                parts = list(outputs.reshape(shape.heads, 3, shape.head_size).swapaxes(0, 1).reshape(3, -1))
+            else:
+                ends = np.cumsum([shape.heads, shape.kv_heads]) * shape.head_size
+                parts = np.split(outputs, ends)
+            found[path] = dict(zip(("query", "key", "value"), parts, strict=True))
+    return found
+
+
+def _usual_projections(net: nn.Module) -> dict[str, str]:
+    modules, found = dict(net.named_modules()), dict[str, str]()
     for path in modules:
         for names in USUAL:
             if all(is_linear(modules.get(f"{path}.{name}")) for name in names):
-                found |= {
-                    f"{path}.{name}": (what,) for name, what in zip(names, ("query", "key", "value"), strict=True)
-                }
+                found |= {f"{path}.{name}": what for name, what in zip(names, ("query", "key", "value"), strict=True)}
                 outputs = [f"{path}.{name}" for name in USUAL_OUTPUTS] + [f"{path.rpartition('.')[0]}.output.dense"]
-                found |= {where: ("output",) for where in outputs if is_linear(modules.get(where))}
+                found |= {where: "output" for where in outputs if is_linear(modules.get(where))}
     return found
 
 
 def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def num_outputs(module: Any) -> int:
+    """Of a linear layer."""
+    return int(module.weight.shape[1 if is_transposed(module) else 0])
 
 
 @dataclass(frozen=True)

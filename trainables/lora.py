@@ -10,14 +10,15 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables.layouts import is_transposed, projections_of
+from trainables.layouts import Outputs, is_transposed, projections_of
 from trainables.models import ModelError, dropouts, weights_of
 from trainables.spec.phase import Lora
 from trainables.spec.value import random_stream
@@ -26,22 +27,31 @@ ADAPTER = "default"  # what peft calls an only one
 
 
 class Split(nn.Module):
-    """A matrix that makes several projections, as one layer for each: outputs stand side by side as before."""
+    """A matrix that makes several projections, as one layer for each: outputs stand where they stood before."""
 
-    def __init__(self, whole: Any, names: tuple[str, ...]) -> None:
+    order: Tensor | None  # of an output: where it is when those of each projection stand together
+
+    def __init__(self, whole: Any, outputs: Mapping[str, Outputs]) -> None:
         super().__init__()
         self.axis = 1 if is_transposed(whole) else 0  # along which the outputs lie
-        weights = whole.weight.detach().chunk(len(names), self.axis)
-        biases = [None] * len(names) if whole.bias is None else whole.bias.detach().chunk(len(names))
-        for name, weight, bias in zip(names, weights, biases, strict=True):
+        for name, places in outputs.items():
+            own = torch.from_numpy(places).to(whole.weight.device)
             part = copy.deepcopy(whole)
-            part.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-            part.bias = None if bias is None else nn.Parameter(bias.clone())
-            setattr(part, "nf" if is_transposed(whole) else "out_features", weight.shape[self.axis])
+            part.weight = nn.Parameter(whole.weight.detach().index_select(self.axis, own).contiguous())
+            part.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().index_select(0, own))
+            setattr(part, "nf" if is_transposed(whole) else "out_features", len(places))
             self.add_module(name, part)
+        order = np.argsort(np.concatenate(list(outputs.values())))
+        is_same = bool((order == np.arange(len(order))).all())
+        self.register_buffer("order", None if is_same else torch.from_numpy(order).to(own.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.children()], -1)
+        return self.together([part(x) for part in self.children()], -1)
+
+    def together(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """What each projection has, as the matrix has it."""
+        whole = torch.cat(list(parts), axis)
+        return whole if self.order is None else whole.index_select(axis, self.order.to(whole.device))
 
 
 def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
@@ -102,7 +112,7 @@ def merged(net: nn.Module) -> dict[str, Tensor]:
             for leaf, axis in (("weight", module.axis), ("bias", 0)):
                 names = [f"{path}.{part}.{leaf}" for part, _ in module.named_children()]
                 if names[0] in state:
-                    state[f"{path}.{leaf}"] = torch.cat([state.pop(name) for name in names], axis)
+                    state[f"{path}.{leaf}"] = module.together([state.pop(name) for name in names], axis)
     return state
 
 
