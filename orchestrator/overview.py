@@ -223,6 +223,14 @@ def _phases(agenda: Agenda, trials: list[Planned], base: TrialSpec, corpora: Map
             f"{name:12} trains {', '.join(phase.train)}: {steps:,} steps of {phase.batch} x {corpora[stream.data].train.length} tokens"
             f"{'; needs ' + ', '.join(after) if after else ''}; {len(keys.get(name, ()))} to have, {have} in the store"
         )
+        for model, how in phase.train.items():
+            if how == "full" and base.models[model].dtype == "bf16":
+                # its halved spacing: from 2^-9 to 2^-8 of a number; a step of AdamW is about lr
+                lr = phase.optimizer_of(model).lr
+                lines.append(
+                    f"{name:12} {model}'s own weights are bf16, in which a step under 1/512 of a weight is lost: at lr {lr:g} "
+                    f"none beyond {512 * lr:.2g} moves; `precision: bf16` computes in bf16 on weights in fp32"
+                )
     return lines
 
 

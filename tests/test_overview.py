@@ -128,6 +128,21 @@ def test_the_parts_of_memory_add_up_to_what_is_said(plan: Callable[..., dict[str
     assert " of 4 GB in phase distil of arm big" in bigger["memory"][0] and "teacher" not in bigger["memory"][0]
 
 
+def test_steps_that_weights_in_bf16_cannot_make_are_told(plan: Callable[..., dict[str, list[str]]]) -> None:
+    def lost(*names: str, kind: Any = "full") -> list[str]:
+        trial = distillation()
+        for name in names:
+            trial["models"][name]["dtype"] = "bf16"
+        trial["phases"]["distil"]["train"]["student"] = kind
+        trial["phases"]["distil"]["optimizer"]["lr"] = 1e-5
+        return [line for line in plan(trial=trial)["phases"] if "bf16" in line]
+
+    (line,) = lost("student")
+    assert "distil " in line and "at lr 1e-05 none beyond 0.0051 moves" in line
+    assert len(lost("student", "teacher")) == 2 and not lost()
+    assert not lost("student", kind={"kind": "lora"})  # its pairs are in fp32
+
+
 def test_a_trial_that_fits_no_slot_is_refused_in_one_sentence(
     plan: Callable[..., dict[str, list[str]]], tmp_path: Path, lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
