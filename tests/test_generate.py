@@ -196,6 +196,9 @@ def test_a_reply_is_cut_where_the_models_positions_end() -> None:
     net = make("gpt2", length=16)
     drawn = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), **{**HOW, "end_id": VOCAB})
     assert [len(reply) for reply in drawn.replies] == [4, 10, 1] and drawn.num_unfinished == 3
+    shorter = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), length=13, **{**HOW, "end_id": VOCAB})
+    assert lists(shorter) == [reply[:num] for reply, num in zip(lists(drawn), (1, 9, 1), strict=True)]
+    assert shorter.num_unfinished == 3 and shorter.num_tokens < drawn.num_tokens
     with pytest.raises(GenerationError, match="prompt 1 has 17 tokens, and a gpt2 with positions for 16"):
         sample(net, some_prompts(3, 17), Sampling(max_tokens=10), **HOW)
     with pytest.raises(GenerationError, match="prompt 0 is empty"):

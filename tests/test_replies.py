@@ -141,7 +141,11 @@ def test_once_computes_only_what_was_never_answered(drawn: list[int]) -> None:
 
 def test_replies_are_cut_to_the_room_and_counted_as_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = (np.array([9] * 8 + [END], np.int32), np.array([9] * 9 + [END], np.int32), np.array([9], np.int32))
-    monkeypatch.setattr(replies, "sample", lambda *_, **__: Drawn(ends, 1, 5))
+
+    def cut(_net: Any, prompts: Any, _how: Any, *, length: int, **_more: Any) -> Drawn:
+        return Drawn(tuple(end[: length - len(prompt)] for end, prompt in zip(ends, prompts, strict=True)), 1, 5)
+
+    monkeypatch.setattr(replies, "sample", cut)
     spec = made_of()
     state = state_of(spec)
     batch, _ = read(spec, state, 0, [0, 1, 2])

@@ -38,7 +38,7 @@ class Drawn:
     """Replies in the order of their prompts, the end token included where it came."""
 
     replies: tuple[Tokens, ...]
-    num_unfinished: int  # replies that were cut: at `max_tokens`, or where the model has no more positions
+    num_unfinished: int  # replies that were cut: at `max_tokens`, at `length`, or where the model has no more positions
     num_tokens: (
         int  # positions that the model computed, padding and what was thrown away included; of `interleave`: the draft
     )
@@ -55,6 +55,7 @@ def sample(
     vocab_size: int,
     seed: int,
     first: int = 0,
+    length: int | None = None,
     device: str,
     autocast: Autocast = nullcontext,
     rows: int | None = None,
@@ -62,14 +63,14 @@ def sample(
 ) -> Drawn:
     """A reply of `net` to each prompt. `first`: the number of the first prompt, where others answer those before it.
 
-    `rows`: so many prompts at a time, all by default. No token at or beyond `vocab_size` is drawn. The net is in
+    `length`: tokens that prompt and reply may have together. `rows`: so many prompts at a time, all by default. No token at or beyond `vocab_size` is drawn. The net is in
     evaluation mode meanwhile, and as it was afterwards; the process' random generators are left alone. Raises
     GenerationError for an empty prompt, one that is longer than the model's context, and models without a cache of keys
     and values.
     """
     replies: dict[int, Tokens] = {}
     num_unfinished = num_tokens = 0
-    room = _room(prompts, how.max_tokens, net)
+    room = _room(prompts, how.max_tokens, length, net)
     with _answering(net), autocast():
         for chosen in _batches(prompts, rows):
             written = _Written([room[i] for i in chosen], end_id, device)
@@ -104,6 +105,7 @@ def interleave(
     vocab_size: int,
     seed: int,
     first: int = 0,
+    length: int | None = None,
     device: str,
     autocast: Autocast = nullcontext,
     rows: int | None = None,
@@ -117,7 +119,7 @@ def interleave(
     """
     replies: dict[int, Tokens] = {}
     num_unfinished = draft_tokens = teacher_tokens = 0
-    room = _room(prompts, how.max_tokens, draft, teacher)
+    room = _room(prompts, how.max_tokens, length, draft, teacher)
     of_teacher = Sampling(temperature=how.teacher_temperature, top_p=how.teacher_top_p)
     with _answering(draft, teacher), autocast():
         for chosen in _batches(prompts, rows):
@@ -214,8 +216,9 @@ def _streams(seed: int, purpose: str, numbers: Sequence[int], num: int, device: 
 # --------------------------------------------------------------------------------------------------------------- batches
 
 
-def _room(prompts: Sequence[Tokens], max_tokens: int, *nets: Any) -> list[int]:
-    """Tokens that each reply may have: with its prompt at most what every model has positions for, and at least 1."""
+def _room(prompts: Sequence[Tokens], max_tokens: int, length: int | None, *nets: Any) -> list[int]:
+    """Tokens that each reply may have: with its prompt at most `length`, and what every model has positions for; and at
+    least 1."""
     limits = [getattr(net.config, "max_position_embeddings", None) for net in nets]
     limit = min((limit for limit in limits if limit is not None), default=None)
     for number, prompt in enumerate(prompts):
@@ -226,7 +229,8 @@ def _room(prompts: Sequence[Tokens], max_tokens: int, *nets: Any) -> list[int]:
                 f"prompt {number} has {len(prompt)} tokens, and a {nets[limits.index(limit)].config.model_type} with "
                 f"positions for {limit} is to answer it: leave out longer ones (`prompt_length`)"
             )
-    return [max_tokens if limit is None else max(1, min(max_tokens, limit - len(prompt))) for prompt in prompts]
+    most = min((most for most in (limit, length) if most is not None), default=None)
+    return [max_tokens if most is None else max(1, min(max_tokens, most - len(prompt))) for prompt in prompts]
 
 
 def _batches(prompts: Sequence[Tokens], rows: int | None) -> Iterator[list[int]]:

@@ -119,6 +119,7 @@ def _draw(
         "vocab_size": by.vocab_size,
         "seed": random_stream(at.seed, "sampling", at.phase, at.stream, at.step),
         "first": low,
+        "length": by.length,
         "device": by.device,
         "autocast": by.autocast,
     }
@@ -130,8 +131,7 @@ def _draw(
 
     mine = [by.within_memory(draw)] if low < high else []
     everyone = [drawn for of_rank in by.gather(mine) for drawn in of_rank]
-    whole = (reply for drawn in everyone for reply in drawn.replies)
-    replies = tuple(reply[: by.length - len(prompt)] for prompt, reply in zip(prompts, whole, strict=True))
+    replies = tuple(reply for drawn in everyone for reply in drawn.replies)
     state["replies"] += len(replies)
     state["unfinished"] += sum(int(reply[-1]) != by.end_id for reply in replies)
     state["tokens"] += sum(map(len, replies))
