@@ -53,7 +53,7 @@ class PythonDocs(_Data):
 
 
 class Files(_Data):
-    """Local or remote Parquet, JSON lines, CSV or text files, by suffix; a path, a glob or a URI.
+    """Local or remote Parquet, JSON (an object a line, or an array of them), CSV or text files, by suffix; a path, a glob or a URI.
 
     Without `dev` or `test`, documents are split by a hash of their text.
     """
@@ -136,7 +136,7 @@ class LabelledColumns(Value):
 
 
 class LabelledFiles(_Task):
-    """A task of one's own: Parquet, JSON lines or CSV files, by suffix; a path, a glob or a URI.
+    """A task of one's own: Parquet, JSON or CSV files, by suffix; a path, a glob or a URI.
 
     `classes` lists the labels as they stand in the file; without it labels are numbers to be predicted. Without `dev` or
     `test`, examples are split by a hash of their text.
@@ -238,7 +238,7 @@ class _Instructed(_Instructions):
 
 
 class InstructionFiles(_Instructed):
-    """Parquet, JSON lines or CSV files, by suffix; a path, a glob or a URI."""
+    """Parquet, JSON or CSV files, by suffix; a path, a glob or a URI."""
 
     kind: Literal["instruction_files"]
 
