@@ -254,6 +254,14 @@ def test_a_pretrained_folder_gives_its_own_weights(family: str, tmp_path: Path) 
     assert build(Model(pretrained=str(tmp_path)), seed=9, name="x").training is False  # as transformers loads
 
 
+def test_weights_that_were_cut_off_are_refused_by_name(tmp_path: Path) -> None:
+    build(shape("bert")).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"no weights at '{tmp_path}'.*Error while deserializing header"):
+        build(Model(pretrained=str(tmp_path)))
+
+
 def test_dropout_of_a_pretrained_model_is_set_where_asked_for(tmp_path: Path) -> None:
     build(shape("bert", dropout=None)).save_pretrained(tmp_path)
     rates = {m.p for m in build(Model(pretrained=str(tmp_path), dropout=0)).modules() if isinstance(m, nn.Dropout)}
