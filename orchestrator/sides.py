@@ -407,14 +407,13 @@ class Paid(NamedTuple):
 
 def paid(arm: Side, against: Side) -> Paid:
     """What each has spent of its own, so that what both start from does not make them look alike."""
-    found = Paid({}, {}, ())
+    own, full, shared = dict[int, tuple[Cost, Cost]](), dict[int, tuple[Cost, Cost]](), dict[str, None]()
     for seed in sorted(arm.bills.keys() & against.bills.keys()):
         a, b = arm.bills[seed], against.bills[seed]
         both = a.keys() & b.keys()
-        found.own[seed], found.full[seed] = (a.total(both), b.total(both)), (a.total(), b.total())
-        names = (name for name, (key, _) in a.others.items() if key in both)
-        found = found._replace(shared=tuple(dict.fromkeys((*found.shared, *names))))
-    return found
+        own[seed], full[seed] = (a.total(both), b.total(both)), (a.total(), b.total())
+        shared |= dict.fromkeys(name for name, (key, _) in a.others.items() if key in both)
+    return Paid(own, full, tuple(shared))
 
 
 def ratios(arm: Side, against: Side) -> tuple[Cost, Cost, tuple[str, ...]] | None:

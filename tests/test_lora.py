@@ -366,7 +366,7 @@ def test_a_shape_without_weights_can_be_adapted_to_count_what_learns() -> None:
 
 
 def test_a_family_whose_projections_are_not_known_is_refused_with_its_linear_layers() -> None:
-    config = AutoConfig.for_model("mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)  # fmt: skip
+    config = AutoConfig.for_model("mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
     with pytest.raises(ModelError) as error:
         adapted(models.skeleton(config))
     assert "model 'm' (mpt): no projection is known to be its query" in str(error.value)

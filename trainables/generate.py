@@ -63,10 +63,10 @@ def sample(
 ) -> Drawn:
     """A reply of `net` to each prompt. `first`: the number of the first prompt, where others answer those before it.
 
-    `length`: tokens that prompt and reply may have together. `rows`: so many prompts at a time, all by default. No token at or beyond `vocab_size` is drawn. The net is in
-    evaluation mode meanwhile, and as it was afterwards; the process' random generators are left alone. Raises
-    GenerationError for an empty prompt, one that is longer than the model's context, and models without a cache of keys
-    and values.
+    `length`: tokens that prompt and reply may have together. `rows`: so many prompts at a time, all by default. No token
+    at or beyond `vocab_size` is drawn. The net is in evaluation mode meanwhile, and as it was afterwards; the process'
+    random generators are left alone. Raises GenerationError for an empty prompt, one that is longer than the model's
+    context, and models without a cache of keys and values.
     """
     replies: dict[int, Tokens] = {}
     num_unfinished = num_tokens = 0
@@ -395,8 +395,8 @@ class _Reading:
 def _begun(net: Any, vocab_size: int, prompts: Sequence[Tokens], pad_id: int, device: str) -> tuple[_Reading, Tensor]:
     """The prompts, shortest first, as the model has read them, and logits after each, [B, vocab_size].
 
-    Read in four parts, since padding all of them to the longest costs as much as their own tokens do: where lengths are
-    spread evenly up to a longest one, parts spare three quarters of the padding.
+    Read in four parts, since a padded place costs as much as a token: where lengths are spread evenly, parts spare three
+    quarters of the padding.
     """
     num_parts = 4 if len(prompts[0]) < len(prompts[-1]) else 1
     parts = [part.tolist() for part in np.array_split(np.arange(len(prompts)), num_parts) if len(part)]

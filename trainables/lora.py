@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables.layouts import Outputs, is_transposed, projections_of
+from trainables.layouts import Outputs, is_linear, is_transposed, projections_of
 from trainables.models import ModelError, dropouts, weights_of
 from trainables.spec.phase import Lora
 from trainables.spec.value import random_stream
@@ -37,13 +37,15 @@ class Split(nn.Module):
         for name, places in outputs.items():
             own = torch.from_numpy(places).to(whole.weight.device)
             part = copy.deepcopy(whole)
-            part.weight = nn.Parameter(whole.weight.detach().index_select(self.axis, own).contiguous())
+            part.weight = nn.Parameter(whole.weight.detach().index_select(self.axis, own))
             part.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().index_select(0, own))
             setattr(part, "nf" if is_transposed(whole) else "out_features", len(places))
             self.add_module(name, part)
         order = np.argsort(np.concatenate(list(outputs.values())))
         is_same = bool((order == np.arange(len(order))).all())
-        self.register_buffer("order", None if is_same else torch.from_numpy(order).to(own.device), persistent=False)
+        self.register_buffer(
+            "order", None if is_same else torch.from_numpy(order).to(whole.weight.device), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.together([part(x) for part in self.children()], -1)
@@ -163,9 +165,7 @@ def _layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
 def _check_targets(net: nn.Module, how: Lora, known: set[str], name: str) -> None:
     absent = [target for target in how.targets if target not in known]
     if absent:
-        linear = (
-            path for path, module in net.named_modules() if isinstance(module, nn.Linear) or is_transposed(module)
-        )
+        linear = (path for path, module in net.named_modules() if is_linear(module))
         kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", path) for path in linear)
         raise ModelError(
             f"model {name!r} ({net.config.model_type}): no projection is known to be its {absent[0]}; "  # type: ignore[union-attr]

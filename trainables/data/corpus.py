@@ -68,7 +68,7 @@ def corpus_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Corpus:
         dev=Sequences(home / "dev.arrow"),
         test=Sequences(home / "test.arrow"),
         tokenizer=tok,
-        vocab_size=tokenizer.num_ids(tok),
+        vocab_size=about["vocab_size"],
         special_ids=tokenizer.special_ids(tok),
         mask_id=tok.mask_token_id,
         tokenizer_identity=about["tokenizer_identity"],

@@ -228,7 +228,7 @@ def exchanges_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Exchang
         dev=dev,
         test=test,
         tokenizer=tok,
-        vocab_size=tokenizer.num_ids(tok),
+        vocab_size=about["vocab_size"],
         special_ids=tokenizer.special_ids(tok),
         mask_id=tok.mask_token_id,
         tokenizer_identity=about["tokenizer_identity"],

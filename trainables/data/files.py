@@ -184,11 +184,8 @@ def _columns_of_json(
         for column, values in found.items():
             value = row.get(column)
             if column in texts and not (value is None or isinstance(value, str)):
-                field = fields.get(column)
-                raise DataError(
-                    f"{what}: {where} of {uri!r}: column {column!r} holds {type(value).__name__}; "
-                    f"{f'{field} must name one of strings' if field else 'it must hold strings'}"
-                )
+                at = f"{what}: {where} of {uri!r}: column {column!r}"
+                raise _no_strings(at, type(value).__name__, fields.get(column))
             values.append(value)
     if not there:
         raise DataError(
@@ -247,8 +244,7 @@ def _check_column(
     _check_is_there(column, schema.names, where, what, field)
     kind = schema.field(column).type
     if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        must = f"{field} must name one of strings" if field else "it must hold strings"
-        raise DataError(f"{what}: column {column!r} of {where!r} holds {kind}; {must}")
+        raise _no_strings(f"{what}: column {column!r} of {where!r}", kind, field)
 
 
 def _check_is_there(column: str, names: Sequence[str], where: str, what: str, field: str | None) -> None:
@@ -257,6 +253,10 @@ def _check_is_there(column: str, names: Sequence[str], where: str, what: str, fi
         hint = f"; did you mean {near[0]!r}?" if near else f"; set {field} to one of them"
         there = f"{what}: no column {column!r} in {where!r}; there is {', '.join(names)}"
         raise DataError(there + (hint if field else ""))
+
+
+def _no_strings(at: str, kind: Any, field: str | None) -> DataError:
+    return DataError(f"{at} holds {kind}; {f'{field} must name one of strings' if field else 'it must hold strings'}")
 
 
 def _first_line(error: Exception) -> str:

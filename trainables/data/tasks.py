@@ -154,7 +154,7 @@ def _task_in(home: Path, fingerprint: str, about: dict[str, Any]) -> Task:
         dev=examples("dev"),
         test=examples("test"),
         tokenizer=tok,
-        vocab_size=tokenizer.num_ids(tok),
+        vocab_size=about["vocab_size"],
         special_ids=tokenizer.special_ids(tok),
         mask_id=tok.mask_token_id,
         tokenizer_identity=about["tokenizer_identity"],

@@ -53,7 +53,7 @@ class PythonDocs(_Data):
 
 
 class Files(_Data):
-    """Local or remote Parquet, JSON (an object a line, or an array of them), CSV or text files, by suffix; a path, a glob or a URI.
+    """Local or remote files by suffix: Parquet, JSON (an object a line, or one array), CSV, text; a path, a glob or a URI.
 
     Without `dev` or `test`, documents are split by a hash of their text.
     """
