@@ -32,5 +32,5 @@ ui: install  # MLflow on loopback: every trial, nested under its study
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 cluster: install  # machines that cost money until `ray down`; nothing is started where the file lacks something
-	$(BIN)/python -m orchestrator.cluster_file $(CLUSTER)
+	$(BIN)/python -m orchestrator.cluster.check_config $(CLUSTER)
 	$(BIN)/ray up --no-config-cache $(CLUSTER)

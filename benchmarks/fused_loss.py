@@ -44,11 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainables.losses.fused import Side, fused_terms
+from trainables.config.terms import JSD, CrossEntropy, Term
+from trainables.losses.chunked import LogitSource, chunked_terms
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.running import peak_memory
-from trainables.spec.terms import JSD, CrossEntropy, Term
-from trainables.trial import fresh
+from trainables.runtime.trial import fresh
+from trainables.training.state import peak_memory
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 WEIGHT = 0.5
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Term]] = {
     "both sides": {**HARD, **FLOWS},
     "one side": {"small_hard": HARD["small_hard"], "big_to_small": FLOWS["big_to_small"]},
 }
-Sides = Mapping[str, Side]
+Sides = Mapping[str, LogitSource]
 Way = Callable[[Sides, Tensor, dict[str, Term], int], Tensor]
 
 
@@ -89,7 +89,7 @@ def checkpointed(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: 
 
 
 def fused(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
-    return fused_terms(sides, labels_N, terms, dict.fromkeys(terms, WEIGHT), chunk=chunk).loss
+    return chunked_terms(sides, labels_N, terms, dict.fromkeys(terms, WEIGHT), chunk=chunk).loss
 
 
 def liger(*, eager: bool) -> Way:
@@ -117,14 +117,14 @@ def ways(only: str | None = None) -> dict[str, Way]:
     return found if only is None else {only: found[only]}
 
 
-def make(arguments: argparse.Namespace, num: int, case: str) -> tuple[dict[str, Side], Tensor]:
+def make(arguments: argparse.Namespace, num: int, case: str) -> tuple[dict[str, LogitSource], Tensor]:
     draw = torch.Generator().manual_seed(0)
     sides = {}
     for name, width in zip(("big", "small"), arguments.widths, strict=True):
         hidden_ND = torch.randn((num, width), generator=draw).to(arguments.device)
         weight_VD = (torch.randn((arguments.vocab, width), generator=draw) / width**0.5).to(arguments.device)
         learns = name == "small" or case == "both sides"
-        sides[name] = Side(hidden_ND.requires_grad_(learns), weight_VD.requires_grad_(learns))
+        sides[name] = LogitSource(hidden_ND.requires_grad_(learns), weight_VD.requires_grad_(learns))
     return sides, torch.randint(arguments.vocab, (num,), generator=draw).to(arguments.device)
 
 

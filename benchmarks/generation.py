@@ -38,11 +38,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainables.generate import sample
-from trainables.models import build
-from trainables.spec.data import Sampling
-from trainables.spec.models import Model
-from trainables.trial import fresh
+from trainables.config.data import Sampling
+from trainables.config.models import Model
+from trainables.generation.sample import sample
+from trainables.models.build import build
+from trainables.runtime.trial import fresh
 
 END, PAD = 0, 1
 Prompts = Sequence[NDArray[np.int32]]

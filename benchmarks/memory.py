@@ -22,17 +22,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.memory import bytes_text, need
-from orchestrator.shapes import Reached, Shapes
-from orchestrator.study import Slot
-from trainables.data.corpus import open_corpus
+from orchestrator.planning.memory import bytes_text, estimate_memory
+from orchestrator.planning.meta_models import ReachableTrial, Shapes
+from orchestrator.study.schema import Slot
+from trainables.config.data import PythonDocs
+from trainables.config.trial import TrialSpec
+from trainables.data.corpus.sequences import open_corpus
 from trainables.data.prepare import prepare
-from trainables.phases import Instance
-from trainables.running import Alone, Record, Surroundings, peak_memory
-from trainables.spec.data import PythonDocs
-from trainables.spec.trial import TrialSpec
-from trainables.store import Storage
-from trainables.trial import run_trial
+from trainables.runtime.trial import run_trial
+from trainables.storage.files import Storage
+from trainables.training.phase_graph import PhaseRun
+from trainables.training.state import Environment, Record, SingleProcess, peak_memory
 
 DATA: dict[str, Any] = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 16_384}, "length": 128, "evaluate": 64}  # fmt: skip
 
@@ -76,7 +76,7 @@ class _Stop(Exception):
     """Leaves a trial as a kill would."""
 
 
-class _Session(Alone):
+class _Session(SingleProcess):
     def __init__(self, stops: bool) -> None:
         self.stops = stops
 
@@ -87,14 +87,14 @@ class _Session(Alone):
 
 def said(spec: TrialSpec, shapes: Shapes) -> float:
     """Bytes."""
-    return need(Reached(spec.pruned(), "", {}), Instance("train"), Slot(), shapes).total
+    return estimate_memory(ReachableTrial(spec.pruned(), "", {}), PhaseRun("train"), Slot(), shapes).total
 
 
 def measure(spec: TrialSpec, home: str, attempt: int, stops: bool) -> float:
     """Bytes that this process took at most; 0 where it stops at the first evaluation."""
     fingerprint = prepare(PythonDocs.model_validate(DATA), f"{home}/data").fingerprint
     folders = [f"study/trials/t/attempt-{n}" for n in range(1, attempt + 1)]
-    at = Surroundings(
+    at = Environment(
         storage=Storage(home),
         folder=folders[-1],
         earlier=tuple(folders[:-1]),

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainables.running import Alone
+from trainables.training.state import SingleProcess
 
 CORES = 2  # that both sides use
 STUDY = """\
@@ -58,7 +58,7 @@ slot: {{cpus: {cpus}, workers: {workers}}}
 """
 
 
-class Listener(Alone):
+class Listener(SingleProcess):
     """A session of one process that hands the objective's records on."""
 
     def __init__(self, tell: Any = None) -> None:
@@ -70,7 +70,7 @@ class Listener(Alone):
 
 
 def session(rank: int, world: int, tell: Any) -> Any:
-    from trainables.worker import _GroupSession
+    from trainables.runtime.worker_group import _GroupSession
 
     class Ranks(_GroupSession):
         def report(self, records: list[dict[str, Any]]) -> None:
@@ -81,16 +81,16 @@ def session(rank: int, world: int, tell: Any) -> Any:
 
 def train(seed: int, study_file: str, folder: str, tell: Any = None, rank: int = 0, world: int = 1) -> None:
     """One trivial trial in this process, or its part of one."""
-    from orchestrator.plan import Identity
-    from orchestrator.study_file import load_study
-    from trainables.running import Surroundings
-    from trainables.store import Storage
-    from trainables.trial import run_trial
+    from orchestrator.scheduling.trials import Fingerprints
+    from orchestrator.study.load import load_study
+    from trainables.runtime.trial import run_trial
+    from trainables.storage.files import Storage
+    from trainables.training.state import Environment
 
     spec = load_study(study_file).spec(seed=seed)
     storage = Storage(folder)
-    at = Surroundings(storage=storage, folder=f"plain/{seed}", trial=str(seed))
-    fingerprints = Identity(storage.sub("data").uri).of(spec)
+    at = Environment(storage=storage, folder=f"plain/{seed}", trial=str(seed))
+    fingerprints = Fingerprints(storage.sub("data").uri).of(spec)
     started = time.perf_counter()
     run_trial(spec, fingerprints, at, session(rank, world, tell))
     if rank == 0:

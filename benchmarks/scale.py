@@ -69,17 +69,18 @@ def at(seen: list[tuple[float, float, int]], count: float) -> tuple[float, float
 
 
 def tables(storage: Path, name: str) -> None:
-    from orchestrator import outcomes, results
-    from trainables.store import Storage
+    from orchestrator.analysis import tables as tables_
+    from orchestrator.scheduling import trial_files
+    from trainables.storage.files import Storage
 
     home = Storage(str(storage / name))
-    ends = {trial: end for trial in home.list("trials") if (end := outcomes.read_end(home, trial)) is not None}
+    ends = {trial: end for trial in home.list("trials") if (end := trial_files.read_end(home, trial)) is not None}
     print(f"\n{'trials':>8}{'rows':>10}{'bytes':>12}{'bytes/trial':>13}{'seconds':>10}")
     for share in (0.25, 0.5, 1.0):
         some = list(ends)[: int(share * len(ends))]
         began = time.perf_counter()
-        made = results.tables(name, [{**ends[t][0], "planned": True} for t in some], {t: ends[t][1] for t in some})
-        results.write(made, home.sub("scale"))
+        made = tables_.tables(name, [{**ends[t][0], "planned": True} for t in some], {t: ends[t][1] for t in some})
+        tables_.write(made, home.sub("scale"))
         seconds = time.perf_counter() - began
         size = home.size("scale")
         print(f"{len(some):8}{len(made.results):10}{size:12}{size / len(some):13.0f}{seconds:10.2f}")

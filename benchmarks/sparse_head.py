@@ -34,14 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainables import models
-from trainables.data.masking import MaskedBatch, mask_batch
+from trainables.config.models import Model
+from trainables.config.phase import Masking
+from trainables.config.terms import ForwardKL
+from trainables.data.corpus.masking import MaskedBatch, mask_batch
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.running import peak_memory
-from trainables.spec.models import Model
-from trainables.spec.phase import Masking
-from trainables.spec.terms import ForwardKL
-from trainables.trial import fresh
+from trainables.models import build, output_head
+from trainables.runtime.trial import fresh
+from trainables.training.state import peak_memory
 
 SHAPES = {"4x256": [(4, 256)], "4x256 + 2x128": [(4, 256), (2, 128)]}
 WARM = [(1, 4)]  # a step of it brings in what transformers and torch import late, some 100 MiB
@@ -56,9 +56,7 @@ def make(shape: list[tuple[int, int]], family: str) -> list[Any]:
     for layers, width in shape:
         model = Model(family=family, layers=layers, width=width, dropout=0)
         name = f"{layers}x{width}"
-        made.append(
-            models.build(model, name=name, seed=0, vocab_size=VOCAB, special_ids=SPECIAL, length=LENGTH).train()
-        )
+        made.append(build.build(model, name=name, seed=0, vocab_size=VOCAB, special_ids=SPECIAL, length=LENGTH).train())
     return made
 
 
@@ -72,7 +70,7 @@ def loss_of(head: str, nets: list[Any], part: MaskedBatch) -> Tensor:
     rows, hard = [], []
     for net in nets:
         if head == "sparse":
-            rows.append(models.logits_at(net, part.ids_BT, part.positions_N))
+            rows.append(output_head.logits_at(net, part.ids_BT, part.positions_N))
             hard.append(cross_entropy(rows[-1], part.labels_N))
             continue
         logits_MV = net(input_ids=part.ids_BT).logits.flatten(0, 1)  # M = B * T

@@ -16,16 +16,18 @@ from typing import Any
 
 from tokenizers import processors
 
-from orchestrator.messages import StudyError
-from orchestrator.results import open_storage
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
-from orchestrator.sweep import add_study_arguments
-from trainables import models, sharing
-from trainables.data import DataError
-from trainables.data.tasks import open_data
+from orchestrator.analysis.tables import open_storage
+from orchestrator.cli import add_study_arguments
+from orchestrator.study.errors import StudyError
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
+from trainables.config import errors
+from trainables.config.errors import DataError
+from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends
-from trainables.store import Corrupt, PhaseStore, Storage
+from trainables.models import build, shared_bert
+from trainables.storage.files import Storage
+from trainables.storage.phase_store import Corrupt, PhaseStore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,11 +90,11 @@ def export(
     phase = phase or trained[-1]
     last = _published(store, row["phases"][phase]["key"])
     try:
-        net = models.restore(last.configs[model], store.weights(last.key, model))
-    except (Corrupt, models.ModelError) as error:
+        net = build.restore(last.configs[model], store.weights(last.key, model))
+    except (Corrupt, errors.ModelError) as error:
         raise StudyError(f"{error}; run the sweep again to rebuild it") from None
-    if net.config.model_type == sharing.FAMILY:
-        net = sharing.unrolled(net)
+    if net.config.model_type == shared_bert.FAMILY:
+        net = shared_bert.unrolled(net)
     try:
         tokenizer = open_data(storage.sub("data").uri, row["data"]).tokenizer
         if net.can_generate():
@@ -143,10 +145,10 @@ def _published(store: PhaseStore, key: str) -> Any:
 
 def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -> dict[str, Any]:
     """The end of the trial that is wanted, with its spec and the fingerprint of its data."""
-    from orchestrator.agenda import Agenda
-    from orchestrator.plan import Identity
+    from orchestrator.scheduling.scheduler import Agenda
+    from orchestrator.scheduling.trials import Fingerprints
 
-    agenda = Agenda(study, Identity(None), storage)
+    agenda = Agenda(study, Fingerprints(None), storage)
     ended = {i: row for i, row in agenda.rows.items() if row["status"] == "ended"}
     if trial is None:
         agenda.known()

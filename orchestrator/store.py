@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.memory import bytes_text
-from orchestrator.messages import StudyError
-from orchestrator.results import open_storage
-from trainables.store import Storage
+from orchestrator.analysis.tables import open_storage
+from orchestrator.planning.memory import bytes_text
+from orchestrator.study.errors import StudyError
+from trainables.storage.files import Storage
 
 HOUR_MS = 3_600_000  # what is younger may belong to a sweep that is running
 

@@ -9,13 +9,10 @@ the storage cannot be written. 2: bad file or argument. 130: Ctrl-C; 143: SIGTER
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,10 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.messages import StudyError, redact
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
-from trainables.store import PhaseStore, Storage, as_json, check_writable
+from orchestrator.cli import add_study_arguments, hours_above_zero, positive_count, provenance
+from orchestrator.study.errors import StudyError, redact
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
+from trainables.storage.files import Storage, as_json, check_writable
+from trainables.storage.phase_store import PhaseStore
 
 Row = Mapping[str, Any]
 
@@ -53,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m orchestrator.sweep", description="Answers the question of a study file."
     )
     add_study_arguments(parser)
-    parser.add_argument("--points", type=_count, metavar="N", help="points of the search, in total")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds of each arm, in total")
+    parser.add_argument("--points", type=positive_count, metavar="N", help="points of the search, in total")
+    parser.add_argument("--seeds", type=positive_count, metavar="N", help="seeds of each arm, in total")
     parser.add_argument(
         "--address", metavar="A", help="a running Ray, e.g. auto; by default Ray is started on this machine"
     )
@@ -73,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--hours",
-        type=_hours,
+        type=hours_above_zero,
         metavar="H",
         help="after so long what runs is left at a checkpoint; the report says what is to do",
     )
@@ -84,62 +83,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that speaks of a study takes."""
-    parser.add_argument("study", metavar="STUDY.yaml")
-    parser.add_argument("--profile", metavar="P", help="a profile of the file; by default its first")
-    parser.add_argument(
-        "--set",
-        metavar="path=value",
-        action="append",
-        default=[],
-        help="paths start at the file, e.g. trial.models.student.layers=6",
-    )
-    parser.add_argument(
-        "--storage", metavar="URI", default="./runs", help="a folder or any fsspec URI (default ./runs)"
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on; got {text!r}")
-    return int(text)
-
-
-def _hours(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number of hours above 0; got {text!r}")
-
-
 def _request(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.ending import request
-    from orchestrator.results import open_storage
+    from orchestrator.analysis.tables import open_storage
+    from orchestrator.scheduling.shutdown import request
 
     print(request(open_storage(arguments.storage).sub(study.folder), drain=arguments.drain, stop=arguments.stop))
     return 0
 
 
 def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.agenda import Agenda
-    from orchestrator.overview import print_plan
-    from orchestrator.plan import Identity
-    from orchestrator.results import open_storage
+    from orchestrator.analysis.tables import open_storage
+    from orchestrator.planning.preview import print_plan
+    from orchestrator.scheduling.scheduler import Agenda
+    from orchestrator.scheduling.trials import Fingerprints
 
-    agenda = Agenda(study, Identity(None), open_storage(arguments.storage), retry_failed=arguments.retry_failed)
+    agenda = Agenda(study, Fingerprints(None), open_storage(arguments.storage), retry_failed=arguments.retry_failed)
     print_plan(agenda, None)
     return 0
 
 
 def _sweep(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.agenda import Agenda
-    from orchestrator.ending import Ending, only_driver
-    from orchestrator.overview import print_plan
-    from orchestrator.plan import Identity
-    from orchestrator.progress import Progress
-    from orchestrator.results import open_storage
-    from orchestrator.tracking import Mirror
+    from orchestrator.analysis.tables import open_storage
+    from orchestrator.mlflow_sync import Mirror
+    from orchestrator.planning.preview import print_plan
+    from orchestrator.scheduling.progress import Progress
+    from orchestrator.scheduling.scheduler import Agenda
+    from orchestrator.scheduling.shutdown import Ending, only_driver
+    from orchestrator.scheduling.trials import Fingerprints
 
     started = time.monotonic()  # preparing data counts, too, where hours are bought
     storage = open_storage(arguments.storage)
@@ -150,10 +120,10 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
             aside = f"{study.folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             storage.move(study.folder, aside)
             print(f"the folder {study.folder} is now {aside}")
-        agenda = Agenda(study, Identity(storage.sub("data").uri), storage, retry_failed=arguments.retry_failed)
+        agenda = Agenda(study, Fingerprints(storage.sub("data").uri), storage, retry_failed=arguments.retry_failed)
         print_plan(agenda, None)
-        provenance = _provenance(study)
-        _keep_study(study, home, provenance)
+        recorded = provenance(study)
+        _keep_study(study, home, recorded)
         mirror = Mirror(
             arguments.tracking_uri or _default_tracking(storage), study.folder, tags={"question": study.question}
         )
@@ -161,11 +131,11 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
         ending = Ending(agenda, arguments.hours, progress.say, started)
         try:
-            _run(agenda, arguments, provenance, mirror, progress, ending)
+            _run(agenda, arguments, recorded, mirror, progress, ending)
         except KeyboardInterrupt:
             ending.signal = None if agenda.broken else ending.signal or signal.SIGINT
         try:
-            return _finish(study, agenda, home, mirror, provenance, arguments, ending.signal)
+            return _finish(study, agenda, home, mirror, recorded, arguments, ending.signal)
         except OSError as error:
             print(f"{error.strerror or error}: tables and report could not be written to {home.uri}; nothing that finished "
                   f"is lost. Make room there, then run the same command again", file=sys.stderr)  # fmt: skip
@@ -176,13 +146,14 @@ def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: An
     """Starts Ray only where something is left to do: the same command again trains nothing and is quick."""
     mirror_started = False
     if not agenda.is_complete():
-        from orchestrator import cluster, slots
+        from orchestrator.cluster import ray_cluster
+        from orchestrator.scheduling import tune_runner
 
         mirror.start()
         mirror_started = True
         try:
-            num_slots = cluster.start_ray(arguments.address, agenda.study.slot, arguments.storage)
-        except cluster.NotStarted as error:
+            num_slots = ray_cluster.start_ray(arguments.address, agenda.study.slot, arguments.storage)
+        except ray_cluster.NotStarted as error:
             agenda.closed, agenda.broken = str(error), True
             return
         if num_slots < 1:
@@ -198,10 +169,10 @@ def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: An
                 progress.tick()
 
             with ending:
-                slots.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick, say=progress.say)
+                tune_runner.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick, say=progress.say)
         finally:
             progress.done()
-            cluster.stop_ray()
+            ray_cluster.stop_ray()
     if not mirror_started:
         mirror.start()
 
@@ -229,12 +200,12 @@ def _finish(
     signal_number: int | None,
 ) -> int:
     """Tables, report, the mirror's end, and what to do next."""
-    from orchestrator import results
-    from orchestrator.report import make_report
+    from orchestrator.analysis import tables as tables_
+    from orchestrator.reporting.page import make_report
 
     rows = agenda.all_rows()
-    tables = results.tables(study.folder, rows, agenda.records, PhaseStore(agenda.storage).examples)
-    results.write(tables, home)
+    tables = tables_.tables(study.folder, rows, agenda.records, PhaseStore(agenda.storage).examples)
+    tables_.write(tables, home)
     evaluator, importance = agenda.importance() or ("", None)
     report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
     home.write("report.html", report.html.encode())
@@ -242,7 +213,7 @@ def _finish(
     for row in rows:
         mirror.put(row, agenda.records.get(row["trial"], []))
     artifacts = (
-        [home.path(name) for name in ("report.html", "report.md", *(f"{table}.parquet" for table in results.TABLES))]
+        [home.path(name) for name in ("report.html", "report.md", *(f"{table}.parquet" for table in tables_.TABLES))]
         if home.is_local
         else []
     )
@@ -316,27 +287,6 @@ def _keep_study(study: Study, home: Storage, provenance: Row) -> None:
         home.write(f"study-{number}.yaml", old)
     home.write("study.yaml", text)
     home.write("provenance.json", as_json(dict(provenance)))
-
-
-def _provenance(study: Study) -> dict[str, str]:
-    """Commit and versions: printed beside every number, part of no key."""
-    found = {"study": study.file, "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
-    root = Path(__file__).parent.parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        found["commit"] = commit + (" with changes" if changed else "")
-    for package in ("codistill", "torch", "transformers", "ray", "optuna", "mlflow"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    found["python"] = sys.version.split()[0]
-    found["machine"] = f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores"
-    return found
 
 
 if __name__ == "__main__":

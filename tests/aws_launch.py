@@ -50,10 +50,12 @@ def main(home: Path) -> None:
     filled.write_text(fill_in(region_only.read_text(), made))
 
     with recorded() as requests:
-        looks = [run(sys.executable, "-m", "orchestrator.cluster_file", str(file)) for file in (shipped, region_only)]
+        looks = [
+            run(sys.executable, "-m", "orchestrator.cluster.check_config", str(file)) for file in (shipped, region_only)
+        ]
         ups = [run(*RAY, "up", "-y", "--no-config-cache", str(file)) for file in (shipped, region_only)]
     said["unfilled"] = {"looks": looks, "ups": ups, "requests": requests, "machines": machines()}
-    said["look"] = run(sys.executable, "-m", "orchestrator.cluster_file", str(filled))
+    said["look"] = run(sys.executable, "-m", "orchestrator.cluster.check_config", str(filled))
 
     with recorded() as requests:
         bootstrap = up(filled, home)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from trainables.config.data import Data, Files
+from trainables.config.trial import TrialSpec
 from trainables.data.prepare import prepare
-from trainables.phases import Instance, phase_key
-from trainables.running import Alone, Surroundings
-from trainables.spec.data import Data, Files
-from trainables.spec.trial import TrialSpec
-from trainables.store import PhaseStore, Storage
-from trainables.trial import run_trial
+from trainables.runtime.trial import run_trial
+from trainables.storage.files import Storage
+from trainables.storage.phase_store import PhaseStore
+from trainables.training.phase_graph import PhaseRun, phase_key
+from trainables.training.state import Environment, SingleProcess
 
 torch.set_num_threads(1)  # sums in one order: tests compare bits
 
@@ -56,7 +57,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Listener(Alone):
+class Listener(SingleProcess):
     """A session that collects what is reported, and ends the trial where it is told to."""
 
     stop_at: tuple[str, float] | None = None  # phase, progress
@@ -89,7 +90,7 @@ class Ran:
         return [r["value"] for r in self.records if (r["phase"], r["model"], r["metric"], r["split"]) == wanted]
 
     def weights(self, phase: str, model: str, item: str | None = None) -> dict[str, torch.Tensor]:
-        key = phase_key(self.spec.pruned(), Instance(phase, item), self.lab.fingerprints)
+        key = phase_key(self.spec.pruned(), PhaseRun(phase, item), self.lab.fingerprints)
         return self.lab.store.weights(key, model)
 
 
@@ -121,7 +122,7 @@ class Lab:
         return TrialSpec.model_validate(value)
 
     def key(self, spec: TrialSpec, phase: str, item: str | None = None) -> str:
-        return phase_key(spec.pruned(), Instance(phase, item), self.fingerprints)
+        return phase_key(spec.pruned(), PhaseRun(phase, item), self.fingerprints)
 
     def run(
         self, spec: TrialSpec, *, attempt: int = 1, trial: str = "t", session: Listener | None = None, **more: Any
@@ -129,7 +130,7 @@ class Lab:
         """Runs an attempt at a trial; earlier ones are known to it."""
         home = f"study/trials/{trial}"
         more.setdefault("checkpoint_seconds", 1e9)
-        at = Surroundings(
+        at = Environment(
             storage=self.storage,
             folder=f"{home}/attempt-{attempt}",
             earlier=tuple(f"{home}/attempt-{n}" for n in range(1, attempt)),

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from conftest import Listener, wordy_documents
 
-from orchestrator import results
-from orchestrator.plan import Identity
-from trainables import attempt
-from trainables.spec.trial import TrialSpec
-from trainables.store import Storage
+from orchestrator.analysis import tables as tables_
+from orchestrator.scheduling.trials import Fingerprints
+from trainables.config.trial import TrialSpec
+from trainables.runtime import trial_attempt
+from trainables.storage.files import Storage
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "search_spaces" / "smoke.yaml"
@@ -170,8 +170,8 @@ def write_study(folder: Path, *, steps: int = 30, rest: str = ARMS, name: str = 
     return file
 
 
-def tables(storage: Path, study: str = "study") -> results.Tables:
-    found = results.read(Storage(str(storage)).sub(study))
+def tables(storage: Path, study: str = "study") -> tables_.Tables:
+    found = tables_.read(Storage(str(storage)).sub(study))
     assert found is not None
     return found
 
@@ -197,7 +197,7 @@ def same_numbers(storage: Path, trial: str, plain: Path) -> bool:
     """Whether a trial of a sweep and an attempt in a plain process agree bit for bit."""
     keys = ("phase", "model", "task", "split", "metric", "step", "progress", "tokens", "flops")
     ours = tables(storage).results.query("trial == @trial").to_dict("records")
-    theirs = results.read_records(Storage(str(plain / "plain")), "trial")
+    theirs = tables_.read_records(Storage(str(plain / "plain")), "trial")
     one, two = (
         {tuple(r[k] for k in keys): r["value"] for r in rows if r["split"] != "system"} for rows in (ours, theirs)
     )
@@ -207,11 +207,11 @@ def same_numbers(storage: Path, trial: str, plain: Path) -> bool:
 
 def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> dict[str, Any]:
     """An attempt in this process, without Ray."""
-    identity, spec = Identity(str(storage / "data")), spec.pruned()
-    job = attempt.Job(trial="trial", spec=spec.model_dump_json(), fingerprints=identity.of(spec), storage=str(storage), folder="plain",
+    identity, spec = Fingerprints(str(storage / "data")), spec.pruned()
+    job = trial_attempt.Job(trial="trial", spec=spec.model_dump_json(), fingerprints=identity.of(spec), storage=str(storage), folder="plain",
                       threads=threads, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
     before = torch.get_num_threads()
-    end = attempt.run(job, Listener())
+    end = trial_attempt.run(job, Listener())
     torch.set_num_threads(before)
     assert end["status"] == "ended", end
     return end

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from conftest import distillation
 
-from orchestrator.agenda import MIN_SPARED, Agenda
-from orchestrator.plan import CONFIRM_SEED, SEARCH_SEED, Identity, Planned
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
-from trainables.spec.value import digest
-from trainables.store import PhaseStore, Published, Storage
+from orchestrator.scheduling.scheduler import MIN_SPARED, Agenda
+from orchestrator.scheduling.trials import CONFIRM_SEED, SEARCH_SEED, Fingerprints, PlannedTrial
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
+from trainables.config.value import digest
+from trainables.storage.files import Storage
+from trainables.storage.phase_store import PhaseStore, StoredPhase
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 LR = "phases.distil.optimizer.lr"
@@ -27,11 +28,11 @@ HARD = "phases.teach.optimizer.lr"
 Prepared = tuple[Path, dict[str, str], dict[str, Any]]
 
 
-def lr_of(planned: Planned) -> float:
+def lr_of(planned: PlannedTrial) -> float:
     return planned.spec.phases["distil"].optimizer_of("student").lr
 
 
-def by_hash(planned: Planned) -> float:
+def by_hash(planned: PlannedTrial) -> float:
     """A loss that depends on the trial alone."""
     return 3 + int(digest(planned.id, 8), 16) / 16**8
 
@@ -42,12 +43,12 @@ class World:
     scheduler ends it half-way."""
 
     root: Path
-    identity: Identity
+    identity: Fingerprints
     slots: int = 2
-    loss: Callable[[Planned], Any] = by_hash
-    test: Callable[[Planned], float] = by_hash
+    loss: Callable[[PlannedTrial], Any] = by_hash
+    test: Callable[[PlannedTrial], float] = by_hash
     order: random.Random | None = None  # which of the running trials ends next; by default the first
-    started: list[Planned] = field(default_factory=list)
+    started: list[PlannedTrial] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     trained: Counter[str] = field(default_factory=Counter)  # by phase key
     busy: dict[str, set[str]] = field(default_factory=dict)  # trial -> phases that it is training
@@ -81,8 +82,8 @@ class World:
         if self.agenda.running and self.agenda.nothing_follows():
             self.is_last = True
 
-    def finish(self, planned: Planned) -> None:
-        """What trainables.attempt and the driver leave behind."""
+    def finish(self, planned: PlannedTrial) -> None:
+        """What trainables.runtime.trial_attempt and the driver leave behind."""
         self.clock += 1
         home = Storage(str(self.root)).sub(self.agenda.study.folder)
         found = self.loss(planned)
@@ -104,7 +105,7 @@ class World:
                         )  # fmt: skip
             if self.store.find(key) is None and not (stopped and phase == "distil"):
                 cost = {"steps": 8, "tokens": 9, "seconds": 2.0, "device_seconds": 2.0, "flops": 10.0}
-                self.store.publish(Published(key, {}, {}, (), cost, {"trial": planned.id}))
+                self.store.publish(StoredPhase(key, {}, {}, (), cost, {"trial": planned.id}))
                 self.trained[key] += 1
             phases[instance] = {"key": key, "reused": False, "flops": 10.0, "seconds": 2.0, "device_seconds": 2.0, "tokens": 9}  # fmt: skip
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -187,7 +188,7 @@ def make(prepared: Prepared, tmp_path: Path) -> Callable[..., Study]:
 @pytest.fixture
 def world(prepared: Prepared, tmp_path: Path) -> Callable[..., World]:
     numbers = iter(range(1000))
-    return lambda **options: World(tmp_path / f"runs{next(numbers)}", Identity(str(prepared[0])), **options)
+    return lambda **options: World(tmp_path / f"runs{next(numbers)}", Fingerprints(str(prepared[0])), **options)
 
 
 Make, NewWorld = Callable[..., Study], Callable[..., World]
@@ -553,7 +554,7 @@ def test_a_running_trial_keeps_the_time_it_began(make: Make, world: NewWorld) ->
 # --------------------------------------------------------------------------------------------------------- edited files
 
 
-def edited(w: World, study: Study) -> list[Planned]:
+def edited(w: World, study: Study) -> list[PlannedTrial]:
     """Runs an edited study over the same storage; returns what was begun."""
     w.started, w.ended = [], []
     w.open(study).run()
@@ -673,7 +674,7 @@ def test_a_new_exclusion_sets_points_aside(make: Make, world: NewWorld) -> None:
 ASHA = {"sampler": "random", "points": 12, "stop_early": {"kind": "asha"}}
 
 
-def half_stopped(planned: Planned) -> Any:
+def half_stopped(planned: PlannedTrial) -> Any:
     return "stop" if int(digest(planned.id, 8), 16) % 3 else by_hash(planned)
 
 
@@ -778,7 +779,7 @@ def test_a_trial_that_was_left_goes_on_at_the_next_start(make: Make, world: NewW
     assert set(left) <= {p.id for p in w.started} and {row["status"] for row in w.rows()} == {"ended"}
 
 
-def stop_by_hand(w: World, planned: Planned) -> None:
+def stop_by_hand(w: World, planned: PlannedTrial) -> None:
     w.agenda.end(planned.id, {"status": "stopped", "reason": "stopped by hand", "attempts": 1, "node": None}, 9)
     w.busy.pop(planned.id)
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import Lab, Listener, distillation
 
-from trainables import attempt, loop, notice
-from trainables.attempt import LEAVE, PEER_LOST, Job, run
-from trainables.store import StorageError
+from trainables.runtime import trial_attempt
+from trainables.runtime.trial_attempt import LEAVE, PEER_LOST, Job, run
+from trainables.storage.files import StorageError
+from trainables.training import loop, stop_signals
 
 HOME = "study/trials/t"
 
@@ -129,7 +130,7 @@ def test_the_machines_faults_and_the_trials_own_are_told_apart(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop, "_look", fails)
+    monkeypatch.setattr(loop, "evaluate", fails)
     end = go()
     assert end["status"] == status and end["reason"].startswith(reason) and "\n" not in end["reason"]
     assert ("last_lines" in end) == (status == "failed")
@@ -162,8 +163,8 @@ def test_memory_that_this_machine_refuses_halves_the_micro_batch(
 def test_a_trial_takes_no_more_of_a_shared_device_than_its_share(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[float] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    monkeypatch.setattr(attempt, "run_trial", lambda *_: {})
-    monkeypatch.setattr(attempt, "versions", lambda _: {})
+    monkeypatch.setattr(trial_attempt, "run_trial", lambda *_: {})
+    monkeypatch.setattr(trial_attempt, "versions", lambda _: {})
     spec = lab.spec(distillation())
     for device, share in (("cuda", 0.25), ("cuda", 1.0), ("cpu", 0.5)):
         job = Job(trial="t", spec=spec.model_dump_json(), fingerprints=lab.fingerprints, storage=str(lab.root), folder="study",
@@ -178,17 +179,17 @@ def test_a_trial_takes_no_more_of_a_shared_device_than_its_share(lab: Lab, monke
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     yield
-    notice._terminated.clear()
+    stop_signals._terminated.clear()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_sigterm_asks_a_busy_process_and_ends_an_idle_one() -> None:
-    notice.listen()
+    stop_signals.listen()
     with pytest.raises(SystemExit):
         signal.raise_signal(signal.SIGTERM)
-    notice._terminated.clear()
-    mine = notice.Notice()
-    with notice.watched(mine):
+    stop_signals._terminated.clear()
+    mine = stop_signals.Notice()
+    with stop_signals.watched(mine):
         assert mine.look() is None
         signal.raise_signal(signal.SIGTERM)
         assert mine.look() == "terminated"
@@ -196,8 +197,8 @@ def test_sigterm_asks_a_busy_process_and_ends_an_idle_one() -> None:
 
 def test_a_file_is_looked_at_once_a_second_and_remembered(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("trainables.notice.time.monotonic", lambda: now[0])
-    mine = notice.Notice(lab.storage, "leave")
+    monkeypatch.setattr("trainables.training.stop_signals.time.monotonic", lambda: now[0])
+    mine = stop_signals.Notice(lab.storage, "leave")
     assert mine.look() is None
     lab.storage.write("leave", b"stop\n")
     now[0] = 100.5
@@ -210,7 +211,7 @@ def test_a_file_is_looked_at_once_a_second_and_remembered(lab: Lab, monkeypatch:
 
 SILENT = """
 import sys, threading, time
-from trainables.notice import Notice, watched
+from trainables.training.stop_signals import Notice; from trainables.training.stop_signals import watched
 with open(sys.argv[1], "w") as stacks, watched(Notice(hang_seconds=0.5, stacks=stacks)) as notice:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.1)
@@ -238,4 +239,4 @@ def test_nothing_is_left_of_the_watch(lab: Lab, go: Any) -> None:
     assert go(hang_seconds=1.0)["status"] == "ended"
     time.sleep(1.5)
     assert threading.active_count() == before and not list((lab.root / HOME).glob("attempt-1/hung-*"))
-    assert attempt.LEAVE not in [path.name for path in (lab.root / HOME).iterdir()]
+    assert trial_attempt.LEAVE not in [path.name for path in (lab.root / HOME).iterdir()]

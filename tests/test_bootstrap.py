@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.bootstrap import Answers, Missing, crossed, new_data, score, seed_of
-from trainables.data.scores import scores
+from orchestrator.analysis.bootstrap import Answers, Missing, crossed, new_data, score, seed_of
+from trainables.metrics.task_scores import scores
 
 
 def answers(rule: Any = "accuracy", *, seeds: int = 3, parts: tuple[int, ...] = (40,), seed: int = 0) -> Answers:
@@ -67,7 +67,7 @@ def test_a_resample_is_what_writing_it_out_gives(seeds: int) -> None:
 def test_large_data_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [answers("loss")]
     whole = crossed(data, seed=1)
-    monkeypatch.setattr("orchestrator.bootstrap.CHUNK", 7 * 40 + 1)
+    monkeypatch.setattr("orchestrator.analysis.bootstrap.CHUNK", 7 * 40 + 1)
     assert crossed(data, seed=1).mean == pytest.approx(whole.mean, rel=1e-12)
 
 

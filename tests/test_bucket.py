@@ -13,8 +13,9 @@ import pytest
 from s3_server import serving
 from sweeping import ROOT, Bench, Said, write_study
 
-from orchestrator import results
-from trainables.store import PhaseStore, Storage
+from orchestrator.analysis import tables as tables_
+from trainables.storage.files import Storage
+from trainables.storage.phase_store import PhaseStore
 
 pytestmark = pytest.mark.slow
 RUNS = "s3://sweeps/runs"
@@ -61,7 +62,7 @@ def test_all_of_it_lies_in_the_bucket_and_nothing_of_it_here(swept: Swept) -> No
     storage = Storage(RUNS)
     assert set(ends(storage).values()) == {"ended"} and len(ends(storage)) == 4
     assert {"report.html", "report.md", "results.parquet", "study.yaml"} <= set(storage.list("study"))
-    tables = results.read(storage.sub("study"))
+    tables = tables_.read(storage.sub("study"))
     assert tables is not None and set(tables.trials["status"]) == {"ended"}
     assert not (swept.bench.folder / "runs").exists()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainables import cache
-from trainables.data import folders
-from trainables.store import Corrupt, PhaseStore, Published, Storage
+from trainables.storage import cache, prepared_folders
+from trainables.storage.files import Storage
+from trainables.storage.phase_store import Corrupt, PhaseStore, StoredPhase
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +77,15 @@ def test_prepared_data_make_room_for_each_other(home: Path, monkeypatch: pytest.
     monkeypatch.setenv("CODISTILL_CACHE_GB", "5e-6")
     remote = "memory://cache-of-data"
     for name in ("one", "two"):
-        folders.publish(remote, name, lambda temp: {"num": (temp / "file").write_bytes(b"x" * 3000)})
+        prepared_folders.publish(remote, name, lambda temp: {"num": (temp / "file").write_bytes(b"x" * 3000)})
     shutil.rmtree(home)  # another node
-    one = folders.fetch(remote, "one")
+    one = prepared_folders.fetch(remote, "one")
     os.utime(one, (0, 0))
-    two = folders.fetch(remote, "two")
+    two = prepared_folders.fetch(remote, "two")
     assert two.exists() and not one.exists()
-    assert folders.read_about(folders.fetch(remote, "one"))["num"] == 3000  # fetched again where it is wanted again
+    assert (
+        prepared_folders.read_about(prepared_folders.fetch(remote, "one"))["num"] == 3000
+    )  # fetched again where it is wanted again
 
 
 def test_weights_of_remote_phases_are_copied_once_and_local_ones_never(home: Path, tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_weights_of_remote_phases_are_copied_once_and_local_ones_never(home: Pat
     for uri in ("memory://cache-of-phases", str(tmp_path / "runs")):
         store = PhaseStore(Storage(uri))
         entry = store.put_weights("k", weights)
-        store.publish(Published("k", {"m": entry}, {}, (), {}, {}))
+        store.publish(StoredPhase("k", {"m": entry}, {}, (), {}, {}))
         assert torch.equal(store.weights("k", "m")["w"], weights["w"])
         store.storage.delete(f"phases/k/{entry['file']}")
         if store.storage.is_local:

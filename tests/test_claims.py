@@ -13,10 +13,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.agenda import objective
-from orchestrator.claims import NEW_DATA, THIS_SET, Verdict, confirm_verdict, judge
-from orchestrator.sides import Reading, Tasks
-from orchestrator.statistics import (
+from orchestrator.analysis.arm_values import MetricQuery, Tasks
+from orchestrator.analysis.statistics import (
     compare,
     decide,
     detectable_effect,
@@ -28,7 +26,9 @@ from orchestrator.statistics import (
     seeds_needed,
     sign_flip_p,
 )
-from orchestrator.study import Claim, Study
+from orchestrator.analysis.verdicts import NEW_DATA, THIS_SET, Verdict, confirm_verdict, judge
+from orchestrator.scheduling.scheduler import objective
+from orchestrator.study.schema import Claim, Study
 
 ROW = {
     "study": "s", "kind": "trial", "planned": True, "model": "student", "phase": "distil", "task": "corpus",
@@ -770,7 +770,7 @@ def test_confirm_judges_the_winner_on_its_own_trials() -> None:
     good, alone = around(-0.1)
     results, trials = (t.assign(arm=None) for t in tables({"p07": good, "alone": alone}, kind="confirm"))
     searched = results.assign(kind="trial", value=0.0)
-    at = Reading("distil", "student", "mlm_loss")
+    at = MetricQuery("distil", "student", "mlm_loss")
     found = confirm_verdict(pd.concat([results, searched]), trials, "p07", "alone", at, search_difference=-0.3)
     assert found.verdict == "supported"
     assert found.comparison is not None

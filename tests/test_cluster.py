@@ -13,9 +13,10 @@ import pytest
 from pydantic import ValidationError
 from sweeping import write_study
 
-from orchestrator import cluster, sweep
-from orchestrator.messages import StudyError
-from orchestrator.study import Slot
+from orchestrator import sweep
+from orchestrator.cluster import ray_cluster
+from orchestrator.study.errors import StudyError
+from orchestrator.study.schema import Slot
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +62,7 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
 def test_slots_are_counted_node_by_node_and_device_by_device(
     nodes: list[dict[str, Any]], slot: dict[str, Any], expected: int
 ) -> None:
-    assert cluster.num_slots(nodes, Slot(**slot)) == expected
+    assert ray_cluster.num_slots(nodes, Slot(**slot)) == expected
 
 
 def test_a_worker_uses_one_device() -> None:
@@ -95,38 +96,38 @@ def test_slots_of_a_cluster_that_grows_are_those_it_could_have(
     config: dict[str, Any], nodes: list[dict[str, Any]], slot: dict[str, Any], expected: int
 ) -> None:
     wanted = Slot(**slot)
-    assert cluster.num_slots(cluster.when_all_are_there(nodes, config, wanted), wanted) == expected
+    assert ray_cluster.num_slots(ray_cluster.when_all_are_there(nodes, config, wanted), wanted) == expected
 
 
 @pytest.mark.parametrize("storage", ["./runs", "runs", "../elsewhere/runs"])
 def test_a_folder_of_one_machine_is_refused_where_there_are_more(storage: str) -> None:
     with pytest.raises(StudyError, match=r"the cluster has 3 machines; give a URI"):
-        cluster.check_shared(storage, 3, False)
+        ray_cluster.check_shared(storage, 3, False)
     with pytest.raises(StudyError, match="machines that come and go"):
-        cluster.check_shared(storage, 1, True)
-    cluster.check_shared(storage, 1, False)
+        ray_cluster.check_shared(storage, 1, True)
+    ray_cluster.check_shared(storage, 1, False)
 
 
 def test_what_all_machines_can_reach_is_taken() -> None:
     for storage in ("s3://bucket/runs", "/mnt/share/runs", None):
-        cluster.check_shared(storage, 3, True)
+        ray_cluster.check_shared(storage, 3, True)
 
 
 def test_a_cluster_is_waited_for_until_all_are_there_or_too_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later = [[HEAD], [HEAD, node(2)], [HEAD, node(2), node(2)]]
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: later.pop(0) if len(later) > 1 else later[0])
-    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: later.pop(0) if len(later) > 1 else later[0])
+    monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: None)
     config = {"available_node_types": {"local": {"min_workers": 2}}, "head_node_type": "local"}
-    assert len(cluster._wait_for_workers(config)) == 3
+    assert len(ray_cluster._wait_for_workers(config)) == 3
     assert "waiting for the cluster's machines: 0 of 2 are there" in capsys.readouterr().out
-    monkeypatch.setattr(cluster, "JOIN_SECONDS", -1.0)
+    monkeypatch.setattr(ray_cluster, "JOIN_SECONDS", -1.0)
     later[:] = [[HEAD, node(2), node(2, alive=False)]]
-    assert len(cluster._wait_for_workers(config)) == 2
+    assert len(ray_cluster._wait_for_workers(config)) == 2
     assert "going on with 1 of the cluster's 2 machines" in capsys.readouterr().out
     later[:] = [[HEAD]]
-    assert len(cluster._wait_for_workers(None)) == 1 and capsys.readouterr().out == ""
+    assert len(ray_cluster._wait_for_workers(None)) == 1 and capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- mode
@@ -138,22 +139,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(cluster, "_read_mode_and_token", lambda: None)
-    monkeypatch.setattr(cluster, "_before", {})
+    monkeypatch.setattr(ray_cluster, "_read_mode_and_token", lambda: None)
+    monkeypatch.setattr(ray_cluster, "_before", {})
     (tmp_path / ".ray").mkdir()
     return tmp_path
 
 
 def test_a_token_is_found_where_ray_looks_for_one(home: Path) -> None:
     file = home / ".ray" / "auth_token"
-    assert not cluster.has_token({}, home) and not cluster.has_token({"RAY_AUTH_TOKEN": ""}, home)
-    assert cluster.has_token({"RAY_AUTH_TOKEN": "t"}, home)
-    assert not cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(home / "t")}, home)
+    assert not ray_cluster.has_token({}, home) and not ray_cluster.has_token({"RAY_AUTH_TOKEN": ""}, home)
+    assert ray_cluster.has_token({"RAY_AUTH_TOKEN": "t"}, home)
+    assert not ray_cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(home / "t")}, home)
     file.write_text("\n")
-    assert not cluster.has_token({}, home)
+    assert not ray_cluster.has_token({}, home)
     file.write_text("t\n")
-    assert cluster.has_token({}, home) and cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(file)}, home)
-    assert not cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(home / "t")}, home), (
+    assert ray_cluster.has_token({}, home) and ray_cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(file)}, home)
+    assert not ray_cluster.has_token({"RAY_AUTH_TOKEN_PATH": str(home / "t")}, home), (
         "the named file is the one that counts"
     )
 
@@ -177,15 +178,15 @@ def test_the_mode_is_always_explicit(
     if file is not None:
         (home / ".ray" / "auth_token").write_text(file)
     joined = []
-    monkeypatch.setattr(cluster.ray, "init", lambda **options: joined.append(os.environ.get("RAY_AUTH_MODE")))
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(2)])
-    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "_autoscaler", lambda: None)
-    assert cluster.start_ray("10.0.0.1:6379", Slot()) == 2
+    monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: joined.append(os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node(2)])
+    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_cluster, "_autoscaler", lambda: None)
+    assert ray_cluster.start_ray("10.0.0.1:6379", Slot()) == 2
     assert joined == [mode]
     said = capsys.readouterr().err
     assert (said.count("warning: no token for the Ray at 10.0.0.1:6379") == 1) is warned and said.count("\n") == warned
-    cluster.stop_ray()
+    ray_cluster.stop_ray()
     assert os.environ.get("RAY_AUTH_MODE") == given
 
 
@@ -193,11 +194,11 @@ def test_where_no_ray_answers_one_line_says_so(home: Path, monkeypatch: pytest.M
     def fails(**_: Any) -> None:
         raise ConnectionError("Failed to connect to Ray cluster at nowhere:1\nand more")
 
-    monkeypatch.setattr(cluster.ray, "init", fails)
+    monkeypatch.setattr(ray_cluster.ray, "init", fails)
     with pytest.raises(
         StudyError, match=r"--address nowhere:1: no Ray answers \(Failed to connect .*nowhere:1\)"
     ) as said:
-        cluster.start_ray("nowhere:1", Slot())
+        ray_cluster.start_ray("nowhere:1", Slot())
     assert "\n" not in str(said.value) and "mode here: disabled" in str(said.value)
 
 
@@ -205,11 +206,13 @@ def test_a_ray_that_does_not_come_up_is_told_and_leaves_nothing(home: Path, monk
     def fails(**_: Any) -> None:
         raise RuntimeError("The current node timed out during startup.\nand more")
 
-    monkeypatch.setattr(cluster.ray, "init", fails)
-    monkeypatch.setattr(cluster, "_stay_here", lambda: cluster._set(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="t"))
+    monkeypatch.setattr(ray_cluster.ray, "init", fails)
+    monkeypatch.setattr(ray_cluster, "_stay_here", lambda: ray_cluster._set(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="t"))
     before = dict(os.environ)
-    with pytest.raises(cluster.NotStarted, match=r"Ray did not start \(The current node timed out during startup\.\)"):
-        cluster.start_ray(None, Slot())
+    with pytest.raises(
+        ray_cluster.NotStarted, match=r"Ray did not start \(The current node timed out during startup\.\)"
+    ):
+        ray_cluster.start_ray(None, Slot())
     assert {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} == {
         name: before.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     }
@@ -220,9 +223,9 @@ def test_a_sweep_whose_ray_does_not_come_up_ends_with_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: Any) -> int:
-        raise cluster.NotStarted("Ray did not start (too slow)")
+        raise ray_cluster.NotStarted("Ray did not start (too slow)")
 
-    monkeypatch.setattr(cluster, "start_ray", fails)
+    monkeypatch.setattr(ray_cluster, "start_ray", fails)
     assert sweep.main([str(write_study(tmp_path)), "--storage", str(tmp_path / "runs")]) == 1
     said = capsys.readouterr()
     assert "Ray did not start (too slow); nothing that finished is lost" in said.out and "Traceback" not in said.err
@@ -233,12 +236,12 @@ def test_a_ray_that_would_listen_beyond_loopback_is_not_started(
     home: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(cluster.ray.util, "get_node_ip_address", lambda: where)
-    monkeypatch.setattr(cluster.ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray_cluster.ray.util, "get_node_ip_address", lambda: where)
+    monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: started.append(options))
     with pytest.raises(StudyError, match=f"would listen at {where}"):
-        cluster.start_ray(None, Slot())
+        ray_cluster.start_ray(None, Slot())
     assert not started
-    cluster.stop_ray()
+    ray_cluster.stop_ray()
 
 
 # --------------------------------------------------------------------------------------------------------- a real Ray
@@ -246,8 +249,8 @@ def test_a_ray_that_would_listen_beyond_loopback_is_not_started(
 
 START = """
 import json, os, sys
-from orchestrator import cluster
-from orchestrator.study import Slot
+from orchestrator.cluster.ray_cluster import ray_cluster as cluster
+from orchestrator.study.schema.schema import Slot
 before = dict(os.environ)
 slots = cluster.start_ray(None, Slot())
 import ray
@@ -261,9 +264,9 @@ print(json.dumps([name for name in names if os.environ.get(name) != before.get(n
 """
 JOIN = """
 import sys
-from orchestrator import cluster
-from orchestrator.messages import StudyError
-from orchestrator.study import Slot
+from orchestrator.cluster.ray_cluster import ray_cluster as cluster
+from orchestrator.study.schema.errors import StudyError
+from orchestrator.study.schema.schema import Slot
 try:
     print("joined", cluster.start_ray(sys.argv[1], Slot()))
 except StudyError as error:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
-from orchestrator import cluster_file
+from orchestrator.cluster import check_config
 
 ROOT = Path(__file__).parent.parent
 AWS, LOCAL = ROOT / "cluster.yaml", ROOT / "cluster-local.yaml"
@@ -46,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found(value: Any, home: Path) -> dict[str, str]:
-    return {".".join(at): what for at, what in cluster_file.problems(value, home)}
+    return {".".join(at): what for at, what in check_config.problems(value, home)}
 
 
 # -------------------------------------------------------------------------------------------------------- before launch
@@ -56,14 +56,14 @@ def test_as_shipped_nothing_is_started_and_each_place_is_named(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: home)
-    assert cluster_file.main(["cluster.yaml"]) == 2
+    assert check_config.main(["cluster.yaml"]) == 2
     said = capsys.readouterr().err
     for place in ("provider.region", "head.node_config.ImageId", "gpu.node_config.ImageId", "gpu.node_config.SecurityGroupIds.0", "head_start_ray_commands.2"):  # fmt: skip
         assert f"{place}: is still to be filled in" in said
     assert said.count("\n") == 6 and re.search(r"cluster.yaml:\d+: provider.region", said)
-    assert cluster_file.main(["cluster-local.yaml"]) == 2
+    assert check_config.main(["cluster-local.yaml"]) == 2
     assert capsys.readouterr().err.count("is still to be filled in") == 4
-    assert cluster_file.main(["nowhere.yaml"]) == 2 and cluster_file.main([]) == 2
+    assert check_config.main(["nowhere.yaml"]) == 2 and check_config.main([]) == 2
 
 
 @pytest.mark.parametrize("file", [AWS, LOCAL], ids=lambda file: file.stem)
@@ -111,7 +111,11 @@ def test_make_looks_at_the_file_before_ray_gets_it() -> None:
     said = subprocess.run(
         ["make", "-n", "cluster", "CLUSTER=mine.yaml"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    assert 0 < said.index("-m orchestrator.cluster_file mine.yaml") < said.index("ray up --no-config-cache mine.yaml")
+    assert (
+        0
+        < said.index("-m orchestrator.cluster.check_config mine.yaml")
+        < said.index("ray up --no-config-cache mine.yaml")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the files' own
@@ -133,7 +137,10 @@ def test_the_aws_file_costs_nothing_while_nothing_waits_and_has_a_bound() -> Non
 def test_each_spot_worker_waits_for_its_notice_with_the_token_and_nobody_else_does() -> None:
     value = filled(AWS)
     *_, last = value["worker_start_ray_commands"]
-    assert last.startswith("export RAY_AUTH_MODE=token;") and "nohup setsid python -m orchestrator.preemption" in last
+    assert (
+        last.startswith("export RAY_AUTH_MODE=token;")
+        and "nohup setsid python -m orchestrator.cluster.spot_watcher" in last
+    )
     assert last.endswith("2>&1 < /dev/null &"), "else the command of `ray up` waits for it"
     others = [*value["head_start_ray_commands"], *filled(LOCAL)["worker_start_ray_commands"]]
     assert not [command for command in others if "preemption" in command]

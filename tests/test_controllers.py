@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from trainables.controllers import fresh_share, share_at, share_look, share_start, taid_start, taid_step
-from trainables.spec.phase import Replay, Share
-from trainables.spec.terms import InterpolatedKL
+from trainables.config.phase import Replay, Share
+from trainables.config.terms import InterpolatedKL
+from trainables.training.controllers import fresh_share, share_at, share_look, share_start, taid_start, taid_step
 
 
 def term(**more: Any) -> InterpolatedKL:

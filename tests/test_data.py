@@ -20,16 +20,18 @@ from pyarrow import csv, parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trainables.data import DataError, folders, python_docs
+from trainables.config.data import Files, Hub, PretrainedTokenizer, PythonDocs, WordPiece
+from trainables.config.errors import DataError
+from trainables.config.phase import Masking
+from trainables.config.value import random_stream
 from trainables.data import tokenizer as tokenizers_
 from trainables.data.batches import batch_indices, evaluation_batches, examples
-from trainables.data.corpus import Corpus, open_corpus
-from trainables.data.documents import Documents, load_documents, normalise, split
-from trainables.data.masking import mask_batch, next_token_batch, slice_batch
+from trainables.data.corpus.documents import Documents, load_documents, normalise, split
+from trainables.data.corpus.masking import mask_batch, next_token_batch, slice_batch
+from trainables.data.corpus.sequences import Corpus, open_corpus
 from trainables.data.prepare import fingerprint, prepare
-from trainables.spec.data import Files, Hub, PretrainedTokenizer, PythonDocs, WordPiece
-from trainables.spec.phase import Masking
-from trainables.spec.value import random_stream
+from trainables.data.sources import python_docs
+from trainables.storage import prepared_folders
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL / "glue").is_dir(), reason=f"no data sets in {REAL}: set CODISTILL_DATA")
@@ -256,7 +258,9 @@ def test_near_duplicates_leave_train_and_then_dev() -> None:
 def test_a_part_of_a_longer_training_text_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, longer = some_documents(4), some_documents(40, seed=1)
     train = [" ".join([*parts[:2], *longer[:20]])]
-    monkeypatch.setattr("trainables.data.documents._cut", lambda _: (train, [parts[0], parts[2]], [parts[1], parts[3]]))
+    monkeypatch.setattr(
+        "trainables.data.corpus.documents._cut", lambda _: (train, [parts[0], parts[2]], [parts[1], parts[3]])
+    )
     assert split(Documents(())).removed == {"train": 0, "dev": 1, "test": 1}
     named = split(Documents((), dev=(parts[0], parts[2]), test=(parts[1], parts[3])))
     assert named.removed == {"train": 0, "dev": 0, "test": 0}  # who names a test set wants all of it
@@ -310,7 +314,7 @@ def test_a_pretrained_tokenizer_counts_by_what_it_does(tmp_path: Path, corpus: C
 TRAIN_TWICE = """
 import sys
 from tokenizers.trainers import WordPieceTrainer
-from trainables.data.tokenizer import identity, train_wordpiece
+from trainables.data.tokenizer import identity; from trainables.data.tokenizer import train_wordpiece
 sys.stdout.write(identity(train_wordpiece([line for line in sys.stdin], 400)))
 """
 
@@ -433,16 +437,16 @@ def test_preparing_again_reuses_and_what_is_broken_is_made_again(
 
 
 def test_half_a_folder_is_never_taken(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, whole = data_of(source), folders._sha256
+    data, whole = data_of(source), prepared_folders._sha256
 
     def killed(_: Path) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders, "_sha256", killed)  # after the files, before about.json
+    monkeypatch.setattr(prepared_folders, "_sha256", killed)  # after the files, before about.json
     with pytest.raises(KeyboardInterrupt):
         prepare(data, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(folders, "_sha256", whole)
+    monkeypatch.setattr(prepared_folders, "_sha256", whole)
     (tmp_path / f".{fingerprint(data)}-killed" / "tokenizer").mkdir(parents=True)  # what a power cut leaves
     with pytest.raises(DataError, match=r"no prepared data in .*; prepare it first"):
         open_corpus(str(tmp_path), fingerprint(data))
@@ -451,10 +455,10 @@ def test_half_a_folder_is_never_taken(tmp_path: Path, source: str, monkeypatch: 
 
 def test_the_first_to_publish_wins(tmp_path: Path) -> None:
     def slow(temp: Path) -> dict[str, object]:
-        folders.publish(str(tmp_path), "key", lambda other: {"by": (other / "a").write_text("quick")})
+        prepared_folders.publish(str(tmp_path), "key", lambda other: {"by": (other / "a").write_text("quick")})
         return {"by": (temp / "a").write_text("slow one")}
 
-    folders.publish(str(tmp_path), "key", slow)
+    prepared_folders.publish(str(tmp_path), "key", slow)
     assert (tmp_path / "key" / "a").read_text() == "quick"
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 

@@ -13,7 +13,7 @@ from test_losses import KINDS, flow, soft_ranks
 from torch import Tensor
 
 from trainables.losses.logits import divergence, head_share
-from trainables.losses.ranking import correlation, soft_rank, union
+from trainables.losses.soft_rank import correlation, soft_rank, union
 
 STRENGTHS = (0.01, 0.3, 1.0, 5.0, 100.0)
 

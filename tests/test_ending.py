@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import ending, outcomes
-from orchestrator.ending import Ending, only_driver, request
-from orchestrator.messages import StudyError
-from trainables.store import Storage
+from orchestrator.scheduling import shutdown, trial_files
+from orchestrator.scheduling.shutdown import Ending, only_driver, request
+from orchestrator.study.errors import StudyError
+from trainables.storage.files import Storage
 
 
 class _Agenda:
@@ -30,7 +30,7 @@ class _Agenda:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr("orchestrator.ending.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("orchestrator.scheduling.shutdown.time.monotonic", lambda: now[0])
     return now
 
 
@@ -103,9 +103,9 @@ def test_a_signal_asks_all_to_leave_and_waits_only_so_long(make: Any, clock: lis
         assert agenda.closed is None, "a handler only notes it"
         it.tick()
         assert agenda.closed and asked(agenda, "abc") == asked(agenda, "def") == b"leave" and it.signal == number
-        clock[0] = ending.PATIENCE - 1
+        clock[0] = shutdown.PATIENCE - 1
         it.tick()
-        clock[0] = ending.PATIENCE + 1
+        clock[0] = shutdown.PATIENCE + 1
         with pytest.raises(KeyboardInterrupt):
             it.tick()
         with pytest.raises(KeyboardInterrupt):  # a second signal: at once
@@ -133,8 +133,8 @@ def test_a_drain_is_asked_for_while_a_driver_lives_and_forgotten_by_the_next(mak
 def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
     home = Storage(str(tmp_path / "study"))
     for trial in ("abc1", "abc2", "over"):
-        outcomes.write_start(home, trial, {"trial": trial})
-    outcomes.write_end(home, "over", {"trial": "over", "status": "ended", "attempts": 1})
+        trial_files.write_start(home, trial, {"trial": trial})
+    trial_files.write_end(home, "over", {"trial": "over", "status": "ended", "attempts": 1})
     home.write("trials/over/attempt-1/attempt.json", b"{}")
     with only_driver(home):
         with pytest.raises(StudyError, match="--stop over: is no running trial; running: abc1, abc2"):
@@ -145,7 +145,7 @@ def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
         home.write("trials/over/attempt-2/attempt.json", b"{}")  # it failed, and is tried again
         assert "trial over stops" in request(home, drain=False, stop="over")
     assert home.read("trials/abc2/leave") == b"stop"
-    outcomes.write_start(home, "abc2", {"trial": "abc2"})
+    trial_files.write_start(home, "abc2", {"trial": "abc2"})
     assert home.read("trials/abc2/leave") is None, "what was asked of the attempt before does not bind the next"
 
 

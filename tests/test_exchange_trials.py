@@ -20,19 +20,21 @@ from pydantic import TypeAdapter
 from test_loop import break_at, close_numbers, same_numbers
 from torch import Tensor
 
-from orchestrator import overview
-from trainables import attempt, controllers, loop, lora, models, replies
+from orchestrator.planning import preview
+from trainables.config.data import Data
+from trainables.config.models import Model
+from trainables.config.trial import TrialSpec
+from trainables.config.value import random_stream
 from trainables.data.prepare import prepare
-from trainables.data.rouge import rouge_l
-from trainables.data.tasks import open_data
-from trainables.evaluate import ROWS
-from trainables.generate import sample
-from trainables.losses.schedules import lr_factor
-from trainables.spec.data import Data
-from trainables.spec.models import Model
-from trainables.spec.trial import TrialSpec
-from trainables.spec.value import random_stream
-from trainables.streams import Reader
+from trainables.data.prepared import open_data
+from trainables.evaluation.per_example import ROWS
+from trainables.generation.sample import sample
+from trainables.metrics.rouge import rouge_l
+from trainables.models import build, lora
+from trainables.runtime import trial_attempt
+from trainables.training import controllers, loop, on_policy
+from trainables.training.schedules import lr_factor
+from trainables.training.streams import StreamLoader
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(
@@ -52,7 +54,7 @@ def shared(new_instructed_lab: Callable[[], Lab]) -> Lab:
 def restored(ran: Ran, name: str, model: str) -> Any:
     published = ran.lab.store.find(ran.phases[name]["key"])
     assert published is not None
-    return models.restore(published.configs[model], ran.weights(name, model)).eval()
+    return build.restore(published.configs[model], ran.weights(name, model)).eval()
 
 
 def opened(lab: Lab, name: str = "ask") -> Any:
@@ -162,12 +164,12 @@ def okd(family: str = "gpt2", *, back: float = 0.7, **more: Any) -> dict[str, An
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`start`: weights of the models before the first step of `distil`, pairs by themselves; `batches`: what it read."""
     seen: dict[str, Any] = {"start": {}, "pairs": {}, "batches": {}}
-    step, batch = loop._step, Reader.batch
+    step, batch = loop._step, StreamLoader.batch
 
     def watch_step(at: Any) -> None:
         if (at.instance.phase, at.progress.step) == ("distil", 0):
             for name, net in at.nets.items():
-                seen["start"][name] = {key: tensor.clone() for key, tensor in models.weights_of(net).items()}
+                seen["start"][name] = {key: tensor.clone() for key, tensor in build.weights_of(net).items()}
                 if lora.is_attached(net):
                     seen["pairs"][name] = {key: tensor.clone() for key, tensor in lora.adapter_state(net).items()}
         step(at)
@@ -179,7 +181,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return found
 
     monkeypatch.setattr(loop, "_step", watch_step)
-    monkeypatch.setattr(Reader, "batch", watch_batch)
+    monkeypatch.setattr(StreamLoader, "batch", watch_batch)
     return seen
 
 
@@ -244,7 +246,7 @@ def test_both_models_step_from_one_pass_before_any_update(shared: Lab, watched: 
             optimizer.step()
             optimizer.zero_grad()
     found = ran.weights("distil", "student")
-    expected = models.weights_of(student)
+    expected = build.weights_of(student)
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6, msg=key)
     found, expected = ran.weights("distil", "teacher"), with_pairs(family, base, pairs, 6 / 3)
@@ -393,7 +395,7 @@ def test_a_trial_that_dies_goes_on_to_the_same_bits(
 def read(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Of each step that could read made replies: the batch, the state after it, and what was computed."""
     seen: list[dict[str, Any]] = []
-    real = replies.made
+    real = on_policy.made
 
     def watch(spec: Any, state: Any, batch: Any, indices: Any, at: Any, by: Any) -> Any:
         found, computed = real(spec, state, batch, indices, at, by)
@@ -403,7 +405,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return found, computed
 
-    monkeypatch.setattr(replies, "made", watch)
+    monkeypatch.setattr(on_policy, "made", watch)
     return seen
 
 
@@ -520,7 +522,7 @@ def test_a_reply_that_never_ends_is_cut_and_counted(shared: Lab, read: list[Any]
     """In training and where it is scored: at `max_tokens`, however unlikely an end is."""
     data = opened(shared)
     value = Model.model_validate(model("llama", init={"kind": "random", "std": "width"}))
-    net = models.build(
+    net = build.build(
         value, name="m", seed=0, vocab_size=data.vocab_size, special_ids={"eos_token_id": data.end_id}, length=80
     )
     with torch.no_grad():
@@ -528,7 +530,7 @@ def test_a_reply_that_never_ends_is_cut_and_counted(shared: Lab, read: list[Any]
         net.get_output_embeddings().weight[data.end_id] = 0  # never the likeliest by far
     net.save_pretrained(str(tmp_path))
     lab = replace(
-        shared, fingerprints={**shared.fingerprints, "model:student": models.weights_fingerprint(str(tmp_path), None)}
+        shared, fingerprints={**shared.fingerprints, "model:student": build.weights_fingerprint(str(tmp_path), None)}
     )
     trial = answering("llama", streams=sampled("student"), optimizer={"lr": 1e-9}, evaluate=[1])
     trial["models"]["student"] = {"pretrained": str(tmp_path)}
@@ -559,8 +561,8 @@ def test_when_memory_runs_out_fewer_prompts_are_answered_at_a_time_and_nothing_e
 
         return draw
 
-    monkeypatch.setattr(replies, "sample", hungry(replies.sample))
-    monkeypatch.setattr(replies, "interleave", hungry(replies.interleave))
+    monkeypatch.setattr(on_policy, "sample", hungry(on_policy.sample))
+    monkeypatch.setattr(on_policy, "interleave", hungry(on_policy.interleave))
     ran = small.run(small.spec(answering(streams=streams)))
     assert at_once == [6, 3] + [1] * 8  # found out once
     assert ran.values == expected.values and ran.phases["distil"]["tokens"] == expected.phases["distil"]["tokens"]
@@ -572,7 +574,7 @@ def test_memory_that_is_too_small_for_one_prompt_ends_the_trial(shared: Lab, mon
     def hungry(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(replies, "sample", hungry)
+    monkeypatch.setattr(on_policy, "sample", hungry)
     with pytest.raises(torch.OutOfMemoryError):
         shared.run(shared.spec(answering(streams=sampled("student", share=0.9))), trial="no room")
 
@@ -608,10 +610,10 @@ def test_a_type_that_the_device_lacks_is_a_row_that_failed(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     spec = shared.spec(answering(), {path: "bf16"})
-    job = attempt.Job(
+    job = trial_attempt.Job(
         "no bf16", spec.model_dump_json(), shared.fingerprints, str(shared.root), "study", 1, "cuda:0", False, {}
     )
-    end = attempt.run(job, Listener())
+    end = trial_attempt.run(job, Listener())
     assert (end["status"], end["reason"]) == (
         "failed",
         f"{path}: device cuda:0 (Tesla T4) does not compute in bf16; valid: fp32",
@@ -659,9 +661,7 @@ def test_rows_beyond_the_tokenizer_are_never_read_or_drawn(
                 net.get_input_embeddings().weight[num:] = 7
         folder = str(tmp_path / f"{more}")
         net.save_pretrained(folder)
-        here = replace(
-            lab, fingerprints={**lab.fingerprints, "model:student": models.weights_fingerprint(folder, None)}
-        )
+        here = replace(lab, fingerprints={**lab.fingerprints, "model:student": build.weights_fingerprint(folder, None)})
         streams = {**sampled("student", share=0.5), "side": {"data": "ask"}}
         trial = answering(family, streams=streams, evaluate=[0, 1], optimizer={**STEADY, "decay": 0})
         trial["phases"]["distil"]["terms"]["hard"] = hard("student", on="side")
@@ -766,13 +766,13 @@ def test_dolly_is_learnt_and_the_papers_other_files_are_scored(lab: Lab, tmp_pat
     others = {name: TypeAdapter[Any](Data).validate_python(value) for name, value in data.items()}
     sets = {name: prepare(one, str(tmp_path / "data"), others) for name, one in others.items()}
     found = {f"data:{name}": one.fingerprint for name, one in sets.items()}
-    found |= {"model:m": models.weights_fingerprint(model_at, None)}
+    found |= {"model:m": build.weights_fingerprint(model_at, None)}
     home = Lab(tmp_path, found, data)
     further = ["self_inst", "vicuna", "natural"]
     learn = phase("m", {"h": hard("m")}, streams={"main": {"data": "dolly"}}, scored_on=further, evaluate=[1])
     learn |= {"budget": {"steps": 2}, "batch": 4, "optimizer": {"lr": 1e-4}}
     spec = home.spec({"models": {"m": {"pretrained": model_at}}, "phases": {"learn": learn}})
-    lines = overview._data(spec, sets)
+    lines = preview._data(spec, sets)
     told = {name: next(line for line in lines if line.startswith(f"{name}: ")) for name in data}
     assert told["self_inst"].startswith("self_inst: test 3 exchanges; alpaca template; ")
     assert (

@@ -20,20 +20,23 @@ from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from orchestrator import overview
-from trainables import models
-from trainables.beginning import keeps_apart
-from trainables.data import DataError, tokenizer
+from orchestrator.planning import preview
+from trainables.config.data import Data, InstructionFiles
+from trainables.config.errors import DataError
+from trainables.config.models import Model
+from trainables.config.trial import TrialSpec
+from trainables.data import tokenizer
 from trainables.data.batches import examples
-from trainables.data.exchanges import ExchangeBatch, ExchangeSet, first_fit
-from trainables.data.instructions import alpaca
+from trainables.data.classification.tasks import task_indices
+from trainables.data.instructions.exchanges import ExchangeSet
+from trainables.data.instructions.packing import ExchangeBatch, first_fit
+from trainables.data.instructions.templates import alpaca
 from trainables.data.prepare import fingerprint, prepare
-from trainables.data.tasks import open_data, task_indices
-from trainables.evaluate import evaluate_exchanges
-from trainables.generate import sample
-from trainables.spec.data import Data, InstructionFiles
-from trainables.spec.models import Model
-from trainables.spec.trial import TrialSpec
+from trainables.data.prepared import open_data
+from trainables.evaluation.generation import evaluate_exchanges
+from trainables.generation.sample import sample
+from trainables.models import build, output_head
+from trainables.training.setup import keeps_apart
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(
@@ -260,7 +263,7 @@ def model(family: str, **more: Any) -> Any:
     spec = Model.model_validate(
         {"family": family, "layers": 2, "width": 16, "heads": 2, "inner": 32, "dropout": 0, **more}
     )
-    net = models.build(spec, name="m", seed=0, vocab_size=64, special_ids={"eos_token_id": 2}, length=32)
+    net = build.build(spec, name="m", seed=0, vocab_size=64, special_ids={"eos_token_id": 2}, length=32)
     for parameter in net.parameters():  # far from uniform, so that a wrong mask shows
         parameter.data.mul_(3)
     return net.double().eval()
@@ -319,7 +322,7 @@ def test_where_a_model_would_read_on_over_a_border_each_exchange_has_its_own_row
         assert packed.ids_BT.shape == ((1, 18) if is_packed else (3, 10))
         assert packed.owners_N.tolist() == [0] * 2 + [1] * 6 + [2] and packed.num_tokens == 18
         with torch.no_grad():
-            seen[is_packed] = models.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
+            seen[is_packed] = output_head.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
     alone = []
     for prompt, reply in zip(batch.prompts, batch.replies, strict=True):
         ids_1T = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))[None]
@@ -344,7 +347,7 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     """A file as of Super-NaturalInstructions: a definition, an input, and outputs of which any will do."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     spec = Model.model_validate({"family": "llama", "layers": 2, "width": 16, "heads": 2, "inner": 32})
-    net = models.build(spec, name="m", seed=0, vocab_size=45, special_ids={"eos_token_id": 2}, length=512).eval()
+    net = build.build(spec, name="m", seed=0, vocab_size=45, special_ids={"eos_token_id": 2}, length=512).eval()
     for parameter in net.parameters():
         parameter.data.mul_(3)
     asked = [{"definition": f"Say w{i} and w{i + 9}.", "inputs": f"w{2 * i} w{i}"} for i in range(6)]
@@ -370,8 +373,8 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     assert scored.predictions_E is not None and scored.predictions_E.tolist() == pytest.approx(expected)
     assert scored.metrics["rougeL"] == pytest.approx(np.mean(expected)) == scored.metrics["greedy_rougeL"]
     assert [expected[i] > 0 for i in range(6)] == [i % 4 > 0 for i in range(6)]  # the first one says nothing
-    assert "scored against the best of up to 4 references" in overview._exchanged(data)
-    assert "references" not in overview._exchanged(opened(tmp_path, rows_of(4)))
+    assert "scored against the best of up to 4 references" in preview._exchanged(data)
+    assert "references" not in preview._exchanged(opened(tmp_path, rows_of(4)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
@@ -391,7 +394,7 @@ def test_the_plan_says_what_is_left_out_and_cut_and_marks_what_is_learnt(tmp_pat
         }},
     })  # fmt: skip
     data = prepare(spec, str(tmp_path / "data"))
-    lines = overview._data(trial, {"mine": data})
+    lines = preview._data(trial, {"mine": data})
     share = 100 * sum(i % 3 == 2 for i in range(200) if i % 3) / 133
     found = re.fullmatch(
         rf"mine: train (\d+) exchanges, dev (\d+) exchanges, test (\d+) exchanges; alpaca template; {share:.1f}% of the "

@@ -14,14 +14,14 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import export
-from orchestrator.agenda import Agenda
-from orchestrator.plan import Identity
-from orchestrator.study_file import load_study
-from trainables import models
-from trainables.attempt import Job, run
-from trainables.data.corpus import open_corpus
+from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.trials import Fingerprints
+from orchestrator.study.load import load_study
+from trainables.config.models import Model
+from trainables.data.corpus.sequences import open_corpus
 from trainables.data.tokenizer import encode, ends, train_wordpiece
-from trainables.spec.models import Model
+from trainables.models import build, tokenizer_check
+from trainables.runtime.trial_attempt import Job, run
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 
@@ -42,7 +42,7 @@ def file(lab: Lab, tmp_path: Path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(raw))
     study = load_study(path)
-    agenda = Agenda(study, Identity(str(lab.root / "data")), lab.storage)
+    agenda = Agenda(study, Fingerprints(str(lab.root / "data")), lab.storage)
     while (planned := agenda.next()) is not None:
         agenda.start(planned, 1)
         found: dict[str, Any] = agenda.identity.of(planned.spec)
@@ -57,12 +57,12 @@ def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Pat
     net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
     corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab() and (to / "model.safetensors").exists()
-    agenda = Agenda(load_study(file), Identity(None), lab.storage)
+    agenda = Agenda(load_study(file), Fingerprints(None), lab.storage)
     row = next(row for row in agenda.rows.values() if row["arm"] == "taught")
     key = row["phases"]["distil"]["key"]
     published = lab.store.find(key)
     assert published is not None
-    stored = models.restore(published.configs["student"], lab.store.weights(key, "student")).eval()
+    stored = build.restore(published.configs["student"], lab.store.weights(key, "student")).eval()
     ids = corpus.dev.rows(range(4))
     with torch.no_grad():
         torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
@@ -77,10 +77,12 @@ def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
     net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
     assert net.config.model_type == "bert" and net.config.num_hidden_layers == 2
     assert tokenizer("lora", "mitun")["token_type_ids"][-1] == 1  # as a task tells the halves of a pair apart
-    row = next(r for r in Agenda(load_study(file), Identity(None), lab.storage).rows.values() if r["arm"] == "shared")
+    row = next(
+        r for r in Agenda(load_study(file), Fingerprints(None), lab.storage).rows.values() if r["arm"] == "shared"
+    )
     published = lab.store.find(row["phases"]["distil"]["key"])
     assert published is not None
-    stored = models.restore(published.configs["student"], lab.store.weights(published.key, "student")).eval()
+    stored = build.restore(published.configs["student"], lab.store.weights(published.key, "student")).eval()
     ids = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"]).dev.rows(range(4))
     with torch.no_grad():
         torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
@@ -141,7 +143,7 @@ def test_what_an_edited_file_no_longer_plans_is_not_taken_for_the_arm(file: Path
 
 
 def test_a_trial_by_its_id_and_another_model(file: Path, lab: Lab, tmp_path: Path) -> None:
-    rows = Agenda(load_study(file), Identity(None), lab.storage).rows
+    rows = Agenda(load_study(file), Fingerprints(None), lab.storage).rows
     trial = next(trial for trial, row in rows.items() if row["arm"] == "taught")
     given = ["--trial", trial, "--model", "teacher", "--storage", lab.storage.uri]
     assert export.main([str(file), "--to", str(tmp_path / "to"), *given]) == 0
@@ -164,8 +166,8 @@ def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends
     tokenizer = make(wordy_documents(20, seed=0))
     start, end = ends(tokenizer)
     shape = Model.model_validate({"family": "gpt2", "layers": 1, "width": 16, "heads": 2, "dropout": 0})
-    ids = models.special_ids(tokenizer)
-    net = models.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
+    ids = tokenizer_check.special_ids(tokenizer)
+    net = build.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
     text = wordy_documents(1, seed=1)[0][:30]
     as_trained = [start, *encode(tokenizer, [text])[0]]
     export._let_it_answer(net, tokenizer)

@@ -34,10 +34,10 @@ from sweeping import (
     write_study,
 )
 
-from orchestrator.agenda import Agenda
-from orchestrator.plan import Identity
-from orchestrator.study_file import load_study
-from trainables.store import Storage
+from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.trials import Fingerprints
+from orchestrator.study.load import load_study
+from trainables.storage.files import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 HOST = socket.gethostname()
@@ -109,7 +109,7 @@ def test_a_driver_that_is_killed_twice_loses_nothing(bench: Bench) -> None:
         assert ended(cut)[trial]["faults"] == len(folders) - 1
     assert began_at(cut, again[0])[-1] < 12_000, "the damaged checkpoint is passed over, and the trial still ends"
     assert "passed over: checksum differs" in (cut / "study" / "trials" / again[0] / "log.txt").read_text()
-    planned = Agenda(load_study(study), Identity(None), Storage(str(cut))).known()
+    planned = Agenda(load_study(study), Fingerprints(None), Storage(str(cut))).known()
     teachers = {row.Index for row in after.itertuples() if row.kind == "teacher"}
     assert {p.id for p in planned} | teachers == set(after.index)
     for trial in saved - before.keys():
@@ -353,7 +353,7 @@ def is_other():
             pass
     return False
 def version(name):
-    asks = sys._getframe(1).f_globals.get("__name__") == "trainables.preflight" and name == "peft"
+    asks = sys._getframe(1).f_globals.get("__name__") == "trainables.runtime.preflight" and name == "peft"
     return "0.0.1" if asks and is_other() else told(name)
 if any("default_worker.py" in word for word in sys.orig_argv):  # no driver
     importlib.metadata.version = version

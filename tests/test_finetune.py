@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from conftest import Lab, flow, hard, inner, model, phase
 from pydantic import ValidationError
 
-from trainables import loop, models, passes
-from trainables.data.tasks import TaskBatch, folds
-from trainables.labels import out_of_fold, prediction_quality
-from trainables.phases import Instance, head_of, origin_of, streams_of
-from trainables.spec.phase import PredictionQuality
-from trainables.spec.trial import TrialSpec
-from trainables.streams import Reader
+from trainables.config.phase import PredictionQuality
+from trainables.config.trial import TrialSpec
+from trainables.data.classification.tasks import TaskBatch, folds
+from trainables.models import build
+from trainables.training import forward, loop
+from trainables.training.phase_graph import PhaseRun, head_of, origin_of, streams_of
+from trainables.training.pseudo_labels import out_of_fold, prediction_quality
+from trainables.training.streams import StreamLoader
 
 QUALITY = {"kind": "prediction_quality", "of": "teacher"}
 
@@ -65,8 +66,8 @@ def test_each_task_fans_out_from_one_pretraining_and_meets_its_own_teacher(new_t
     ]
     start = ran.weights("pretrain", "student")
     for task in ("single", "pair", "number"):
-        origin = origin_of(spec, Instance("distil", task), "teacher")
-        assert origin is not None and origin.instance == Instance("teach", task)
+        origin = origin_of(spec, PhaseRun("distil", task), "teacher")
+        assert origin is not None and origin.instance == PhaseRun("teach", task)
         begun, taught = seen[f"distil[{task}]", "student"], ran.weights("teach", "teacher", task)
         trunk = [name for name in start if name.startswith("bert.")]
         assert trunk and all(torch.equal(begun[name], start[name]) for name in trunk)
@@ -118,7 +119,7 @@ def test_scores_by_example_add_up_to_what_is_recorded(new_task_lab: Any) -> None
 def test_every_family_learns_a_task(new_task_lab: Any, family: str) -> None:
     lab = new_task_lab()
     tune = phase("student", {"h": hard("student")}, each=["pair"], budget={"epochs": 4}, optimizer={"lr": 5e-3})
-    pretrain = phase("student", {"h": hard("student")}, streams={"main": {} if models.is_masked_lm(family) else {"corruption": None}})  # fmt: skip
+    pretrain = phase("student", {"h": hard("student")}, streams={"main": {} if build.is_masked_lm(family) else {"corruption": None}})  # fmt: skip
     ran = lab.run(lab.spec({"models": {"student": model(family)}, "phases": {"pretrain": pretrain, "tune": tune}}))
     losses = ran.of("tune", "student", "h", "train")
     assert losses[-1] < losses[0]
@@ -127,7 +128,7 @@ def test_every_family_learns_a_task(new_task_lab: Any, family: str) -> None:
 
 
 def open_train(lab: Lab, name: str) -> Any:
-    from trainables.data.tasks import open_data
+    from trainables.data.prepared import open_data
 
     return open_data(str(lab.root / "data"), lab.fingerprints[f"data:{name}"]).train
 
@@ -138,11 +139,11 @@ def test_a_pretrained_folder_gets_a_head_that_depends_on_the_seed_alone(
     lab = new_task_lab()
     donor = lab.run(lab.spec(fine_tuning()))
     published = lab.store.find(donor.phases["pretrain"]["key"])
-    net = models.restore(published.configs["teacher"], donor.weights("pretrain", "teacher"))
+    net = build.restore(published.configs["teacher"], donor.weights("pretrain", "teacher"))
     trunk = donor.weights("pretrain", "teacher")
     net.save_pretrained(tmp_path / "m")
     lab = replace(
-        lab, fingerprints={**lab.fingerprints, "model:teacher": models.weights_fingerprint(str(tmp_path / "m"), None)}
+        lab, fingerprints={**lab.fingerprints, "model:teacher": build.weights_fingerprint(str(tmp_path / "m"), None)}
     )
     trial = {
         "models": {"teacher": {"pretrained": str(tmp_path / "m")}},
@@ -225,7 +226,7 @@ def test_thresholds_may_be_each_tasks_own(new_task_lab: Any) -> None:
     own = {"single": [0.8, 0.6], "pair": [0.95, 0.75]}
     spec, other, same = (with_thresholds(t) for t in (own, {**own, "pair": [0.9, 0.7]}, own["single"]))
     assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec
-    labels = streams_of(spec, Instance("guess", "pair"))["main"].labels
+    labels = streams_of(spec, PhaseRun("guess", "pair"))["main"].labels
     assert labels is not None and labels.thresholds == (0.95, 0.75)
     keys = [[lab.key(s, "guess", task) for s in (spec, other, same)] for task in ("single", "pair")]
     assert keys[0][0] == keys[0][1] == keys[0][2] and len(set(keys[1])) == 3
@@ -251,7 +252,7 @@ def test_out_of_fold_labels_come_from_the_model_that_did_not_see_the_example(new
     phases = trial["phases"]
     trial["phases"] = {"pretrain": phases["pretrain"], "teach": both["teacher"], "teach_2": both["second"], **phases}
     read: dict[str, set[int]] = {"teach[single]": set(), "teach_2[single]": set()}
-    real = Reader.batch
+    real = StreamLoader.batch
 
     def watch(self: Any, step: int, size: int, seed: int, at: str) -> Any:
         found = real(self, step, size, seed, at)
@@ -270,7 +271,7 @@ def test_out_of_fold_labels_come_from_the_model_that_did_not_see_the_example(new
     ):
         lab.spec(crossed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reader, "batch", watch)
+        patch.setattr(StreamLoader, "batch", watch)
         ran = lab.run(lab.spec(trial))
     fold_of = folds(len(open_train(lab, "single")), 2)
     assert read["teach[single]"] == set((fold_of != 0).nonzero().flatten().tolist())
@@ -333,7 +334,7 @@ def test_a_student_of_one_layer_has_no_hints_to_be_patient_about(new_task_lab: A
 
 def test_patience_is_the_mean_of_normalised_first_positions(new_task_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, caught = new_task_lab(), {}
-    real = passes.run_terms
+    real = forward.run_terms
 
     def watch(on: Any, live: Any, parts: Any, scale: Any, **how: Any) -> Any:
         found = real(on, live, parts, scale, **how)
@@ -453,18 +454,18 @@ def test_what_cannot_be_is_refused_with_a_reason(lab: Lab, tasks: Any, change: A
 
 def test_heads_are_equal_only_for_the_same_labels(tasks: Any) -> None:
     spec = TrialSpec.model_validate({"data": tasks[1], **with_quality()})
-    heads = {p: head_of(spec, Instance(p, "single"), "student") for p in ("guess", "distil")}
+    heads = {p: head_of(spec, PhaseRun(p, "single"), "student") for p in ("guess", "distil")}
     assert heads["guess"] != heads["distil"] and heads["guess"].num_labels == 4 and heads["distil"].num_labels == 2  # type: ignore[union-attr]
-    assert head_of(spec, Instance("pretrain"), "student") is None
-    assert head_of(spec, Instance("guess", "single"), "teacher") == head_of(
-        spec, Instance("teach", "single"), "teacher"
+    assert head_of(spec, PhaseRun("pretrain"), "student") is None
+    assert head_of(spec, PhaseRun("guess", "single"), "teacher") == head_of(
+        spec, PhaseRun("teach", "single"), "teacher"
     )
 
 
 def test_attention_counts_in_flops_on_this_machine_too() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from trainables.evaluate import FLOPS
+    from trainables.evaluation.model_size import FLOPS
 
     q = torch.randn(2, 3, 16, 8, requires_grad=True)
     k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(2))

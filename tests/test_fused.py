@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainables import models
-from trainables.losses.fused import Fused, Side, fused_terms
+from trainables.config.errors import ModelError
+from trainables.config.models import Model
+from trainables.config.terms import CrossEntropy, Flow, Term
+from trainables.losses.chunked import Fused, LogitSource, chunked_terms
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.models import ModelError
-from trainables.spec.models import Model
-from trainables.spec.terms import CrossEntropy, Flow, Term
+from trainables.models import build as build_
+from trainables.models import output_head
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
 WIDTHS = {"big": 6, "small": 3}
@@ -63,14 +64,14 @@ UNEVEN = dict(zip(BOTH_WAYS, (0.3, 1.0, 2.0, 0.7, 1.3), strict=True))
 
 def some_side(
     num: int, width: int, *, seed: int, bias: bool = True, rows: int = VOCABULARY, spread: float = 1.5
-) -> Side:
+) -> LogitSource:
     draw = torch.Generator().manual_seed(seed)
     shapes = [(num, width), (rows, width), (rows,)] if bias else [(num, width), (rows, width)]
     made = [(spread * torch.randn(shape, generator=draw, dtype=torch.float64)).requires_grad_() for shape in shapes]
-    return Side(*made)
+    return LogitSource(*made)
 
 
-def some_sides(num: int, **more: Any) -> dict[str, Side]:
+def some_sides(num: int, **more: Any) -> dict[str, LogitSource]:
     return {name: some_side(num, width, seed=seed, **more) for seed, (name, width) in enumerate(WIDTHS.items())}
 
 
@@ -79,7 +80,7 @@ def some_labels(num: int, vocabulary: int = VOCABULARY) -> Tensor:
 
 
 def plain_terms(
-    sides: Mapping[str, Side], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float]
+    sides: Mapping[str, LogitSource], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float]
 ) -> Fused:
     """The same by whole logits."""
     rows = min(side.hidden_ND.shape[1] if side.weight_VD is None else len(side.weight_VD) for side in sides.values())
@@ -96,10 +97,10 @@ def plain_terms(
 
 
 def in_fours(*args: Any) -> Fused:
-    return fused_terms(*args, chunk=4)
+    return chunked_terms(*args, chunk=4)
 
 
-def leaves(sides: Mapping[str, Side]) -> list[Tensor]:
+def leaves(sides: Mapping[str, LogitSource]) -> list[Tensor]:
     return [tensor for side in sides.values() for tensor in side if tensor is not None and tensor.requires_grad]
 
 
@@ -109,7 +110,7 @@ def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def assert_equal_to_plain(
-    sides: Mapping[str, Side],
+    sides: Mapping[str, LogitSource],
     labels_N: Tensor,
     terms: Mapping[str, Term],
     weights: Mapping[str, float] | None = None,
@@ -122,7 +123,7 @@ def assert_equal_to_plain(
     weights = weights or dict.fromkeys(terms, 1.0)
     with context or nullcontext():
         ours, theirs = (
-            fused_terms(sides, labels_N, terms, weights, chunk=chunk),
+            chunked_terms(sides, labels_N, terms, weights, chunk=chunk),
             plain_terms(sides, labels_N, terms, weights),
         )
     tensors = leaves(sides)
@@ -177,9 +178,9 @@ def test_no_position_gives_zero() -> None:
 def test_rows_that_only_pad_one_sides_embeddings_are_cut() -> None:
     sides = {"big": some_side(5, 6, seed=0, rows=VOCABULARY + 5), "small": some_side(5, 3, seed=1)}
     assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
-    padding = gradients(fused_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2).loss, [sides["big"].weight_VD])[
-        0
-    ]
+    padding = gradients(
+        chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2).loss, [sides["big"].weight_VD]
+    )[0]
     assert padding[VOCABULARY:].abs().max() == 0 and padding[:VOCABULARY].abs().min() > 0
 
 
@@ -187,7 +188,7 @@ def test_rows_that_only_pad_one_sides_embeddings_are_cut() -> None:
 def test_logits_may_stand_for_hidden_states_and_weight(more_rows: int) -> None:
     for name in WIDTHS:
         sides = some_sides(5)
-        sides[name] = Side(some_side(5, VOCABULARY + more_rows, seed=4).hidden_ND)
+        sides[name] = LogitSource(some_side(5, VOCABULARY + more_rows, seed=4).hidden_ND)
         assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
@@ -197,15 +198,18 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
     Nor those that leave out a part of `to` too: `test_losses` takes their differences with that part in its place.
     """
     sides, labels_N = some_sides(3, spread=0.5), some_labels(3)
-    frozen = {"big": Side(*(tensor.detach() for tensor in sides["big"])), "small": sides["small"]}
+    frozen = {"big": LogitSource(*(tensor.detach() for tensor in sides["big"])), "small": sides["small"]}
     flows = {kind: term(kind, temperature=1.5) for kind in KINDS if kind not in ("adaptive_kl", "interpolated_kl")}
     hard = {name: BOTH_WAYS[name] for name in ("big_hard", "small_hard")}
     for terms, start in ((hard, sides), ({**flows, "hard": term("cross_entropy")}, frozen)):
 
         def loss(*tensors: Tensor, terms: Any = terms, start: Any = start) -> Tensor:
             given = iter(tensors)
-            again = {name: Side(*(next(given) if t.requires_grad else t for t in side)) for name, side in start.items()}
-            return fused_terms(again, labels_N, terms, dict.fromkeys(terms, 0.7), chunk=2).loss
+            again = {
+                name: LogitSource(*(next(given) if t.requires_grad else t for t in side))
+                for name, side in start.items()
+            }
+            return chunked_terms(again, labels_N, terms, dict.fromkeys(terms, 0.7), chunk=2).loss
 
         assert torch.autograd.gradcheck(loss, leaves(start))
 
@@ -216,7 +220,7 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 @pytest.mark.parametrize("frozen", ["big", "small"])
 def test_a_frozen_side_gets_no_gradient_and_changes_none(frozen: str) -> None:
     sides = some_sides(5)
-    sides[frozen] = Side(*(tensor.detach() for tensor in sides[frozen]))
+    sides[frozen] = LogitSource(*(tensor.detach() for tensor in sides[frozen]))
     assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
@@ -226,7 +230,7 @@ def test_a_frozen_side_gets_no_gradient_and_changes_none(frozen: str) -> None:
 def test_of_a_side_only_what_requires_a_gradient_gets_one(which: tuple[bool, ...]) -> None:
     sides = some_sides(5)
     part = (tensor.detach().requires_grad_(on) for tensor, on in zip(sides["small"], which, strict=True))
-    sides["small"] = Side(*part)
+    sides["small"] = LogitSource(*part)
     assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
@@ -238,7 +242,7 @@ def test_a_term_of_weight_zero_has_a_value_and_no_gradient(off: str) -> None:
 def test_a_term_of_weight_zero_spoils_no_gradient_though_its_value_is_no_number() -> None:
     sides = some_sides(5)
     sides["big"] = sides["big"]._replace(hidden_ND=torch.full_like(sides["big"].hidden_ND, torch.inf))
-    found = fused_terms(sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "small_hard": 1.0}, chunk=2)
+    found = chunked_terms(sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "small_hard": 1.0}, chunk=2)
     assert found.values["big_to_small"].isnan() and found.values["small_hard"].isfinite()
     assert all(bool(g.isfinite().all()) for g in gradients(found.loss, list(sides["small"])))  # type: ignore[arg-type]
 
@@ -246,7 +250,9 @@ def test_a_term_of_weight_zero_spoils_no_gradient_though_its_value_is_no_number(
 def test_what_no_term_teaches_has_no_gradient_at_all() -> None:
     """None, not zeros: AdamW goes on with its momentum, and decays, where it is given zeros."""
     sides = some_sides(5)
-    found = fused_terms(sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "big_to_small": 1.0}, chunk=2)
+    found = chunked_terms(
+        sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "big_to_small": 1.0}, chunk=2
+    )
     found.loss.backward()
     assert all(tensor.grad is None for tensor in sides["big"])
     assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in sides["small"])
@@ -255,7 +261,7 @@ def test_what_no_term_teaches_has_no_gradient_at_all() -> None:
 def test_without_a_gradient_only_values_are_made() -> None:
     sides = some_sides(5)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        found = fused_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+        found = chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
     assert not found.loss.requires_grad
     assert counter.get_total_flops() == sum(2 * 5 * VOCABULARY * width for width in WIDTHS.values())
     for name, value in plain_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN).values.items():
@@ -267,16 +273,16 @@ def test_without_a_gradient_only_values_are_made() -> None:
 
 def test_gradients_are_scaled_by_what_comes_after() -> None:
     sides, labels_N = some_sides(5), some_labels(5)
-    found = [fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss for _ in range(2)]
+    found = [chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss for _ in range(2)]
     for one, scaled in zip(gradients(found[0], leaves(sides)), gradients(3.0 * found[1], leaves(sides)), strict=True):
         torch.testing.assert_close(3.0 * one, scaled)
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
     sides, labels_N = some_sides(7), some_labels(7)
-    whole = fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2)
+    whole = chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2)
     parts = [
-        fused_terms(
+        chunked_terms(
             {n: s._replace(hidden_ND=s.hidden_ND[cut]) for n, s in sides.items()},
             labels_N[cut],
             BOTH_WAYS,
@@ -297,7 +303,7 @@ def test_a_weight_that_is_the_embedding_too_gets_both_gradients() -> None:
     table = {name: side.weight_VD for name, side in some_sides(1).items()}
     found = []
     for function in (plain_terms, in_fours):
-        tied = {name: Side(torch.tanh(weight[ids_N]), weight) for name, weight in table.items()}
+        tied = {name: LogitSource(torch.tanh(weight[ids_N]), weight) for name, weight in table.items()}
         found.append(gradients(function(tied, some_labels(6), BOTH_WAYS, UNEVEN).loss, list(table.values())))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -306,16 +312,16 @@ def test_a_weight_that_is_the_embedding_too_gets_both_gradients() -> None:
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def in_single(sides: Mapping[str, Side]) -> dict[str, Side]:
-    return {name: Side(*(t.detach().float().requires_grad_() for t in side)) for name, side in sides.items()}
+def in_single(sides: Mapping[str, LogitSource]) -> dict[str, LogitSource]:
+    return {name: LogitSource(*(t.detach().float().requires_grad_() for t in side)) for name, side in sides.items()}
 
 
 def test_fp32_is_within_float_error_of_fp64() -> None:
     """Values to 1e-5 of themselves, gradients to 1e-5 of their largest entry."""
     single, labels_N = in_single(some_sides(50)), some_labels(50)
     assert_equal_to_plain(single, labels_N, BOTH_WAYS, UNEVEN, chunk=16, rtol=1e-5)
-    double = {name: Side(*(t.detach().double().requires_grad_() for t in side)) for name, side in single.items()}
-    ours = fused_terms(single, labels_N, BOTH_WAYS, UNEVEN, chunk=16)
+    double = {name: LogitSource(*(t.detach().double().requires_grad_() for t in side)) for name, side in single.items()}
+    ours = chunked_terms(single, labels_N, BOTH_WAYS, UNEVEN, chunk=16)
     assert all(value.dtype == torch.float32 for value in ours.values.values())
     exact = plain_terms(double, labels_N, BOTH_WAYS, UNEVEN)
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=0)
@@ -343,10 +349,10 @@ def test_autocast_is_that_of_the_plain_path() -> None:
 
 def test_autocast_is_no_further_from_fp64_than_the_plain_path_however_many_chunks_are_added() -> None:
     single, labels_N = in_single(some_sides(400)), some_labels(400)
-    double = {name: Side(*(t.detach().double().requires_grad_() for t in side)) for name, side in single.items()}
+    double = {name: LogitSource(*(t.detach().double().requires_grad_() for t in side)) for name, side in single.items()}
     exact = gradients(plain_terms(double, labels_N, BOTH_WAYS, UNEVEN).loss, leaves(double))
     with autocast():
-        ours = fused_terms(single, labels_N, BOTH_WAYS, UNEVEN, chunk=1).loss
+        ours = chunked_terms(single, labels_N, BOTH_WAYS, UNEVEN, chunk=1).loss
         theirs = plain_terms(single, labels_N, BOTH_WAYS, UNEVEN).loss
     pairs = zip(exact, gradients(ours, leaves(single)), gradients(theirs, leaves(single)), strict=True)
     for wanted, a, b in pairs:
@@ -356,7 +362,7 @@ def test_autocast_is_no_further_from_fp64_than_the_plain_path_however_many_chunk
 def test_under_autocast_a_weight_is_cast_once_not_once_a_chunk() -> None:
     single, rows = in_single(some_sides(20, rows=300)), 300
     with autocast(), Casts() as casts:
-        fused_terms(single, some_labels(20, rows), BOTH_WAYS, UNEVEN, chunk=2).loss.backward()
+        chunked_terms(single, some_labels(20, rows), BOTH_WAYS, UNEVEN, chunk=2).loss.backward()
     assert sorted(casts.shapes) == sorted((rows, width) for width in WIDTHS.values())
 
 
@@ -378,7 +384,7 @@ def test_hidden_states_in_half_precision_get_gradients_in_half_precision() -> No
     single, labels_N = in_single(some_sides(20)), some_labels(20)
     halved = {n: s._replace(hidden_ND=s.hidden_ND.detach().bfloat16().requires_grad_()) for n, s in single.items()}
     with autocast():
-        ours = fused_terms(halved, labels_N, BOTH_WAYS, UNEVEN, chunk=8).loss
+        ours = chunked_terms(halved, labels_N, BOTH_WAYS, UNEVEN, chunk=8).loss
         theirs = plain_terms(halved, labels_N, BOTH_WAYS, UNEVEN).loss
     for a, b in zip(gradients(ours, leaves(halved)), gradients(theirs, leaves(halved)), strict=True):
         assert a.dtype == b.dtype
@@ -387,7 +393,7 @@ def test_hidden_states_in_half_precision_get_gradients_in_half_precision() -> No
 
 def test_far_apart_logits_give_finite_gradients() -> None:
     sides = in_single(some_sides(5, spread=40.0))
-    found = fused_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+    found = chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
     assert all(bool(g.isfinite().all()) for g in gradients(found.loss, leaves(sides)))
 
 
@@ -412,7 +418,7 @@ def test_nothing_larger_than_a_chunk_of_logits_is_ever_there(num: int) -> None:
     rows, chunk = 3000, 8
     sides, labels_N = some_sides(num, rows=rows, bias=True), some_labels(num, rows)
     with Sizes() as sizes:
-        fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=chunk).loss.backward()
+        chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=chunk).loss.backward()
     assert sizes.largest == chunk * rows > max(WIDTHS.values()) * rows
     with Sizes() as sizes:
         plain_terms(sides, labels_N, BOTH_WAYS, UNEVEN).loss.backward()
@@ -428,7 +434,7 @@ def test_flops_are_those_of_the_plain_path(bias: bool, frozen: str | None) -> No
         sides = some_sides(7, bias=bias)
         terms = BOTH_WAYS
         if frozen:
-            sides[frozen] = Side(*(t.detach() for t in sides[frozen] if t is not None))
+            sides[frozen] = LogitSource(*(t.detach() for t in sides[frozen] if t is not None))
             terms = {name: value for name, value in BOTH_WAYS.items() if name in ("small_hard", "big_to_small")}
         with FlopCounterMode(display=False) as counter:
             function(sides, some_labels(7), terms, UNEVEN).loss.backward()
@@ -441,7 +447,7 @@ def test_flops_are_those_of_the_plain_path(bias: bool, frozen: str | None) -> No
 
 def build(family: str, *, width: int = 32, name: str = "m", **more: Any) -> Any:
     shape = Model(family=family, layers=2, width=width, heads=2, inner=48, dropout=0, **more)
-    return models.build(shape, name=name, seed=0, vocab_size=60, special_ids=SPECIAL, length=16)
+    return build_.build(shape, name=name, seed=0, vocab_size=60, special_ids=SPECIAL, length=16)
 
 
 def some_ids(num: int = 3) -> Tensor:
@@ -450,10 +456,12 @@ def some_ids(num: int = 3) -> Tensor:
 
 def side_of(
     net: nn.Module, positions_N: Tensor, *, ids_BT: Tensor | None = None, through: nn.Module | None = None
-) -> Side:
-    head = models.head_of(net)
+) -> LogitSource:
+    head = output_head.head_of(net)
     assert head is not None
-    return Side(models.hidden_at(net, some_ids() if ids_BT is None else ids_BT, positions_N, through=through), *head)
+    return LogitSource(
+        output_head.head_inputs(net, some_ids() if ids_BT is None else ids_BT, positions_N, through=through), *head
+    )
 
 
 POSITIONS_N = torch.tensor([0, 5, 15, 16, 37])
@@ -462,26 +470,26 @@ POSITIONS_N = torch.tensor([0, 5, 15, 16, 37])
 @pytest.mark.parametrize("family", [*FAMILIES, "roberta", "albert", "opt", "qwen3"])
 def test_hidden_states_and_head_make_the_logits_of_any_family(family: str) -> None:
     net = build(family).double()
-    wanted = models.logits_at(net, some_ids(), POSITIONS_N)
+    wanted = output_head.logits_at(net, some_ids(), POSITIONS_N)
     torch.testing.assert_close(F.linear(*side_of(net, POSITIONS_N)), wanted, rtol=0, atol=1e-12)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (net.base_model, net.get_output_embeddings()))
-    again = models.logits_at(net, some_ids(), POSITIONS_N)
+    again = output_head.logits_at(net, some_ids(), POSITIONS_N)
     torch.testing.assert_close(again, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
 def test_a_family_that_does_more_to_its_logits_has_no_such_head(family: str) -> None:
     net = build(family)
-    assert models.head_of(net) is None
+    assert output_head.head_of(net) is None
     with pytest.raises(ModelError, match=f"logits of a {family} are more than a linear layer"):
-        models.hidden_at(net, some_ids(), POSITIONS_N)
-    assert models.logits_at(net, some_ids(), POSITIONS_N).shape == (5, 60)  # the hooks are gone
+        output_head.head_inputs(net, some_ids(), POSITIONS_N)
+    assert output_head.logits_at(net, some_ids(), POSITIONS_N).shape == (5, 60)  # the hooks are gone
 
 
 def test_asking_for_the_head_changes_no_model_and_no_draw() -> None:
     net = build("bert", config={"hidden_dropout_prob": 0.5}).train()
     state = torch.get_rng_state()
-    assert models.head_of(net) is not None
+    assert output_head.head_of(net) is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert net.training and all(p.grad is None for p in net.parameters())
 
@@ -496,10 +504,10 @@ def test_two_whole_models_teach_each_other_as_in_the_plain_path(family: str) -> 
             net.zero_grad(set_to_none=True)
         if fused:
             sides = {name: side_of(net, POSITIONS_N) for name, net in nets.items()}
-            loss = fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss
+            loss = chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss
         else:
-            logits = {name: models.logits_at(net, some_ids(), POSITIONS_N) for name, net in nets.items()}
-            identity = {name: Side(logits[name], torch.eye(60, dtype=torch.float64)) for name in nets}
+            logits = {name: output_head.logits_at(net, some_ids(), POSITIONS_N) for name, net in nets.items()}
+            identity = {name: LogitSource(logits[name], torch.eye(60, dtype=torch.float64)) for name in nets}
             loss = plain_terms(identity, labels_N, BOTH_WAYS, UNEVEN).loss
         loss.backward()
         return {f"{name}.{key}": p.grad for name, net in nets.items() for key, p in net.named_parameters()}
@@ -528,8 +536,8 @@ def test_gradients_reach_what_wraps_a_model_step_after_step(family: str, one_ran
     for _ in range(3):
         net.zero_grad(set_to_none=True)
         side = side_of(net, POSITIONS_N, through=wrapped)
-        fused_terms({"small": side}, some_labels(5, 60), terms, {"hard": 1.0}, chunk=2).loss.backward()
-        assert sum(reduced) == models.num_parameters(net)
+        chunked_terms({"small": side}, some_labels(5, 60), terms, {"hard": 1.0}, chunk=2).loss.backward()
+        assert sum(reduced) == build_.num_parameters(net)
         reduced.clear()
 
 
@@ -553,7 +561,7 @@ def rank_of_two(rank: int, folder: str) -> None:
             wrapped["small"].no_sync() if accumulate else nullcontext(),
         ):
             sides = {n: side_of(nets[n], positions_N, ids_BT=ids_BT, through=wrapped[n]) for n in nets}
-            (2 * fused_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss).backward()
+            (2 * chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss).backward()
     if rank == 0:
         torch.save({f"{n}.{k}": p.grad for n, net in nets.items() for k, p in net.named_parameters()}, f"{folder}/gradients")  # fmt: skip
     torch.distributed.barrier()  # who leaves first may not take the others' connections along
@@ -574,7 +582,7 @@ def test_two_ranks_get_the_gradients_of_one(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "gradients", weights_only=True)
     nets = {"big": build("bert"), "small": build("gpt2", width=16)}
     sides = {n: side_of(net, torch.tensor([1, 8, 20, 33, 40, 52]), ids_BT=some_ids(4)) for n, net in nets.items()}
-    (2 * fused_terms(sides, some_labels(6, 60), BOTH_WAYS, UNEVEN, chunk=100).loss).backward()
+    (2 * chunked_terms(sides, some_labels(6, 60), BOTH_WAYS, UNEVEN, chunk=100).loss).backward()
     for n, net in nets.items():
         for key, p in net.named_parameters():
             torch.testing.assert_close(found[f"{n}.{key}"], p.grad, rtol=1e-4, atol=1e-6, msg=f"{n}.{key}")

@@ -11,23 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainables.generate import (
-    Drawn,
-    GenerationError,
-    _begun,
-    _descending,
-    _left_padded,
-    _Reading,
-    _streams,
-    check,
-    draw,
-    interleave,
-    sample,
-)
-from trainables.models import build
-from trainables.spec.data import Sampling
-from trainables.spec.models import Model
-from trainables.spec.phase import Interleaved
+from trainables.config.data import Sampling
+from trainables.config.models import Model
+from trainables.config.phase import Interleaved
+from trainables.generation.kv_cache import CachedModel, GenerationError, check, left_padded, prefill
+from trainables.generation.sample import Generation, _descending, draw, sample, uniform_streams
+from trainables.generation.speculative import interleave
+from trainables.models.build import build
 
 VOCAB, PAD, END = 61, 0, 2
 FAMILIES = {"gpt2": {}, "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 4}, "bloom": {}}
@@ -48,7 +38,7 @@ def some_prompts(*lengths: int) -> list[NDArray[np.int32]]:
     return [rng.integers(3, VOCAB, length).astype(np.int32) for length in lengths]
 
 
-def lists(drawn: Drawn) -> list[list[int]]:
+def lists(drawn: Generation) -> list[list[int]]:
     return [reply.tolist() for reply in drawn.replies]
 
 
@@ -93,9 +83,9 @@ def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_comput
 @torch.no_grad()
 def test_prompts_read_in_parts_leave_what_reading_them_at_once_leaves(family: str) -> None:
     net, prompts = make(family), sorted(PROMPTS, key=len)
-    reading, logits_BV = _begun(net, VOCAB, prompts, PAD, "cpu")
-    plain = _Reading(net, VOCAB)
-    ids_BT, mask_BT = _left_padded(prompts, PAD, "cpu")
+    reading, logits_BV = prefill(net, VOCAB, prompts, PAD, "cpu")
+    plain = CachedModel(net, VOCAB)
+    ids_BT, mask_BT = left_padded(prompts, PAD, "cpu")
     torch.testing.assert_close(logits_BV, plain.read(ids_BT, mask_BT, 1)[:, 0])
     assert reading.mask_BT is not None and torch.equal(reading.mask_BT, mask_BT)
     is_token_B1T1 = mask_BT[:, None, :, None]
@@ -209,7 +199,7 @@ def test_a_reply_is_cut_where_the_models_positions_end() -> None:
     mixed_layers.config.layer_types = ["conv", "full_attention"]  # as LFM2's, of which one keeps no tokens
     with pytest.raises(GenerationError, match="keeps more than keys and values of tokens"):
         check(mixed_layers)
-    assert sample(net, [], Sampling(), **HOW) == Drawn((), 0, 0)
+    assert sample(net, [], Sampling(), **HOW) == Generation((), 0, 0)
 
 
 def test_the_model_and_the_process_are_left_as_they_were_and_a_generation_config_has_no_say() -> None:
@@ -246,7 +236,9 @@ def mixed(**parts: Any) -> Interleaved:
 @torch.no_grad()
 def plainly(draft: Any, teacher: Any, prompt: Sequence[int], number: int, how: Interleaved, room: int) -> list[int]:
     """The algorithm as it is told: one prompt, no cache, all read again for every token."""
-    own, others = (_streams(HOW["seed"], name, [number], how.max_tokens, "cpu")[0] for name in ("draw", "teacher"))
+    own, others = (
+        uniform_streams(HOW["seed"], name, [number], how.max_tokens, "cpu")[0] for name in ("draw", "teacher")
+    )
     of_teacher = Sampling(temperature=how.teacher_temperature, top_p=how.teacher_top_p)
     prompt, reply = list(prompt), list[int]()
     while len(reply) < room and END not in reply:

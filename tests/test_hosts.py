@@ -46,7 +46,7 @@ def cluster(hosts: Hosts) -> Iterator[Hosts]:
     for old, new in FILLED_IN.items():
         text = text.replace(old, new)
     hosts.run("laptop", "tee", FILE, text=text)
-    look = f"cd {ROOT} && python -m orchestrator.cluster_file {FILE}"
+    look = f"cd {ROOT} && python -m orchestrator.cluster.check_config {FILE}"
     assert "ray get-auth-token --generate" in hosts.sh("laptop", look, check=False).stderr
     hosts.sh("laptop", f"ray get-auth-token --generate && chmod 600 ~/.ray/auth_token && {look}")
     hosts.sh("laptop", f"cd {ROOT} && ray up -y --no-config-cache {FILE}", timeout=400)

@@ -15,10 +15,11 @@ from pyarrow import csv, parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trainables.data import DataError
-from trainables.data.instructions import Row, Turn, alpaca, divided, load_instructions, render
+from trainables.config.data import InstructionFiles, InstructionHub
+from trainables.config.errors import DataError
+from trainables.data.instructions.rows import Row, Turn, divided, load_instructions
+from trainables.data.instructions.templates import alpaca, render
 from trainables.data.prepare import fingerprint, prepare
-from trainables.spec.data import InstructionFiles, InstructionHub
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 INSTRUCTIONS = REAL / "instructions"

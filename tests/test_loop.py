@@ -19,19 +19,22 @@ from conftest import FAMILIES, Lab, Listener, Ran, Stopped, distillation, flow, 
 from pydantic import TypeAdapter
 from test_spec import BUDGETS, DATA, INITS, SCHEDULES, TERMS
 
-from trainables import attempt, loop, models
-from trainables.attempt import Job
-from trainables.data import documents, files, python_docs
-from trainables.data.corpus import open_corpus
+from trainables.config.data import Data
+from trainables.config.errors import ModelError
+from trainables.config.models import Depth, Model
+from trainables.config.phase import Masking
+from trainables.config.trial import NUMERICS, TrialSpec, trial_id
+from trainables.data.corpus import documents
+from trainables.data.corpus.sequences import open_corpus
 from trainables.data.prepare import prepare
-from trainables.evaluate import evaluate
+from trainables.data.sources import files, python_docs
+from trainables.evaluation.language_modelling import evaluate
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.models import ModelError
-from trainables.spec.data import Data
-from trainables.spec.models import Depth, Model
-from trainables.spec.phase import Masking
-from trainables.spec.trial import NUMERICS, TrialSpec, trial_id
-from trainables.streams import Reader
+from trainables.models import build
+from trainables.runtime import trial_attempt
+from trainables.runtime.trial_attempt import Job
+from trainables.training import loop
+from trainables.training.streams import StreamLoader
 
 REFERENCE = Path(__file__).parent / "references" / "trajectory.json"
 TO_STUDENT = "phases.distil.terms.teacher_to_student"
@@ -59,7 +62,7 @@ def close_numbers(a: Ran, b: Ran, *, rtol: float) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
     """What trials of this test saw: `begin` (phase, model) -> weights at the start, `batch` (phase, stream, step) -> batch."""
     seen: dict[str, dict[Any, Any]] = {"begin": {}, "batch": {}}
-    begin, batch = loop.begin, Reader.batch
+    begin, batch = loop.begin, StreamLoader.batch
 
     def watch_begin(run: Any, instance: Any) -> Any:
         found = begin(run, instance)
@@ -73,7 +76,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[Any, Any]]:
         return found
 
     monkeypatch.setattr(loop, "begin", watch_begin)
-    monkeypatch.setattr(Reader, "batch", watch_batch)
+    monkeypatch.setattr(StreamLoader, "batch", watch_batch)
     return seen
 
 
@@ -165,7 +168,7 @@ def test_every_data_set_and_tokenizer_trains_a_step(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_and_is_reported_under_the_name_of_its_loss(lab: Lab, family: str) -> None:
-    kind = "mlm" if models.is_masked_lm(family) else "lm"
+    kind = "mlm" if build.is_masked_lm(family) else "lm"
     stream = {"main": {"corruption": None} if kind == "lm" else {}}
     spec = lab.spec(
         {
@@ -458,7 +461,7 @@ def test_the_gradient_of_each_flow_reaches_only_its_target(lab: Lab, monkeypatch
     terms, batch = spec.phases["co"].terms, seen["batch"]
     nets = {}
     for name, net in seen["live"].items():
-        nets[name] = models.restore(models.plain_config(net.config), seen["nets"][name])
+        nets[name] = build.restore(build.plain_config(net.config), seen["nets"][name])
     logits = {n: net(input_ids=batch.ids_BT).logits.flatten(0, 1)[batch.positions_N] for n, net in nets.items()}
     for to, source, name in (("small", "big", "big_to_small"), ("big", "small", "small_to_big")):
         soft = divergence(terms[name], logits[source].detach(), logits[to])  # type: ignore[arg-type]
@@ -634,9 +637,9 @@ def test_pretrained_weights_are_where_training_starts(lab: Lab, tmp_path: Path, 
     donor = lab.run(lab.spec(distillation()))
     published = lab.store.find(donor.phases["teach"]["key"])
     assert published is not None
-    net = models.restore(published.configs["teacher"], donor.weights("teach", "teacher"))
+    net = build.restore(published.configs["teacher"], donor.weights("teach", "teacher"))
     net.save_pretrained(tmp_path / "teacher")
-    found = {**lab.fingerprints, "model:student": models.weights_fingerprint(str(tmp_path / "teacher"), None)}
+    found = {**lab.fingerprints, "model:student": build.weights_fingerprint(str(tmp_path / "teacher"), None)}
     there = Lab(lab.root, found, lab.data)
     spec = there.spec(distillation(), {"models.student": {"pretrained": str(tmp_path / "teacher"), "dropout": 0}})
     ran = there.run(spec, trial="u")
@@ -706,7 +709,7 @@ def log_of(lab: Lab, of: Job) -> str:
 
 def test_an_attempt_ends_with_its_phases_and_says_where_it_ran(lab: Lab) -> None:
     this = job(lab, lab.spec(distillation()))
-    end = attempt.run(json_round_trip(this), Listener())
+    end = trial_attempt.run(json_round_trip(this), Listener())
     assert (end["status"], end["reason"], end["attempts"]) == ("ended", None, 1)
     assert set(end["phases"]) == {"teach", "distil"} and end["peak_memory"] > 1e6
     assert json.loads(json.dumps(end)) == end
@@ -737,7 +740,7 @@ def test_divergence_is_an_outcome_with_a_reason_and_a_log_and_attempts_count_up(
 ) -> None:
     this = job(lab, lab.spec(distillation(), changes))
     for number in (1, 2):
-        end = attempt.run(this, Listener())
+        end = trial_attempt.run(this, Listener())
         assert (end["status"], end["attempts"]) == ("failed", number)
         assert end["reason"].startswith(reason)
         assert reason in "\n".join(end["last_lines"])
@@ -750,7 +753,7 @@ def test_out_of_memory_is_an_outcome(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(loop, "_run", hungry)
-    end = attempt.run(job(lab, lab.spec(distillation())), Listener())
+    end = trial_attempt.run(job(lab, lab.spec(distillation())), Listener())
     assert (end["status"], end["reason"]) == ("failed", "out of memory: CUDA out of memory. Tried to allocate 2 GiB")
 
 
@@ -761,10 +764,10 @@ def test_an_error_of_ours_is_an_outcome_with_a_traceback_in_the_log(lab: Lab, mo
     this = job(lab, lab.spec(distillation()))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_backward", wrong)
-        end = attempt.run(this, Listener())
+        end = trial_attempt.run(this, Listener())
     assert (end["status"], end["reason"]) == ("failed", "KeyError: 'oops'")
     assert "Traceback" in log_of(lab, this)
-    refused = attempt.run(job(lab, lab.spec(distillation(student=model("gpt2")))), Listener())
+    refused = trial_attempt.run(job(lab, lab.spec(distillation(student=model("gpt2")))), Listener())
     assert refused["status"] == "failed" and refused["reason"].startswith("model 'student' (gpt2) is a decoder")
 
 
@@ -779,12 +782,12 @@ def test_a_stop_from_outside_passes_through_leaves_its_log_and_the_next_attempt_
 
     this = job(lab, lab.spec(distillation()), checkpoint_at_reports=True)
     with pytest.raises(SystemExit):
-        attempt.run(this, Tune())
+        trial_attempt.run(this, Tune())
     assert "attempt 1" in log_of(lab, this)
     steps: list[int] = []
     real = loop._step
     monkeypatch.setattr(loop, "_step", lambda at: [steps.append(at.progress.step), real(at)])
-    end = attempt.run(this, Listener())
+    end = trial_attempt.run(this, Listener())
     assert (end["status"], end["attempts"], steps) == ("ended", 2, [2, 3, 4, 5, 6, 7])
     assert end["phases"]["distil"]["key"] == base.phases["distil"]["key"]
     assert "attempt 2" in log_of(lab, this)
@@ -806,10 +809,10 @@ def test_evaluation_does_not_depend_on_how_the_split_is_divided_and_leaves_the_m
 ) -> None:
     corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     shape = Model.model_validate(model(dropout=0.3))
-    net = models.build(shape, name="m", seed=0, vocab_size=corpus.vocab_size, special_ids={}, length=32)
+    net = build.build(shape, name="m", seed=0, vocab_size=corpus.vocab_size, special_ids={}, length=32)
     net.train()
     whole = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
-    monkeypatch.setattr("trainables.evaluate.ROWS", 5)
+    monkeypatch.setattr("trainables.evaluation.per_example.ROWS", 5)
     parts = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
     assert net.training and parts["mlm_accuracy"] == whole["mlm_accuracy"]
     assert parts["mlm_loss"] == pytest.approx(whole["mlm_loss"], rel=1e-6)

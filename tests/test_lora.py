@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainables import lora, models
-from trainables.evaluate import size_and_speed
-from trainables.layouts import projections_of
-from trainables.models import ModelError
-from trainables.spec.models import Model, Random, Sharing
-from trainables.spec.phase import Lora
+from trainables.config.errors import ModelError
+from trainables.config.models import Model, Random, Sharing
+from trainables.config.phase import Lora
+from trainables.evaluation.model_size import size_and_speed
+from trainables.models import build as build_
+from trainables.models import lora, output_head
+from trainables.models.layouts import projections_of
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 VOCABULARY, LENGTH = 60, 12
@@ -52,7 +53,7 @@ def build(which: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int
     }
     shape = Model(family=which.partition("-")[0], **given)
     how: dict[str, Any] = {"vocab_size": VOCABULARY, "special_ids": SPECIAL, "length": LENGTH}
-    net = models.build(shape, name="m", seed=seed, **how).to(dtype).eval()
+    net = build_.build(shape, name="m", seed=seed, **how).to(dtype).eval()
     for path, parameter in net.named_parameters():  # biases that are zero hide mistakes
         if path.endswith("bias"):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
@@ -86,7 +87,7 @@ def close(a: torch.Tensor, b: torch.Tensor, message: str | None = None) -> None:
 def plain(net: Any, like: Any) -> Any:
     """What `merged` gives, in a model of the family's own class."""
     state = load(save({name: tensor.contiguous() for name, tensor in lora.merged(net).items()}))
-    return models.restore(models.plain_config(like.config), state).eval()
+    return build_.restore(build_.plain_config(like.config), state).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
@@ -101,12 +102,12 @@ def test_at_first_nothing_changes_then_merged_and_original_are_exact(which: str,
     close(logits(net), before)
     close(logits(plain(net, base)), before)
     for name, tensor in lora.merged(net).items():
-        assert torch.equal(tensor, models.weights_of(base)[name]), name
+        assert torch.equal(tensor, build_.weights_of(base)[name]), name
     fill(net)
     changed = logits(net)
     assert (changed - before).abs().max() > 1e-3
     merged = lora.merged(net)
-    weights = models.weights_of(base)
+    weights = build_.weights_of(base)
     assert {name: (t.shape, t.dtype) for name, t in merged.items()} == {name: (t.shape, t.dtype) for name, t in weights.items()}  # fmt: skip
     close(logits(plain(net, base)), changed)
     with lora.original(net):
@@ -119,7 +120,7 @@ def test_what_is_no_target_does_not_change_by_a_bit(which: str) -> None:
     base = build(which)
     net = adapted(copy.deepcopy(base), "query", "value")
     fill(net)
-    before, after = models.weights_of(base), lora.merged(net)
+    before, after = build_.weights_of(base), lora.merged(net)
     targets = {f"{path}.weight": outputs for path, outputs in projections_of(base).items()}
     changed = set[str]()
     for name, tensor in before.items():
@@ -230,10 +231,10 @@ def test_hidden_states_and_logits_of_chosen_positions_are_those_of_the_whole_for
     fill(net)
     positions_N = torch.tensor([0, 7, LENGTH, 2 * LENGTH + 3])
     whole = logits(net).flatten(0, 1)[positions_N]
-    close(models.logits_at(net, some_ids(), positions_N), whole)
-    weight, bias = models.head_of(net)  # type: ignore[misc]
+    close(output_head.logits_at(net, some_ids(), positions_N), whole)
+    weight, bias = output_head.head_of(net)  # type: ignore[misc]
     assert not weight.requires_grad
-    close(nn.functional.linear(models.hidden_at(net, some_ids(), positions_N), weight, bias), whole)
+    close(nn.functional.linear(output_head.head_inputs(net, some_ids(), positions_N), weight, bias), whole)
 
 
 @pytest.fixture
@@ -254,7 +255,7 @@ def test_it_can_be_wrapped_for_several_workers_with_activations_made_again(which
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         wrapped = nn.parallel.DistributedDataParallel(net)
         for _ in range(2):  # the second forward would say that something got no gradient in the first
-            models.hidden_at(net, some_ids(), positions_N, through=wrapped).square().sum().backward()
+            output_head.head_inputs(net, some_ids(), positions_N, through=wrapped).square().sum().backward()
         gradients.append([p.grad for p in net.parameters() if p.requires_grad])
     assert gradients[0]
     for ours, theirs in zip(*gradients, strict=True):
@@ -298,10 +299,10 @@ def test_the_bases_dropout_is_off_and_stays_off(which: str) -> None:
     """GPT-Neo reads its rates from the config at each forward."""
     if which == "gpt_neo":
         config = AutoConfig.for_model(which, vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], attention_dropout=0.5, embed_dropout=0.5, resid_dropout=0.5)  # fmt: skip
-        base = models.skeleton(config).double()
+        base = build_.from_config(config).double()
     else:
         base = build(which, dropout=0.5)
-    said = models.plain_config(base.config)
+    said = build_.plain_config(base.config)
     assert not torch.equal(logits(base.train()), logits(base))
     net = adapted(base)
     for _ in range(2):
@@ -309,7 +310,7 @@ def test_the_bases_dropout_is_off_and_stays_off(which: str) -> None:
         quiet = logits(net)
         net.train()
         assert net.training and torch.equal(logits(net), quiet) and torch.equal(logits(net), quiet)
-    assert models.plain_config(net.config) == said
+    assert build_.plain_config(net.config) == said
 
 
 def test_dropout_of_its_own_is_before_a_and_off_when_evaluating() -> None:
@@ -357,7 +358,7 @@ def test_whether_pairs_are_there() -> None:
 def test_a_shape_without_weights_can_be_adapted_to_count_what_learns() -> None:
     config = build("gpt2").config
     with torch.device("meta"):
-        net = adapted(models.skeleton(config))
+        net = adapted(build_.from_config(config))
     assert {p.device.type for p in net.parameters()} == {"meta"}
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 2 * 2 * 3 * (32 + 32)
 
@@ -368,7 +369,7 @@ def test_a_shape_without_weights_can_be_adapted_to_count_what_learns() -> None:
 def test_a_family_whose_projections_are_not_known_is_refused_with_its_linear_layers() -> None:
     config = AutoConfig.for_model("mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
     with pytest.raises(ModelError) as error:
-        adapted(models.skeleton(config))
+        adapted(build_.from_config(config))
     assert "model 'm' (mpt): no projection is known to be its query" in str(error.value)
     assert "transformer.blocks.*.attn.Wqkv" in str(error.value) and "valid targets: none" in str(error.value)
 
@@ -376,7 +377,7 @@ def test_a_family_whose_projections_are_not_known_is_refused_with_its_linear_lay
 @pytest.mark.parametrize("family", ["opt", "qwen3", "gemma2", "phi", "mistral"])
 def test_families_with_usual_names_need_no_layout(family: str) -> None:
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)  # fmt: skip
-    base = models.skeleton(config).double().eval()
+    base = build_.from_config(config).double().eval()
     assert {target for targets in projections_of(base).values() for target in targets} == set(ALL)
     net = adapted(copy.deepcopy(base), *ALL)
     close(logits(net), logits(base))
@@ -390,15 +391,15 @@ def test_families_with_usual_names_need_no_layout(family: str) -> None:
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the real models are not here")
 def test_a_real_model_is_adapted_merged_and_saved_as_a_folder(tmp_path: Path) -> None:
     how: dict[str, Any] = {"vocab_size": 512, "special_ids": {}, "length": 64}
-    base = models.build(Model(pretrained=str(STORIES)), name="m", seed=0, **how)
+    base = build_.build(Model(pretrained=str(STORIES)), name="m", seed=0, **how)
     prompt = torch.tensor([[1, 403, 407, 261, 378]])
     before = base(input_ids=prompt).logits
     net = adapted(base, *ALL, rank=4)
     torch.testing.assert_close(net(input_ids=prompt).logits, before)
     fill(net)
-    models.restore(models.plain_config(net.config), lora.merged(net)).save_pretrained(tmp_path / "merged")
+    build_.restore(build_.plain_config(net.config), lora.merged(net)).save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     after = net.eval()(input_ids=prompt).logits
     torch.testing.assert_close(again(input_ids=prompt).logits, after, rtol=1e-4, atol=1e-4)
     assert (after - before).abs().max() > 0.1
-    assert size_and_speed(net, length=16, is_task=False, device="cpu")["parameters"] > models.num_parameters(again)
+    assert size_and_speed(net, length=16, is_task=False, device="cpu")["parameters"] > build_.num_parameters(again)

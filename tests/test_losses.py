@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
 
-from trainables import models
-from trainables.data.masking import mask_batch, next_token_batch
+from trainables.config.models import Model
+from trainables.config.phase import Masking
+from trainables.config.terms import Flow
+from trainables.data.corpus.masking import mask_batch, next_token_batch
 from trainables.losses.logits import cross_entropy, divergence, jsd, kl
-from trainables.spec.models import Model
-from trainables.spec.phase import Masking
-from trainables.spec.terms import Flow
+from trainables.models import build, output_head
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
 NUM, VOCABULARY = 5, 7
@@ -264,14 +264,16 @@ def test_cross_entropy_is_the_forward_kl_from_a_teacher_without_doubt() -> None:
 @pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama"])
 def test_the_hard_loss_is_that_of_transformers_on_the_same_positions(family: str) -> None:
     shape = Model(family=family, layers=1, width=16, heads=2, inner=32, dropout=0)
-    net = models.build(shape, name="m", seed=0, vocab_size=50, special_ids={"pad_token_id": 0}, length=16)
+    net = build.build(shape, name="m", seed=0, vocab_size=50, special_ids={"pad_token_id": 0}, length=16)
     ids_BT = torch.randint(5, 50, (4, 16), generator=torch.Generator().manual_seed(0))
-    if models.is_masked_lm(family):
+    if build.is_masked_lm(family):
         batch = mask_batch(ids_BT, masking=Masking(), vocab_size=50, mask_id=4, special_ids=(0, 1, 2, 3, 4), seed=0)
         labels_BT = torch.full_like(ids_BT, -100)
         labels_BT.view(-1)[batch.positions_N] = batch.labels_N
     else:
         batch, labels_BT = next_token_batch(ids_BT), ids_BT
     theirs = net(input_ids=batch.ids_BT, labels=labels_BT).loss
-    ours = cross_entropy(models.logits_at(net, batch.ids_BT, batch.positions_N), batch.labels_N) / len(batch.labels_N)
+    ours = cross_entropy(output_head.logits_at(net, batch.ids_BT, batch.positions_N), batch.labels_N) / len(
+        batch.labels_N
+    )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)

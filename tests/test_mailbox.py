@@ -7,7 +7,7 @@ import json
 from collections.abc import Coroutine
 from typing import Any
 
-from trainables.mailbox import RESTARTS, Mailbox
+from trainables.runtime.job_queue import RESTARTS, Mailbox
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:

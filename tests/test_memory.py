@@ -11,26 +11,26 @@ import torch
 from conftest import distillation, flow, hard, model, phase
 from test_shapes import LENGTH, SPECIAL, shapes, study
 
-from orchestrator import memory
-from orchestrator.memory import FP32, PROCESS, WASTE, largest, memory_lines, need, room
-from orchestrator.messages import StudyError
-from orchestrator.shapes import At, Reached, Rows, Shapes, reachable
-from orchestrator.study import Limits, Search, Slot, StopEarly, Study
-from trainables import lora, models
-from trainables.optimizers import make_optimizer
-from trainables.phases import Instance, instances
-from trainables.spec.models import Model
-from trainables.spec.phase import Phase
+from orchestrator.planning import memory
+from orchestrator.planning.memory import FP32, PROCESS, WASTE, estimate_memory, largest, memory_lines, room
+from orchestrator.planning.meta_models import At, ReachableTrial, Rows, Shapes, reachable
+from orchestrator.study.errors import StudyError
+from orchestrator.study.schema import Limits, Search, Slot, StopEarly, Study
+from trainables.config.models import Model
+from trainables.config.phase import Phase
+from trainables.models import build, lora, output_head
+from trainables.training.optimizers import make_optimizer
+from trainables.training.phase_graph import PhaseRun, phase_runs
 
 SOFT = "phases.distil.terms.teacher_to_student"
 
 
-def reached(value: Study) -> Reached:
-    return Reached(value.spec(seed=0).pruned(), "the trial", {})
+def reached(value: Study) -> ReachableTrial:
+    return ReachableTrial(value.spec(seed=0).pruned(), "the trial", {})
 
 
-def need_of(value: Study, name: str = "distil", rows: int | None = None) -> memory.Need:
-    return need(reached(value), Instance(name), value.slot, shapes(), rows)
+def need_of(value: Study, name: str = "distil", rows: int | None = None) -> memory.MemoryEstimate:
+    return estimate_memory(reached(value), PhaseRun(name), value.slot, shapes(), rows)
 
 
 def lines(value: Study) -> list[str]:
@@ -190,7 +190,7 @@ def test_every_branch_of_a_phase_is_looked_at() -> None:
         trial["phases"][name]["streams"] = {"main": {"data": "short"}}
     trial["phases"]["distil"]["start"] = {"teacher": "teach[long]"}
     value = study(trial=trial)
-    assert {str(i) for i in instances(value.spec(seed=0))} >= {"distil[short]", "distil[long]"}
+    assert {str(i) for i in phase_runs(value.spec(seed=0))} >= {"distil[short]", "distil[long]"}
     assert "phase distil[long] of the trial" in largest(value, shapes(), reachable(value)).where
 
 
@@ -335,7 +335,7 @@ def test_a_vocabulary_of_128_thousand_is_counted_too() -> None:
     for one in trial["models"].values():
         one["config"] = {**shared, "num_key_value_heads": 8}
     value, big = study(trial=trial, slot={"gpus": 1, "memory_gb": 24}), Shapes(vocab_size=num, special_ids=SPECIAL)
-    found = need(reached(value), Instance("distil"), value.slot, big, 1)
+    found = estimate_memory(reached(value), PhaseRun("distil"), value.slot, big, 1)
     # by hand: keys and values are 8 of the student's 32 heads, 8 of the teacher's 24
     student = num * 2048 + 16 * (2 * 2048**2 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048) + 2048
     teacher = num * 3072 + 28 * (2 * 3072**2 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072) + 3072
@@ -381,7 +381,7 @@ def test_what_is_held_is_what_a_real_optimizer_holds(kind: str, how: Any, dtype:
     raw = phase("student", {"h": hard("student")}, optimizer={"lr": 1e-3, "kind": kind})
     spec = Phase.model_validate({**raw, "train": {"student": how}})
     value = Model.model_validate(model("llama", layers=2, width=64, inner=128, dtype=dtype))
-    net = models.build(value, name="student", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
+    net = build.build(value, name="student", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
     if how != "full":
         lora.attach(net, spec.train["student"], name="student", seed=0)  # type: ignore[arg-type]
     learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -391,7 +391,7 @@ def test_what_is_held_is_what_a_real_optimizer_holds(kind: str, how: Any, dtype:
     optimizer.step()
     tables = ("qmap1", "qmap2")
     state = [t for one in optimizer.state.values() for key, t in one.items() if isinstance(t, torch.Tensor) and t.ndim and key not in tables]  # fmt: skip
-    found = memory.held(shapes(), value, LENGTH, spec, "student")
+    found = memory.model_memory(shapes(), value, LENGTH, spec, "student")
     assert found.weights == sum(parameter.nbytes for parameter in net.parameters())
     assert found.gradients == sum(parameter.grad.nbytes for parameter in learning)
     assert found.optimizer == sum(tensor.nbytes for tensor in state)
@@ -411,7 +411,7 @@ def test_replies_take_a_cache_of_keys_and_values() -> None:
     by = {"kind": "sampled", "by": "student", "max_tokens": 20}
     value = study(trial=instructed(replies=by))
     one, spec = reached(value), value.spec(seed=0)
-    counted = memory._Phase(one.spec, Instance("distil"), value.slot, shapes())
+    counted = memory._Phase(one.spec, PhaseRun("distil"), value.slot, shapes())
     (name,) = found = counted.replying(8)
     of_token = 2 * spec.models["student"].layers * 16 * 4  # type: ignore[operator]
     assert name == "student" and found[name]["cache"] == of_token * 8 * (60 + 60 // 4 + 32)
@@ -419,17 +419,17 @@ def test_replies_take_a_cache_of_keys_and_values() -> None:
     assert "gradients" not in found[name] and found[name]["teacher"] > found[name]["weights"]
     both = {"kind": "interleaved", "draft": "student", "teacher": "teacher", "max_tokens": 20}
     value = study(trial=instructed(replies=both))
-    counted = memory._Phase(reached(value).spec, Instance("distil"), value.slot, shapes())
+    counted = memory._Phase(reached(value).spec, PhaseRun("distil"), value.slot, shapes())
     assert counted.replying(8)["student and teacher"]["cache"] == 2.5 * found[name]["cache"]
     assert not memory._Phase(
-        reached(study(trial=instructed())).spec, Instance("distil"), value.slot, shapes()
+        reached(study(trial=instructed())).spec, PhaseRun("distil"), value.slot, shapes()
     ).replying(8)
 
 
 def test_rows_of_instructions_are_supervised_where_replies_are() -> None:
     few, rows = Shapes(160, SPECIAL, reply_share=0.25), []
     for stream in ({}, {"replies": {"kind": "sampled", "by": "student"}}):
-        counted = memory._Phase(reached(study(trial=instructed(**stream))).spec, Instance("distil"), Slot(), few)
+        counted = memory._Phase(reached(study(trial=instructed(**stream))).spec, PhaseRun("distil"), Slot(), few)
         rows += [found for name, _, _, found in counted._forwards() if name == "student"]
     assert rows == [Rows(2, 64, 16, packed=True), Rows(2, 64, 63, packed=True)]
 
@@ -463,7 +463,7 @@ def test_a_model_that_cannot_run_without_content_leaves_memory_unknown(monkeypat
     def fails(*_: Any) -> Any:
         raise RuntimeError("no meta kernel\nfor this")
 
-    monkeypatch.setattr(models, "hidden_at", fails)
+    monkeypatch.setattr(output_head, "head_inputs", fails)
     value = study(trial=wide())
     assert (
         memory_lines(value, Shapes(160, SPECIAL), list(reachable(value)))[0]

@@ -20,11 +20,12 @@ from huggingface_hub.errors import (
 from safetensors.torch import load, save
 from torch import nn
 
-from trainables import models
+from trainables.config.errors import ModelError
+from trainables.config.models import Model, Random
+from trainables.config.phase import Masking
 from trainables.data.tokenizer import train_wordpiece
-from trainables.models import ModelError
-from trainables.spec.models import Model, Random
-from trainables.spec.phase import Masking
+from trainables.models import build as build_
+from trainables.models import initialise, output_head, tokenizer_check
 
 SPECIAL = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 VOCABULARY, LENGTH = 60, 16
@@ -35,7 +36,7 @@ def shape(family: str = "bert", **more: Any) -> Model:
 
 
 def build(model: Model, *, name: str = "m", seed: int = 0, vocab_size: int = VOCABULARY) -> Any:
-    return models.build(model, name=name, seed=seed, vocab_size=vocab_size, special_ids=SPECIAL, length=LENGTH)
+    return build_.build(model, name=name, seed=seed, vocab_size=vocab_size, special_ids=SPECIAL, length=LENGTH)
 
 
 def some_ids(num: int = 3, seed: int = 0) -> torch.Tensor:
@@ -58,7 +59,7 @@ def test_a_shape_becomes_a_model_of_that_shape(family: str) -> None:
     assert (config.num_attention_heads, config.vocab_size) == (2, VOCABULARY)
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert any(p.shape in {(48, 32), (32, 48), (96, 32)} for p in net.parameters())  # the inner width, gated or not
-    assert models.num_parameters(net) == sum(p.numel() for p in set(net.parameters()))
+    assert build_.num_parameters(net) == sum(p.numel() for p in set(net.parameters()))
     assert net(input_ids=some_ids()).logits.shape == (3, LENGTH, VOCABULARY)
 
 
@@ -92,10 +93,10 @@ def test_a_family_without_a_language_model_is_refused(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stream_that_a_model_cannot_read_is_refused_with_the_way_out(family: str) -> None:
     config = build(shape(family)).config
-    right, wrong = (Masking(), None) if models.is_masked_lm(family) else (None, Masking())
-    models.check_stream(config, right, "m")
+    right, wrong = (Masking(), None) if build_.is_masked_lm(family) else (None, Masking())
+    build_.check_stream(config, right, "m")
     with pytest.raises(ModelError, match=r"model 'm' \(\w+\) is (an encoder|a decoder): .*corruption"):
-        models.check_stream(config, wrong, "m")
+        build_.check_stream(config, wrong, "m")
 
 
 # ------------------------------------------------------------------------------------------------------ initial weights
@@ -112,7 +113,7 @@ def test_initial_weights_depend_on_seed_and_name_and_on_nothing_else(family: str
     again = build(model)
     assert equal(first, again)
     state = torch.get_rng_state()
-    models.initialise(again, init, name="m", seed=0)
+    initialise.initialise(again, init, name="m", seed=0)
     assert equal(first, again) and torch.equal(torch.get_rng_state(), state)  # no one else's draws are touched
     assert not equal(first, build(model, seed=1))
     assert not equal(first, build(model, name="n"))
@@ -135,9 +136,9 @@ def test_models_of_different_depth_start_equal_layer_by_layer(family: str, std: 
 def test_the_familys_rule_is_that_of_transformers(family: str) -> None:
     """Every tensor has the spread that transformers' own construction gives it, scaled projections included."""
     model = shape(family, width=64, heads=2, inner=128)
-    config = models.make_config(model, vocab_size=400, special_ids=SPECIAL, length=64)
-    ours, theirs = models.skeleton(config), models.skeleton(config)
-    models.initialise(ours, Random(), name="m", seed=0)
+    config = build_.make_config(model, vocab_size=400, special_ids=SPECIAL, length=64)
+    ours, theirs = build_.from_config(config), build_.from_config(config)
+    initialise.initialise(ours, Random(), name="m", seed=0)
     reference = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
         if tensor.ndim >= 2:
@@ -161,15 +162,15 @@ def test_sinusoids_take_the_place_of_drawn_positions_and_are_refused_where_there
     drawn = build(shape("bert")).bert.embeddings.position_embeddings.weight
     table = build(shape("bert", init=Random(positions="sinusoid"))).bert.embeddings.position_embeddings.weight
     assert table.std().item() == pytest.approx(drawn.std().item(), rel=0.01)
-    scale = drawn.std().item() / models.sinusoids(LENGTH, 32).std().item()
-    torch.testing.assert_close(table.detach(), models.sinusoids(LENGTH, 32) * scale)
+    scale = drawn.std().item() / initialise.sinusoids(LENGTH, 32).std().item()
+    torch.testing.assert_close(table.detach(), initialise.sinusoids(LENGTH, 32) * scale)
     build(shape("gpt2", init=Random(positions="sinusoid")))
     with pytest.raises(ModelError, match=r"modernbert.*no learned positions"):
         build(shape("modernbert", init=Random(positions="sinusoid")))
 
 
 def test_sinusoids_are_those_of_the_transformer() -> None:
-    table = models.sinusoids(20, 6)
+    table = initialise.sinusoids(20, 6)
     for t, k in ((0, 0), (3, 1), (19, 2)):
         angle = torch.tensor(t / 10_000 ** (2 * k / 6))
         expected = torch.stack((angle.sin(), angle.cos()))
@@ -190,7 +191,7 @@ def test_a_head_at_supervised_positions_is_the_full_head_there_values_and_gradie
         (logits_NV.log_softmax(-1) * weights).sum().backward()
         return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
 
-    sparse = models.logits_at(net, ids_BT, positions_N)
+    sparse = output_head.logits_at(net, ids_BT, positions_N)
     ours = gradients(sparse)
     full = net(input_ids=ids_BT).logits.flatten(0, 1)[positions_N]
     theirs = gradients(full)
@@ -208,7 +209,7 @@ def test_no_full_logits_are_made(family: str) -> None:
     shapes = []
     for module in net.modules():
         module.register_forward_hook(lambda _m, _a, out: shapes.append(getattr(out, "logits", out)))
-    models.logits_at(net, some_ids(), torch.tensor([1, 20]))
+    output_head.logits_at(net, some_ids(), torch.tensor([1, 20]))
     sizes = [s.shape for s in shapes if isinstance(s, torch.Tensor) and s.shape[-1:] == (VOCABULARY,)]
     assert sizes and all(size.numel() == 2 * VOCABULARY for size in sizes)
 
@@ -216,7 +217,7 @@ def test_no_full_logits_are_made(family: str) -> None:
 def test_the_hook_goes_also_when_the_forward_fails() -> None:
     net = build(shape())
     with pytest.raises(IndexError):
-        models.logits_at(net, some_ids(), torch.tensor([10_000]))
+        output_head.logits_at(net, some_ids(), torch.tensor([10_000]))
     assert not net.base_model._forward_hooks
 
 
@@ -226,23 +227,23 @@ def test_the_hook_goes_also_when_the_forward_fails() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_stored_is_restored_bit_by_bit(family: str) -> None:
     net = build(shape(family, dropout=0.25)).eval()
-    config = json.loads(json.dumps(models.plain_config(net.config)))
-    weights = load(save({name: tensor.contiguous() for name, tensor in models.weights_of(net).items()}))
-    again = models.restore(config, weights).eval()
+    config = json.loads(json.dumps(build_.plain_config(net.config)))
+    weights = load(save({name: tensor.contiguous() for name, tensor in build_.weights_of(net).items()}))
+    again = build_.restore(config, weights).eval()
     assert equal(net, again)
     assert torch.equal(net(input_ids=some_ids()).logits, again(input_ids=some_ids()).logits)
-    assert json.loads(json.dumps(models.plain_config(again.config))) == config
+    assert json.loads(json.dumps(build_.plain_config(again.config))) == config
     assert [p.shape for p in again.parameters()] == [p.shape for p in net.parameters()]  # what was tied is tied
 
 
 def test_weights_that_do_not_fit_are_refused_by_name() -> None:
     net = build(shape())
-    config, weights = models.plain_config(net.config), models.weights_of(net)
+    config, weights = build_.plain_config(net.config), build_.weights_of(net)
     name = next(iter(weights))
     with pytest.raises(ModelError, match=name):
-        models.restore(config, {key: tensor for key, tensor in weights.items() if key != name})
+        build_.restore(config, {key: tensor for key, tensor in weights.items() if key != name})
     with pytest.raises(ModelError, match="no_such"):
-        models.restore(config, {**weights, "no_such": torch.zeros(1)})
+        build_.restore(config, {**weights, "no_such": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -269,7 +270,7 @@ def test_dropout_of_a_pretrained_model_is_set_where_asked_for(tmp_path: Path) ->
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_at_the_hub(tmp_path: Path) -> None:
-    for ask in (lambda name: build(Model(pretrained=name)), lambda name: models.weights_fingerprint(name, None)):
+    for ask in (lambda name: build(Model(pretrained=name)), lambda name: build_.weights_fingerprint(name, None)):
         with pytest.raises(ModelError, match=r"no weights at '.*/nowhere' .*: there is no such folder$"):
             ask(str(tmp_path / "nowhere"))
 
@@ -281,7 +282,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no weights at"):
         build(Model(pretrained=str(tmp_path)))
     with pytest.raises(ModelError, match=r"no \*.safetensors; pickled weights are refused"):
-        models.weights_fingerprint(str(tmp_path), None)
+        build_.weights_fingerprint(str(tmp_path), None)
 
 
 def test_a_pretrained_model_with_too_few_rows_for_the_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -293,11 +294,11 @@ def test_a_pretrained_model_with_too_few_rows_for_the_tokenizer_is_refused(tmp_p
 def test_weights_are_fingerprinted_by_content_not_by_place(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         build(shape(), seed=seed).save_pretrained(tmp_path / name)
-    a, b, c = (models.weights_fingerprint(str(tmp_path / name), None) for name in "abc")
+    a, b, c = (build_.weights_fingerprint(str(tmp_path / name), None) for name in "abc")
     assert a == b != c
     config = tmp_path / "b" / "config.json"
     config.write_text(config.read_text().replace('"gelu"', '"relu"'))
-    assert models.weights_fingerprint(str(tmp_path / "b"), None) != a
+    assert build_.weights_fingerprint(str(tmp_path / "b"), None) != a
 
 
 # --------------------------------------------------------------------------------------------------------------- types
@@ -309,15 +310,15 @@ def test_weights_in_bf16_are_those_in_fp32_rounded_and_stay_so_when_stored(famil
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     for (name, a), b in zip(full.named_parameters(), half.parameters(), strict=True):
         assert torch.equal(a.to(torch.bfloat16), b), name
-    assert models.num_parameters(full) == models.num_parameters(half)  # what is tied is tied
+    assert build_.num_parameters(full) == build_.num_parameters(half)  # what is tied is tied
     assert {n: b.dtype for n, b in half.named_buffers()} == {n: b.dtype for n, b in full.named_buffers()}
-    config = json.loads(json.dumps(models.plain_config(half.config)))
-    weights = load(save({name: tensor.contiguous() for name, tensor in models.weights_of(half).items()}))
-    again = models.restore(config, weights).eval()
+    config = json.loads(json.dumps(build_.plain_config(half.config)))
+    weights = load(save({name: tensor.contiguous() for name, tensor in build_.weights_of(half).items()}))
+    again = build_.restore(config, weights).eval()
     assert equal(half, again) and {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(half(input_ids=some_ids()).logits, again(input_ids=some_ids()).logits)
     how: dict[str, Any] = {"name": "m", "seed": 0}
-    headed = models.with_head(config, weights, 3 if family != "llama" else None, Random(), **how)
+    headed = build_.with_head(config, weights, 3 if family != "llama" else None, Random(), **how)
     assert {p.dtype for p in headed.parameters()} == {torch.bfloat16}
     half.save_pretrained(tmp_path)
     for dtype, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -330,19 +331,19 @@ def test_weights_in_bf16_are_those_in_fp32_rounded_and_stay_so_when_stored(famil
 
 def test_a_type_that_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in ("fp32", "bf16"):
-        models.check_dtype(dtype, "cpu")
+        build_.check_dtype(dtype, "cpu")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    models.check_dtype("fp32", "cuda:1")
+    build_.check_dtype("fp32", "cuda:1")
     with pytest.raises(ModelError, match=r"^device cuda:1 \(Tesla T4\) does not compute in bf16; valid: fp32$"):
-        models.check_dtype("bf16", "cuda:1")
+        build_.check_dtype("bf16", "cuda:1")
     asked = {"m": Model(pretrained="some/m"), "n": Model(pretrained="some/n", dtype="bf16")}
-    models.check_types("fp32", {"m": asked["m"]}, "cuda:1")
+    build_.check_types("fp32", {"m": asked["m"]}, "cuda:1")
     for precision, where in (("bf16", "precision"), ("fp32", r"models\.n\.dtype")):
         with pytest.raises(
             ModelError, match=rf"^{where}: device cuda:1 \(Tesla T4\) does not compute in bf16; valid: fp32$"
         ):
-            models.check_types(precision, asked, "cuda:1")
+            build_.check_types(precision, asked, "cuda:1")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
@@ -354,14 +355,14 @@ def tokenizer_of(*texts: str) -> Any:
 
 def test_a_tokenizer_is_compared_by_what_its_ids_mean(tmp_path: Path) -> None:
     ours, other = tokenizer_of("one two three"), tokenizer_of("four five six")
-    models.check_tokenizer(shape(), ours, "corpus")  # a shape takes the data's
+    tokenizer_check.check_tokenizer(shape(), ours, "corpus")  # a shape takes the data's
     build(shape(), vocab_size=len(ours) + 28).save_pretrained(tmp_path)  # rows beyond the tokenizer's are padding
     mine = Model(pretrained=str(tmp_path))
-    models.check_tokenizer(mine, ours, "corpus")  # a folder without a tokenizer
+    tokenizer_check.check_tokenizer(mine, ours, "corpus")  # a folder without a tokenizer
     ours.save_pretrained(tmp_path)
-    models.check_tokenizer(mine, tokenizer_of("one two three"), "corpus")
+    tokenizer_check.check_tokenizer(mine, tokenizer_of("one two three"), "corpus")
     with pytest.raises(ModelError) as error:
-        models.check_tokenizer(mine, other, "dolly")
+        tokenizer_check.check_tokenizer(mine, other, "dolly")
     said = str(error.value)
     assert repr(str(tmp_path)) in said and "data 'dolly'" in said
     assert f"({len(ours)} tokens)" in said and f"({len(other)})" in said and "tokenizer: {kind: pretrained" in said
@@ -378,7 +379,7 @@ def test_a_token_that_only_one_side_has_is_told(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"differ in 1 tokens: '<user>' is not in that of .* and \d+ in that of data c"
     ):
-        models.check_tokenizer(Model(pretrained=str(tmp_path)), ours, "c")
+        tokenizer_check.check_tokenizer(Model(pretrained=str(tmp_path)), ours, "c")
 
 
 # --------------------------------------------------------------------------------------------------------------- the hub
@@ -428,12 +429,12 @@ def test_a_model_that_the_hub_does_not_give_is_one_message_with_the_variable(
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     model = Model(pretrained="some/model")
     for how in answer(refused(kind)):
-        monkeypatch.setattr(models, "snapshot_download", how)
-        monkeypatch.setattr(models.AutoConfig, "from_pretrained", how)
+        monkeypatch.setattr(build_, "snapshot_download", how)
+        monkeypatch.setattr(build_.AutoConfig, "from_pretrained", how)
         asks = (
             lambda: build(model),
-            lambda: models.weights_fingerprint("some/model", None),
-            lambda: models.check_tokenizer(model, tokenizer_of("one two"), "corpus"),
+            lambda: build_.weights_fingerprint("some/model", None),
+            lambda: tokenizer_check.check_tokenizer(model, tokenizer_of("one two"), "corpus"),
         )
         for ask in asks:
             with pytest.raises(ModelError) as error:

@@ -11,10 +11,10 @@ import torch
 from conftest import hard, phase
 from torch.nn import Parameter
 
-from trainables import optimizers
-from trainables.models import ModelError
-from trainables.optimizers import Several, check_optimizers, make_optimizer
-from trainables.spec.phase import Phase
+from trainables.config.errors import ModelError
+from trainables.config.phase import Phase
+from trainables.training import optimizers
+from trainables.training.optimizers import Several, check_optimizers, make_optimizer
 
 KINDS = ("adamw", "adafactor", "adamw_8bit")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import outcomes
-from trainables.store import Storage
+from orchestrator.scheduling import trial_files
+from trainables.storage.files import Storage
 
 ROW = {"trial": "abc", "status": "ended", "params": {"x": 1.5}, "phases": {}}
 RECORD = {"metric": "mlm_loss", "value": 3.25}
@@ -18,13 +18,13 @@ RECORD = {"metric": "mlm_loss", "value": 3.25}
 def home(tmp_path: Path) -> Storage:
     home = Storage(str(tmp_path))
     home.write("trials/abc/attempt-1/records.jsonl", json.dumps(RECORD).encode() + b"\n")
-    assert outcomes.write_end(home, "abc", ROW) == [RECORD]
+    assert trial_files.write_end(home, "abc", ROW) == [RECORD]
     return home
 
 
 def test_an_end_is_read_back_with_its_records(home: Storage) -> None:
-    assert outcomes.read_end(home, "abc") == (ROW, [RECORD])
-    assert outcomes.read_end(home, "unknown") is None and outcomes.read_start(home, "unknown") is None
+    assert trial_files.read_end(home, "abc") == (ROW, [RECORD])
+    assert trial_files.read_end(home, "unknown") is None and trial_files.read_start(home, "unknown") is None
 
 
 @pytest.mark.parametrize("damage", ["half", "flipped", "other", "list", "records", "no records", "no checksum"])
@@ -45,12 +45,12 @@ def test_a_damaged_end_counts_as_none(home: Storage, damage: str) -> None:
             home.delete("trials/abc/attempt-1/records.jsonl")
         case "no checksum":
             home.write("trials/abc/end.json", json.dumps(ROW).encode())
-    assert outcomes.read_end(home, "abc") is None
+    assert trial_files.read_end(home, "abc") is None
 
 
 def test_checkpoints_of_a_trial_that_will_not_go_on_are_counted_and_forgotten(home: Storage) -> None:
     home.write("trials/abc/attempt-1/checkpoint-x.pt", b"12345")
     home.write("trials/abc/attempt-2/checkpoint.json", b"123")
-    assert outcomes.checkpoint_bytes(home, "abc") == 8
-    outcomes.forget_checkpoints(home, "abc")
-    assert outcomes.checkpoint_bytes(home, "abc") == 0 and home.read("trials/abc/attempt-1/records.jsonl")
+    assert trial_files.checkpoint_bytes(home, "abc") == 8
+    trial_files.forget_checkpoints(home, "abc")
+    assert trial_files.checkpoint_bytes(home, "abc") == 0 and home.read("trials/abc/attempt-1/records.jsonl")

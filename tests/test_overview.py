@@ -14,17 +14,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.agenda import Agenda
-from orchestrator.memory import bytes_text
-from orchestrator.messages import StudyError
-from orchestrator.overview import print_plan
-from orchestrator.plan import Identity
-from orchestrator.study_file import load_study
+from orchestrator.planning.memory import bytes_text
+from orchestrator.planning.preview import print_plan
+from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.trials import Fingerprints
+from orchestrator.study.errors import StudyError
+from orchestrator.study.load import load_study
 from orchestrator.sweep import main
-from trainables.attempt import Job, run
-from trainables.data.tasks import open_data
-from trainables.models import build
-from trainables.spec.models import Model
+from trainables.config.models import Model
+from trainables.data.prepared import open_data
+from trainables.models.build import build
+from trainables.runtime.trial_attempt import Job, run
 
 SOFT = "phases.distil.terms.teacher_to_student"
 
@@ -44,7 +44,7 @@ def plan(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
         file = tmp_path / "mine.yaml"
         file.write_text(json.dumps(raw))
         study = load_study(file)
-        agenda = Agenda(study, Identity(None), lab.storage)
+        agenda = Agenda(study, Fingerprints(None), lab.storage)
         before = sorted(str(path) for path in lab.root.rglob("*"))
         print_plan(agenda, None)
         assert sorted(str(path) for path in lab.root.rglob("*")) == before
@@ -255,7 +255,7 @@ def test_pretrained_weights_must_read_the_data(
 def test_a_phase_that_cannot_be_trained_as_it_says_is_refused(
     plan: Callable[..., dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainables.optimizers.find_spec", lambda _: None)
+    monkeypatch.setattr("trainables.training.optimizers.find_spec", lambda _: None)
     trial = distillation()
     trial["phases"]["distil"]["optimizer"]["kind"] = "adamw_8bit"
     with pytest.raises(StudyError, match=r"trial\.phases\.distil: optimizer kind adamw_8bit needs bitsandbytes"):

@@ -21,9 +21,9 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
+from trainables.config.terms import Flow
 from trainables.losses.hidden import scores
 from trainables.losses.logits import cross_entropy, divergence
-from trainables.spec.terms import Flow
 
 B, T, VOCABULARY = 4, 12, 40
 MASK_BT = (torch.arange(T) < torch.tensor([12, 9, 5, 2])[:, None]).long()

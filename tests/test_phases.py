@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from conftest import distillation, flow, hard, model, phase
 
-from trainables.phases import (
+from trainables.config.phase import Phase
+from trainables.config.trial import TrialSpec
+from trainables.training.phase_graph import (
     SHARED_SEED,
-    Instance,
     Origin,
-    instances,
+    PhaseRun,
     num_steps,
     origin_of,
     phase_key,
+    phase_runs,
     seed_of,
     streams_of,
 )
-from trainables.spec.phase import Phase
-from trainables.spec.trial import TrialSpec
 
 FOUND = {"data:corpus": "c", "data:other": "o", "model:teacher": "w"}
 DATA = {
@@ -37,7 +37,7 @@ def trial(change: Callable[[dict[str, Any]], Any] = lambda value: None) -> Trial
 
 def keys(change: Callable[[dict[str, Any]], Any] = lambda value: None, **found: str) -> dict[str, str]:
     spec = trial(change)
-    return {str(i): phase_key(spec, i, {**FOUND, **found}) for i in instances(spec)}
+    return {str(i): phase_key(spec, i, {**FOUND, **found}) for i in phase_runs(spec)}
 
 
 def distil(**more: Any) -> Callable[[dict[str, Any]], Any]:
@@ -143,7 +143,7 @@ def test_a_key_is_that_of_the_trial_that_makes_only_this_phase() -> None:
         value["phases"]["distil"]["streams"] = {"main": {"data": "other"}}
 
     spec = trial(change)
-    assert phase_key(spec.upto("teach").pruned(), Instance("teach"), FOUND) == keys(change)["teach"]
+    assert phase_key(spec.upto("teach").pruned(), PhaseRun("teach"), FOUND) == keys(change)["teach"]
 
 
 def test_a_shared_phase_has_one_key_for_all_seeds_and_what_reads_it_has_one_for_each() -> None:
@@ -165,14 +165,14 @@ def test_each_data_set_of_a_fan_out_is_an_instance_with_a_key_of_its_own() -> No
         value["phases"]["go_on"] = phase("student", {"h": hard("student")}, start={"student": "tune[other]@0.5"})
 
     spec = trial(change)
-    tunes = [Instance("tune", "corpus"), Instance("tune", "other")]
-    assert [i for i in instances(spec) if i.phase == "tune"] == tunes
+    tunes = [PhaseRun("tune", "corpus"), PhaseRun("tune", "other")]
+    assert [i for i in phase_runs(spec) if i.phase == "tune"] == tunes
     assert [str(i) for i in tunes] == ["tune[corpus]", "tune[other]"]
     assert [streams_of(spec, i)["main"].data for i in tunes] == ["corpus", "other"]
     assert len({phase_key(spec, i, FOUND) for i in tunes}) == 2
-    assert origin_of(spec, Instance("tune", "other"), "student") == Origin(Instance("distil"), "student", 1.0)
-    origin = origin_of(spec, Instance("go_on"), "student")
-    assert origin == Origin(Instance("tune", "other"), "student", 0.5) and origin.entry == "student@0.5"
+    assert origin_of(spec, PhaseRun("tune", "other"), "student") == Origin(PhaseRun("distil"), "student", 1.0)
+    origin = origin_of(spec, PhaseRun("go_on"), "student")
+    assert origin == Origin(PhaseRun("tune", "other"), "student", 0.5) and origin.entry == "student@0.5"
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from conftest import distillation, wordy_documents
 
-from orchestrator.messages import StudyError
-from orchestrator.plan import Identity, Planned, strata, strata_of
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
+from orchestrator.scheduling.trials import Fingerprints, PlannedTrial, strata, strata_of
+from orchestrator.study.errors import StudyError
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
 
 SOFT = "phases.distil.terms.teacher_to_student"
 LR = "phases.distil.optimizer.lr"
@@ -47,11 +47,11 @@ def make(prepared: Any, tmp_path: Path) -> Make:
 
 
 @pytest.fixture
-def plan(prepared: Any) -> Callable[..., Planned]:
+def plan(prepared: Any) -> Callable[..., PlannedTrial]:
     """An arm at a seed, or a point."""
-    identity = Identity(str(prepared[0]))
+    identity = Fingerprints(str(prepared[0]))
 
-    def plan(study: Study, arm: str | None = "taught", seed: int = 0, **how: Any) -> Planned:
+    def plan(study: Study, arm: str | None = "taught", seed: int = 0, **how: Any) -> PlannedTrial:
         return identity.plan(
             study, study.spec(arm=arm, seed=seed, **how), "trial", arm or "p000", arm, how.get("point", {})
         )
@@ -59,7 +59,7 @@ def plan(prepared: Any) -> Callable[..., Planned]:
     return plan
 
 
-def test_a_trial_keeps_its_id_under_every_name_and_order(make: Make, plan: Callable[..., Planned]) -> None:
+def test_a_trial_keeps_its_id_under_every_name_and_order(make: Make, plan: Callable[..., PlannedTrial]) -> None:
     study = make()
     again = make(arms={"alone": {f"{SOFT}.weight": 0}, "guided": {f"{SOFT}.weight": 1}}, seeds=7, question="another")
     assert plan(study).id == plan(again, "guided").id and len(plan(study).id) == 12
@@ -67,7 +67,7 @@ def test_a_trial_keeps_its_id_under_every_name_and_order(make: Make, plan: Calla
     assert int(plan(study).id, 16) >= 0
 
 
-def test_what_a_study_says_beside_the_trial_is_in_no_id(make: Make, plan: Callable[..., Planned]) -> None:
+def test_what_a_study_says_beside_the_trial_is_in_no_id(make: Make, plan: Callable[..., PlannedTrial]) -> None:
     other = make(slot={"cpus": 2}, limits={"minutes": 3}, search={"points": 9, "seed": 4}, claims={})
     assert plan(make()).id == plan(other).id
 
@@ -78,14 +78,14 @@ def test_what_a_study_says_beside_the_trial_is_in_no_id(make: Make, plan: Callab
     ("phases.distil.optimizer.lr", 1e-3), ("phases.distil.seed", "shared"),
 ])  # fmt: skip
 def test_whatever_can_change_a_number_is_in_the_id(
-    make: Make, plan: Callable[..., Planned], path: str, value: Any
+    make: Make, plan: Callable[..., PlannedTrial], path: str, value: Any
 ) -> None:
     study = make(arms={"alone": {f"{SOFT}.weight": 0}, "taught": {}, "other": {path: value}})
     mine, other = plan(study), plan(study, "other")
     assert mine.id != other.id and mine.keys["distil"] != other.keys["distil"]
 
 
-def test_only_the_phases_that_read_a_change_get_a_new_key(make: Make, plan: Callable[..., Planned]) -> None:
+def test_only_the_phases_that_read_a_change_get_a_new_key(make: Make, plan: Callable[..., PlannedTrial]) -> None:
     study = make(arms={"alone": {f"{SOFT}.weight": 0}, "taught": {}, "hot": {f"{SOFT}.temperature": 4}})
     taught, hot, alone = plan(study), plan(study, "hot"), plan(study, "alone")
     assert taught.keys["teach"] == hot.keys["teach"] and taught.keys["distil"] != hot.keys["distil"]
@@ -94,10 +94,10 @@ def test_only_the_phases_that_read_a_change_get_a_new_key(make: Make, plan: Call
     assert plan(study, seed=1).keys["teach"] != taught.keys["teach"]
 
 
-def test_a_teacher_is_the_trial_of_one_phase(make: Make, plan: Callable[..., Planned], prepared: Any) -> None:
+def test_a_teacher_is_the_trial_of_one_phase(make: Make, plan: Callable[..., PlannedTrial], prepared: Any) -> None:
     study = make()
     taught = plan(study, seed=3)
-    teacher = Identity(str(prepared[0])).teacher(study, taught, "teach")
+    teacher = Fingerprints(str(prepared[0])).teacher(study, taught, "teach")
     assert (teacher.kind, teacher.point, teacher.arm, teacher.seed) == ("teacher", "teach", None, 3)
     assert teacher.keys == {"teach": taught.keys["teach"]} and set(teacher.spec.models) == {"teacher"}
 
@@ -107,12 +107,12 @@ def test_data_and_weights_count_by_content_not_by_place(make: Make, prepared: An
     spec = make().trial
     moved = copy.deepcopy(spec)
     moved["data"]["corpus"]["train"] = str(shutil.copy(prepared[2]["corpus"]["train"], tmp_path / "elsewhere.txt"))
-    identity = Identity(str(prepared[0]))
+    identity = Fingerprints(str(prepared[0]))
     trial = {key: value for key, value in moved.items() if key != "data"}
     there = [identity.of(make(trial={**trial, "data": data}).spec(seed=0)) for data in (spec["data"], moved["data"])]
     assert there[0] == there[1] == {"data:corpus": prepared[1]["data:corpus"]}
     (tmp_path / "elsewhere.txt").write_text("\n\n".join(wordy_documents(160, seed=5)))
-    assert Identity(None).of(make(trial={**trial, "data": moved["data"]}).spec(seed=0)) != there[0]
+    assert Fingerprints(None).of(make(trial={**trial, "data": moved["data"]}).spec(seed=0)) != there[0]
 
 
 def test_an_identity_without_a_folder_writes_nothing(
@@ -121,11 +121,11 @@ def test_an_identity_without_a_folder_writes_nothing(
     study, here = make(), tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert Identity(None).of(study.spec(seed=0)).keys() == {"data:corpus"}
+    assert Fingerprints(None).of(study.spec(seed=0)).keys() == {"data:corpus"}
     assert list(here.iterdir()) == []
 
 
-def test_sizes_are_named_whoever_set_them(make: Make, plan: Callable[..., Planned]) -> None:
+def test_sizes_are_named_whoever_set_them(make: Make, plan: Callable[..., PlannedTrial]) -> None:
     """A baseline of a point and the arm itself stand in one stratum where their sizes agree."""
     study = make(
         arms={

@@ -22,10 +22,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from sweeping import MARK, ROOT, Bench, attempts, ended, finish, marked, run_alone, same_numbers, until, write_study
 from test_faults import RARELY, began_at, checkpoints, tell
 
-from orchestrator import preemption, slots
-from orchestrator.study import Slot
-from orchestrator.study_file import load_study
-from trainables.attempt import Job
+from orchestrator.cluster import spot_watcher
+from orchestrator.scheduling import tune_runner
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Slot
+from trainables.runtime.trial_attempt import Job
 
 SPOT = {"instance-life-cycle": "spot"}
 
@@ -98,17 +99,17 @@ def notice(seconds: float = 120) -> str:
 
 def test_it_asks_with_a_token_and_knows_what_is_not_there(metadata: Metadata) -> None:
     metadata.answers |= SPOT
-    assert preemption.read(metadata.endpoint, "instance-life-cycle") == "spot"
-    assert preemption.read(metadata.endpoint + "/", "spot/instance-action") is None and not metadata.refused
-    assert preemption.why_not(metadata.endpoint, 0) is None
+    assert spot_watcher.read(metadata.endpoint, "instance-life-cycle") == "spot"
+    assert spot_watcher.read(metadata.endpoint + "/", "spot/instance-action") is None and not metadata.refused
+    assert spot_watcher.why_not(metadata.endpoint, 0) is None
 
 
 def test_a_notice_is_waited_for_through_silence_and_nonsense(
     metadata: Metadata, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preemption, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(spot_watcher, "ANSWER_SECONDS", 0.2)
     found: list[float] = []
-    waiting = threading.Thread(target=lambda: found.append(preemption.wait(metadata.endpoint, 0.05)), daemon=True)
+    waiting = threading.Thread(target=lambda: found.append(spot_watcher.wait(metadata.endpoint, 0.05)), daemon=True)
     waiting.start()
     time.sleep(0.3)
     metadata.silent = True
@@ -123,10 +124,10 @@ def test_a_notice_is_waited_for_through_silence_and_nonsense(
 
 def test_when_the_machine_goes() -> None:
     at = datetime(2017, 9, 18, 8, 22, tzinfo=UTC).timestamp()
-    assert preemption.taken_at('{"action": "terminate", "time": "2017-09-18T08:22:00Z"}', 0) == at
-    assert preemption.taken_at('{"action": "stop", "time": "2017-09-18T08:22:00"}', 0) == at
+    assert spot_watcher.taken_at('{"action": "terminate", "time": "2017-09-18T08:22:00Z"}', 0) == at
+    assert spot_watcher.taken_at('{"action": "stop", "time": "2017-09-18T08:22:00"}', 0) == at
     for odd in ("", "{}", "[]", '{"time": 7}', '{"time": "soon"}'):
-        assert preemption.taken_at(odd, 1000) == 1000 + preemption.NOTICE_SECONDS
+        assert spot_watcher.taken_at(odd, 1000) == 1000 + spot_watcher.NOTICE_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -142,24 +143,32 @@ def test_where_no_notice_can_come_it_ends_with_a_line(
     metadata: Metadata, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     answers: Any, said: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(preemption, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(spot_watcher, "ANSWER_SECONDS", 0.2)
     if answers is None:
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")
     elif answers == "silent":
         metadata.silent = True
     else:
         metadata.answers |= answers
-    assert preemption.main(["--lock", str(tmp_path / "lock"), "--every", "0.05"]) == 0
+    assert spot_watcher.main(["--lock", str(tmp_path / "lock"), "--every", "0.05"]) == 0
     out = capsys.readouterr().out
     assert said in out and out.count("\n") == 1
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    assert preemption.main(["--lock", str(tmp_path / "lock")]) == 0
+    assert spot_watcher.main(["--lock", str(tmp_path / "lock")]) == 0
     assert "AWS_EC2_METADATA_DISABLED" in capsys.readouterr().out
 
 
 def test_a_machine_is_watched_once_and_again_after_a_kill(metadata: Metadata, tmp_path: Path) -> None:
     metadata.answers |= SPOT
-    command = [sys.executable, "-m", "orchestrator.preemption", "--lock", str(tmp_path / "lock"), "--every", "0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cluster.spot_watcher",
+        "--lock",
+        str(tmp_path / "lock"),
+        "--every",
+        "0.1",
+    ]
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -184,32 +193,32 @@ def test_a_machine_is_watched_once_and_again_after_a_kill(metadata: Metadata, tm
 
 def test_ranks_are_told_before_slots_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(preemption.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(spot_watcher.os, "kill", lambda pid, number: sent.append((pid, number)))
     ranks, slots = {11, 12}, {21}
-    told = preemption.tell({preemption.RANK: ranks, preemption.SLOT: slots}, set())
+    told = spot_watcher.tell({spot_watcher.RANK: ranks, spot_watcher.SLOT: slots}, set())
     assert told == ranks
-    assert preemption.tell({preemption.RANK: {12}, preemption.SLOT: slots}, told) == set(), "one still writes"
-    told |= preemption.tell({preemption.RANK: set(), preemption.SLOT: slots}, told)
-    assert preemption.tell({preemption.RANK: set(), preemption.SLOT: slots}, told) == set()
+    assert spot_watcher.tell({spot_watcher.RANK: {12}, spot_watcher.SLOT: slots}, told) == set(), "one still writes"
+    told |= spot_watcher.tell({spot_watcher.RANK: set(), spot_watcher.SLOT: slots}, told)
+    assert spot_watcher.tell({spot_watcher.RANK: set(), spot_watcher.SLOT: slots}, told) == set()
     assert sorted(sent) == [(pid, signal.SIGTERM) for pid in (11, 12, 21)]
 
 
 def test_the_node_is_the_one_with_this_machines_address(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"NodeID": name, "Alive": alive, "NodeManagerAddress": at}
             for name, alive, at in (("old", False, "10.0.0.2"), ("mine", True, "10.0.0.2"), ("other", True, "10.0.0.3"))]  # fmt: skip
-    monkeypatch.setattr(preemption.GlobalState, "_initialize_global_state", lambda *_: None)
-    monkeypatch.setattr(preemption.GlobalState, "node_table", lambda _: rows)
-    monkeypatch.setattr(preemption, "get_node_ip_address", lambda _: "10.0.0.2")
-    assert preemption._Ray.join("10.0.0.1:6379", None).node == "mine"
+    monkeypatch.setattr(spot_watcher.GlobalState, "_initialize_global_state", lambda *_: None)
+    monkeypatch.setattr(spot_watcher.GlobalState, "node_table", lambda _: rows)
+    monkeypatch.setattr(spot_watcher, "get_node_ip_address", lambda _: "10.0.0.2")
+    assert spot_watcher._Ray.join("10.0.0.1:6379", None).node == "mine"
     rows[2]["NodeManagerAddress"] = "10.0.0.2"
     with pytest.raises(LookupError, match=r"2 nodes of the Ray at 10.0.0.1:6379 have the address 10.0.0.2"):
-        preemption._Ray.join("10.0.0.1:6379", None)
+        spot_watcher._Ray.join("10.0.0.1:6379", None)
 
 
 def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Busy(preemption._Ray):
+    class Busy(spot_watcher._Ray):
         tries = 0
 
         def drain(self, taken: float) -> None:
@@ -218,25 +227,25 @@ def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
                 raise RuntimeError("not now")
 
         def processes(self) -> dict[str, set[int]]:
-            return {preemption.SLOT: set(), preemption.RANK: set()}
+            return {spot_watcher.SLOT: set(), spot_watcher.RANK: set()}
 
         def is_alive(self) -> bool:
             return Busy.stays
 
         stays = False
 
-    monkeypatch.setattr(preemption._Ray, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
-    assert preemption.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
+    monkeypatch.setattr(spot_watcher._Ray, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
+    assert spot_watcher.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
     said = capsys.readouterr()
     assert "node mine has ended" in said.out and said.err.count("not now; it is tried again") == 2
     Busy.stays = True
-    assert preemption.leave("auto", None, time.time() + 1) == 0
+    assert spot_watcher.leave("auto", None, time.time() + 1) == 0
     assert "the time is over; 0 processes" in capsys.readouterr().out
     Busy.tries = -100
-    assert preemption.leave("auto", None, time.time() + 1) == 1
+    assert spot_watcher.leave("auto", None, time.time() + 1) == 1
     assert "nobody was told to leave" in capsys.readouterr().err
     Busy.stays, Busy.tries = False, 3
-    assert preemption.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
+    assert spot_watcher.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
     assert "node mine has ended" in capsys.readouterr().out
 
 
@@ -244,11 +253,13 @@ def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytes
     from ray.tune.experiment import Trial
 
     job = Job(trial="t", spec="", fingerprints={}, storage="", folder="", threads=1, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
-    monkeypatch.setattr(slots, "run", lambda *_: {"status": "left", "reason": "terminated"})
-    monkeypatch.setattr(slots, "_own_fault", lambda _: None)
-    monkeypatch.setattr(slots.tune, "report", lambda _: None)
+    monkeypatch.setattr(tune_runner, "run", lambda *_: {"status": "left", "reason": "terminated"})
+    monkeypatch.setattr(tune_runner, "_own_fault", lambda _: None)
+    monkeypatch.setattr(tune_runner.tune, "report", lambda _: None)
     with pytest.raises(RayActorError, match="its checkpoint is written") as told:
-        slots._in_slot({"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job)), "expected": ""})
+        tune_runner._in_slot(
+            {"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job)), "expected": ""}
+        )
     monkeypatch.setattr(Trial, "local_path", None)
     trial = Trial("x", stub=True)
     for error, counted in ((told.value, 0), (RuntimeError("an error"), 1), (told.value, 1)):
@@ -284,12 +295,12 @@ class TwoMachines:
     nodes: list[str]
 
     def processes(self) -> list[dict[str, set[int]]]:
-        return [preemption._Ray.join(self.address, node).processes() for node in self.nodes]
+        return [spot_watcher._Ray.join(self.address, node).processes() for node in self.nodes]
 
 
 @pytest.fixture
 def machines(bench: Bench, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
-    from orchestrator.cluster import _read_mode_and_token
+    from orchestrator.cluster.ray_cluster import _read_mode_and_token
 
     secret = os.urandom(32).hex()
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():  # fmt: skip
@@ -310,7 +321,7 @@ def machines(bench: Bench, request: pytest.FixtureRequest, monkeypatch: pytest.M
 
 def watch(bench: Bench, metadata: Metadata, machines: TwoMachines, node: str) -> subprocess.Popen[str]:
     metadata.answers |= SPOT
-    command = [sys.executable, "-m", "orchestrator.preemption", "--lock", str(bench.folder / "lock"), "--every", "0.5",
+    command = [sys.executable, "-m", "orchestrator.cluster.spot_watcher", "--lock", str(bench.folder / "lock"), "--every", "0.5",
                "--address", machines.address, "--node", node]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, MARK: bench.mark}, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
@@ -329,8 +340,8 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     study, storage = write_study(bench.folder, steps=5000, rest=arms + RARELY), bench.folder / "runs"
     driver = bench.start(study, "--address", machines.address)
     until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver, 300)
-    until(lambda: all(len(found[preemption.SLOT]) == 1 for found in machines.processes()), driver, 300)
-    (taken,) = machines.processes()[0][preemption.SLOT]
+    until(lambda: all(len(found[spot_watcher.SLOT]) == 1 for found in machines.processes()), driver, 300)
+    (taken,) = machines.processes()[0][spot_watcher.SLOT]
     watcher = watch(bench, metadata, machines, machines.nodes[0])
     assert not [path for trial in attempts(storage) for path in storage.glob(f"study/trials/{trial}/*/checkpoint.json")]
     since = time.monotonic()
@@ -340,11 +351,11 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     said = watcher.communicate(timeout=130)[0]
     assert watcher.returncode == 0 and "1 processes of trials were told to leave" in said
     until(lambda: taken not in marked(bench.mark), driver)
-    assert machines.processes()[0] == {preemption.SLOT: set(), preemption.RANK: set()}
+    assert machines.processes()[0] == {spot_watcher.SLOT: set(), spot_watcher.RANK: set()}
     (trial,) = checkpoints(storage, 1)
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
     tell("spot notice, with the wait for the other slot", since)
-    assert len(machines.processes()[1][preemption.SLOT]) == 1
+    assert len(machines.processes()[1][spot_watcher.SLOT]) == 1
     finish(driver, timeout=300, quiet=False)  # Tune tells of the slot at length
     assert {end["status"] for end in ended(storage).values()} == {"ended"}
     assert ended(storage)[trial]["attempts"] == 2
@@ -365,7 +376,7 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     driver = bench.start(study, "--address", machines.address)
     until(lambda: list(storage.glob("study/trials/*/attempt-1/records.jsonl")), driver, 300)
     before = machines.processes()
-    taken = max((0, 1), key=lambda at: len(before[at][preemption.RANK]))
+    taken = max((0, 1), key=lambda at: len(before[at][spot_watcher.RANK]))
     watcher = watch(bench, metadata, machines, machines.nodes[taken])
     since = time.monotonic()
     metadata.answers["spot/instance-action"] = notice()
@@ -375,7 +386,7 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     assert watcher.returncode == 0 and "were told to leave" in said
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
     tell("spot notice to a group", since)
-    assert len(machines.processes()[1 - taken][preemption.RANK]) == 2
+    assert len(machines.processes()[1 - taken][spot_watcher.RANK]) == 2
     finish(driver, timeout=300, quiet=False)
     end, begun = ended(storage)[trial], began_at(storage, trial)
     assert end["status"] == "ended" and begun[0] == 0 < begun[-1]

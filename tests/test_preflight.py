@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import distillation, wordy_documents
 
-from trainables import preflight
+from trainables.config.trial import TrialSpec
 from trainables.data.prepare import prepare
-from trainables.preflight import MARKER, Expected, expect, fault
-from trainables.spec.trial import TrialSpec
-from trainables.store import Storage
+from trainables.runtime import preflight
+from trainables.runtime.preflight import MARKER, Expected, expect, fault
+from trainables.storage.files import Storage
 
 
 @pytest.fixture

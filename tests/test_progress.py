@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.progress import Progress
+from orchestrator.scheduling.progress import Progress
 
 
 class _Agenda:
@@ -86,7 +86,7 @@ def test_what_the_machine_took_and_what_was_left_is_told() -> None:
 
 def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     agenda, clock = _Agenda(), [100.0]
-    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestrator.scheduling.progress.time.monotonic", lambda: clock[0])
     progress = Progress(agenda, "runs", written := _Terminal())  # type: ignore[arg-type]
     agenda.rows = {"old": row("old", "ended"), "before": row("before", "ended")}
     progress.begin(2)
@@ -104,7 +104,7 @@ def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.
 
 def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     agenda, clock = _Agenda(), [100.0]
-    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestrator.scheduling.progress.time.monotonic", lambda: clock[0])
     progress = Progress(agenda, str(tmp_path), written := io.StringIO())  # type: ignore[arg-type]
     progress.begin(1)
     for _ in range(100):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import store
-from trainables.store import Storage, as_json
+from trainables.storage.files import Storage, as_json
 
 OLD = int(time.time() * 1000) - 5 * store.HOUR_MS
 

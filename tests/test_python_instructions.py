@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainables.data.instructions import divided, load_instructions
+from trainables.config.data import PythonInstructions
+from trainables.data.instructions.rows import divided, load_instructions
 from trainables.data.prepare import prepare
-from trainables.data.python_docs import Definition
-from trainables.data.python_instructions import PROMPT, _described, descriptions
-from trainables.spec.data import PythonInstructions
+from trainables.data.sources.python_docs import Definition
+from trainables.data.sources.python_instructions import PROMPT, _described, descriptions
 
 DATA = PythonInstructions.model_validate(
     {"kind": "python_instructions", "tokenizer": {"kind": "wordpiece", "size": 1024}, "examples": 300, "evaluate": 40}

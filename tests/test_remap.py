@@ -10,12 +10,12 @@ from conftest import FAMILIES, distillation
 from pydantic import ValidationError
 from transformers import AutoConfig
 
-from trainables import models
-from trainables.layouts import PRE_NORM, place_of
-from trainables.phases import Instance, phase_key
-from trainables.remap import Layers, RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
-from trainables.spec.models import Depth, Model, Random, Remap, Width
-from trainables.spec.trial import TrialSpec, trial_id
+from trainables.config.models import Depth, Model, Random, Remap, Width
+from trainables.config.trial import TrialSpec, trial_id
+from trainables.models import build
+from trainables.models.layouts import PRE_NORM, place_of
+from trainables.models.remap import Layers, RemapError, apply, check, depth_plan, foresee, layers_prefix, measure
+from trainables.training.phase_graph import PhaseRun, phase_key
 
 DEPTHS = get_args(Depth)
 PLANS: dict[str, dict[tuple[int, int], Layers]] = {  # (source, target) layers -> plan
@@ -49,7 +49,7 @@ def net_of(
     **config: Any,
 ) -> Any:
     shape = Model(family=family, layers=layers, width=width, heads=heads, inner=inner, dropout=0, config=config)
-    return models.build(shape, name=name, seed=0, vocab_size=vocab_size, special_ids={"pad_token_id": 0}, length=16)
+    return build.build(shape, name=name, seed=0, vocab_size=vocab_size, special_ids={"pad_token_id": 0}, length=16)
 
 
 def layer_of(net: Any, name: str) -> tuple[int, str] | None:
@@ -334,7 +334,7 @@ def test_a_width_is_part_of_a_trials_id_and_of_its_phases_keys(width: Width) -> 
     assert TrialSpec.model_validate(wide.model_dump(mode="json")) == wide
     assert TrialSpec.model_validate_json(wide.model_dump_json()) == wide
     assert trial_id(plain, found) != trial_id(wide, found)
-    keys = [[phase_key(s.pruned(), Instance(p), found) for s in (plain, wide)] for p in ("teach", "distil")]
+    keys = [[phase_key(s.pruned(), PhaseRun(p), found) for s in (plain, wide)] for p in ("teach", "distil")]
     assert keys[0][0] == keys[0][1] and keys[1][0] != keys[1][1]
 
 

@@ -16,13 +16,14 @@ from conftest import Lab, answering
 from pydantic import TypeAdapter
 from test_exchange_trials import STEADY, interleaved, sampled
 
-from trainables import models, replies
-from trainables.controllers import share_start
-from trainables.data.exchanges import ExchangeBatch
-from trainables.generate import Drawn
-from trainables.spec.models import Model
-from trainables.spec.phase import Made
-from trainables.spec.value import random_stream
+from trainables.config.models import Model
+from trainables.config.phase import Made
+from trainables.config.value import random_stream
+from trainables.data.instructions.packing import ExchangeBatch
+from trainables.generation.sample import Generation
+from trainables.models import build
+from trainables.training import on_policy
+from trainables.training.controllers import share_start
 
 END, PAD, VOCAB = 1, 0, 40
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Made)
@@ -38,15 +39,15 @@ def batch_of(indices: list[int]) -> ExchangeBatch:
     return ExchangeBatch(prompts, tuple(np.array([5, END], np.int32) for _ in indices), 12, PAD)
 
 
-def by(**more: Any) -> replies.Makers:
+def by(**more: Any) -> on_policy.GenerationContext:
     how: dict[str, Any] = {"nets": {"m": None}, "end_id": END, "pad_id": PAD, "vocab_size": VOCAB, "length": 12}
     how |= {"device": "cpu", "autocast": nullcontext, "rank": 0, "world": 1, "gather": lambda value: [value]}
     how |= {"within_memory": lambda draw: draw(64)}
-    return replies.Makers(**{**how, **more})
+    return on_policy.GenerationContext(**{**how, **more})
 
 
-def at(step: int, *, of: int = 100, seed: int = 0, stream: str = "main") -> replies.Step:
-    return replies.Step(seed, "distil", stream, step, step / of)
+def at(step: int, *, of: int = 100, seed: int = 0, stream: str = "main") -> on_policy.Step:
+    return on_policy.Step(seed, "distil", stream, step, step / of)
 
 
 @pytest.fixture
@@ -54,21 +55,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`sample` gives every reply a number of its own; the numbers of prompts of each call."""
     calls: list[int] = []
 
-    def count(net: Any, prompts: Any, how: Any, **more: Any) -> Drawn:
+    def count(net: Any, prompts: Any, how: Any, **more: Any) -> Generation:
         calls.append(len(prompts))
         numbers = [1000 * len(calls) + i for i in range(len(prompts))]
-        return Drawn(tuple(np.array([10, number, END], np.int32) for number in numbers), 0, 7 * len(prompts))
+        return Generation(tuple(np.array([10, number, END], np.int32) for number in numbers), 0, 7 * len(prompts))
 
-    monkeypatch.setattr(replies, "sample", count)
+    monkeypatch.setattr(on_policy, "sample", count)
     return calls
 
 
-def state_of(spec: Any) -> replies.State:
-    return replies.new_state(share_start(spec.share))
+def state_of(spec: Any) -> on_policy.State:
+    return on_policy.new_state(share_start(spec.share))
 
 
-def read(spec: Any, state: replies.State, step: int, indices: list[int], **more: Any) -> tuple[Any, Any]:
-    return replies.made(spec, state, batch_of(indices), indices, at(step, **more), by())
+def read(spec: Any, state: on_policy.State, step: int, indices: list[int], **more: Any) -> tuple[Any, Any]:
+    return on_policy.made(spec, state, batch_of(indices), indices, at(step, **more), by())
 
 
 def numbers(batch: ExchangeBatch) -> list[int]:
@@ -142,18 +143,18 @@ def test_once_computes_only_what_was_never_answered(drawn: list[int]) -> None:
 def test_replies_are_cut_to_the_room_and_counted_as_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = (np.array([9] * 8 + [END], np.int32), np.array([9] * 9 + [END], np.int32), np.array([9], np.int32))
 
-    def cut(_net: Any, prompts: Any, _how: Any, *, length: int, **_more: Any) -> Drawn:
-        return Drawn(tuple(end[: length - len(prompt)] for end, prompt in zip(ends, prompts, strict=True)), 1, 5)
+    def cut(_net: Any, prompts: Any, _how: Any, *, length: int, **_more: Any) -> Generation:
+        return Generation(tuple(end[: length - len(prompt)] for end, prompt in zip(ends, prompts, strict=True)), 1, 5)
 
-    monkeypatch.setattr(replies, "sample", cut)
+    monkeypatch.setattr(on_policy, "sample", cut)
     spec = made_of()
     state = state_of(spec)
     batch, _ = read(spec, state, 0, [0, 1, 2])
     assert [len(p) + len(r) for p, r in zip(batch.prompts, batch.replies, strict=True)] == [12, 12, 4]
     assert [int(reply[-1]) for reply in batch.replies] == [END, 9, 9]
-    told = replies.counts(state)
+    told = on_policy.counts(state)
     assert told == {"made_share": 100, "unfinished": pytest.approx(200 / 3), "reply_tokens": pytest.approx(19 / 3)}
-    assert replies.counts(state) == {}  # since the last time
+    assert on_policy.counts(state) == {}  # since the last time
     assert {type(value) for value in state.values()} <= {int, dict, list}  # a checkpoint reads no other
 
 
@@ -162,7 +163,7 @@ def test_replies_are_cut_to_the_room_and_counted_as_unfinished(monkeypatch: pyte
 
 def tiny(name: str, **more: Any) -> Any:
     value = Model.model_validate({"family": "gpt2", "layers": 1, "width": 16, "heads": 2, "dropout": 0, **more})
-    return models.build(value, name=name, seed=0, vocab_size=VOCAB, special_ids={"eos_token_id": END}, length=12).eval()
+    return build.build(value, name=name, seed=0, vocab_size=VOCAB, special_ids={"eos_token_id": END}, length=12).eval()
 
 
 @pytest.mark.parametrize("which", ["sampled", "once", "interleaved"])
@@ -178,7 +179,7 @@ def test_ranks_share_the_prompts_and_all_get_the_replies_of_one(which: str, worl
         state, found = state_of(spec), []
         makers = by(nets=copy.deepcopy(nets), rank=rank, world=world, gather=gather)
         for step, indices in enumerate(batches):
-            batch, computed = replies.made(spec, state, batch_of(indices), indices, at(step), makers)
+            batch, computed = on_policy.made(spec, state, batch_of(indices), indices, at(step), makers)
             found.append(([reply.tolist() for reply in batch.replies], computed))
         return found, state
 
@@ -210,14 +211,14 @@ def test_ranks_share_the_prompts_and_all_get_the_replies_of_one(which: str, worl
 def test_the_draws_are_those_of_seed_phase_stream_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def note(net: Any, prompts: Any, how: Any, **more: Any) -> Drawn:
+    def note(net: Any, prompts: Any, how: Any, **more: Any) -> Generation:
         seeds.append(more["seed"])
-        return Drawn(tuple(np.array([END], np.int32) for _ in prompts), 0, 1)
+        return Generation(tuple(np.array([END], np.int32) for _ in prompts), 0, 1)
 
-    monkeypatch.setattr(replies, "sample", note)
+    monkeypatch.setattr(on_policy, "sample", note)
     spec = made_of()
     for where in (at(0), at(1), at(0, seed=1), at(0, stream="side"), at(0)._replace(phase="other"), at(0)):
-        replies.made(spec, state_of(spec), batch_of([0]), [0], where, by())
+        on_policy.made(spec, state_of(spec), batch_of([0]), [0], where, by())
     assert len(set(seeds)) == 5 and seeds[0] == seeds[-1] == random_stream(0, "sampling", "distil", "main", 0)
 
 

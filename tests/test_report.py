@@ -18,15 +18,16 @@ import pytest
 from ruamel.yaml import YAML
 from scipy import stats
 
-from orchestrator import results
-from orchestrator.claims import NEW_DATA, THIS_SET, judge
-from orchestrator.readings import task_facts
-from orchestrator.report import Report, main, make_report, point_scores
-from orchestrator.results import RESULTS, TRIALS, Tables
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
-from trainables.data.scores import scores
-from trainables.store import Storage
+from orchestrator.analysis import tables as tables_
+from orchestrator.analysis.curves import point_scores, task_facts
+from orchestrator.analysis.tables import RESULTS, TRIALS, Tables
+from orchestrator.analysis.verdicts import NEW_DATA, THIS_SET, judge
+from orchestrator.report import main
+from orchestrator.reporting.page import Report, make_report
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
+from trainables.metrics.task_scores import scores
+from trainables.storage.files import Storage
 
 STUDY = """
 question: When does distilling from a weak teacher help a bigger student?
@@ -543,7 +544,7 @@ def tables_of_tasks(study: Study, *, lack: tuple[str, str, int] | None = None) -
                     )
             row = {"params": "{}", "status": "ended", "attempts": 1, "node": "here", "started": 1, "ended": 2}
             trials.append({**whose, **row, "phases": phases, "params": {}, "peak_memory": 4e8})
-    made = results.tables("tasks", trials, {}, files.get)
+    made = tables_.tables("tasks", trials, {}, files.get)
     return Tables(pd.DataFrame(rows, columns=RESULTS.names), made.trials, made.examples)
 
 
@@ -682,7 +683,7 @@ def test_other_peoples_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_without_anything_ended_the_page_says_so(study: Study) -> None:
-    for tables in (Maker(study).tables(), results.tables("dwt", [], {})):
+    for tables in (Maker(study).tables(), tables_.tables("dwt", [], {})):
         report = make_report(study, tables, {})
         assert "No verdict yet on 3 claims: no trial has ended." in report.html
         assert "None yet: no point of the search has ended." in report.html
@@ -743,7 +744,7 @@ def test_arms_that_still_run_make_a_verdict_provisional(study: Study) -> None:
 
 def test_the_command_writes_both_files_into_the_studys_folder(study: Study, tmp_path: Path, capsys: Any) -> None:
     storage = Storage(str(tmp_path / "runs"))
-    results.write(whole(study), storage.sub(study.folder))
+    tables_.write(whole(study), storage.sub(study.folder))
     assert main([study.file, "--storage", storage.uri]) == 0
     printed = capsys.readouterr().out.split()
     assert [Path(p).name for p in printed] == ["report.html", "report.md"]

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from orchestrator import results
-from trainables.store import Storage
+from orchestrator.analysis import tables
+from trainables.storage.files import Storage
 
 RECORD: dict[str, Any] = {
     "model": "student", "phase": "distil", "task": "corpus", "split": "dev", "metric": "mlm_loss", "step": 4, "progress": 0.5,
@@ -26,8 +26,8 @@ ROW: dict[str, Any] = {
 
 def test_the_last_line_may_be_cut_off_by_a_kill() -> None:
     whole = json.dumps(RECORD).encode() + b"\n"
-    assert results.parse_records(whole + whole[:20]) == [RECORD]
-    assert results.parse_records(b"") == []
+    assert tables.parse_records(whole + whole[:20]) == [RECORD]
+    assert tables.parse_records(b"") == []
 
 
 def test_the_records_of_the_furthest_attempt_count(tmp_path: Path) -> None:
@@ -36,32 +36,32 @@ def test_the_records_of_the_furthest_attempt_count(tmp_path: Path) -> None:
         record = {**RECORD, "value": value}
         storage.write(f"trials/abc/attempt-{attempt}/records.jsonl", json.dumps(record).encode() + b"\n")
     storage.write("trials/abc/attempt-11/attempt.json", b"{}")  # it died before it wrote a number
-    assert [record["value"] for record in results.read_records(storage, "abc")] == [10.0]
-    assert results.read_records(storage, "unknown") == []
+    assert [record["value"] for record in tables.read_records(storage, "abc")] == [10.0]
+    assert tables.read_records(storage, "unknown") == []
 
 
 def test_tables_have_the_columns_that_others_build_on_and_survive_parquet(tmp_path: Path) -> None:
-    made = results.tables("study", [ROW, {**ROW, "trial": "def", "arm": None}], {"abc": [RECORD, RECORD]})
-    assert list(made.results.columns) == results.RESULTS.names and list(made.trials.columns) == results.TRIALS.names
+    made = tables.tables("study", [ROW, {**ROW, "trial": "def", "arm": None}], {"abc": [RECORD, RECORD]})
+    assert list(made.results.columns) == tables.RESULTS.names and list(made.trials.columns) == tables.TRIALS.names
     assert made.results["value"].tolist() == [3.25, 3.25] and made.results["arm"].tolist() == ["alone", "alone"]
     assert json.loads(made.trials["params"][0]) == ROW["params"] and made.trials["arm"].isna().tolist() == [False, True]
     storage = Storage(str(tmp_path))
-    results.write(made, storage)
-    again = results.read(storage)
+    tables.write(made, storage)
+    again = tables.read(storage)
     assert again is not None
     pd.testing.assert_frame_equal(again.results, made.results)
     pd.testing.assert_frame_equal(again.trials, made.trials)
 
 
 def test_empty_tables_have_their_columns_too(tmp_path: Path) -> None:
-    made = results.tables("study", [], {})
-    assert made.results.empty and list(made.trials.columns) == results.TRIALS.names
-    assert results.read(Storage(str(tmp_path / "nowhere"))) is None
+    made = tables.tables("study", [], {})
+    assert made.results.empty and list(made.trials.columns) == tables.TRIALS.names
+    assert tables.read(Storage(str(tmp_path / "nowhere"))) is None
 
 
 def test_a_record_without_a_field_is_refused() -> None:
     with pytest.raises(KeyError):
-        results.tables("study", [ROW], {"abc": [{"value": 1.0}]})
+        tables.tables("study", [ROW], {"abc": [{"value": 1.0}]})
 
 
 # -------------------------------------------------------------------------------------------------------- examples
@@ -89,16 +89,16 @@ def test_examples_of_compared_trials_are_a_table_of_their_own(tmp_path: Path) ->
     searched = {"arm": None, "point": "p001"}
     trials = [of("a"), of("b", seed=2), of("winner", kind="confirm", **searched), of("point", **searched)]
     trials += [of("teacher", kind="teacher"), of("tune", kind="tune"), of("gone", planned=False)]
-    made = results.tables("study", trials, {}, answers)
-    assert list(made.examples.columns) == results.EXAMPLES.names
+    made = tables.tables("study", trials, {}, answers)
+    assert list(made.examples.columns) == tables.EXAMPLES.names
     assert made.examples["trial"].tolist() == ["a", "a", "b", "b", "winner", "winner"]
     assert set(made.examples["split"]) == {"test"} and set(made.examples["phase"]) == {"finetune[rte]"}
     assert made.examples["arm"].isna().tolist() == [False] * 4 + [True] * 2
     assert made.examples["example"].tolist() == [3, 4] * 3 and made.examples["label"].isna().sum() == 3
     assert made.examples["seed"].tolist() == [1, 1, 2, 2, 1, 1] and made.examples["loss"].tolist() == [0.5] * 6
     storage = Storage(str(tmp_path))
-    results.write(made, storage)
-    again = results.read(storage)
+    tables.write(made, storage)
+    again = tables.read(storage)
     assert again is not None
     pd.testing.assert_frame_equal(again.examples, made.examples)
     assert str(again.examples["arm"].dtype) == "category"
@@ -111,17 +111,17 @@ def test_a_phase_that_trials_share_is_read_once() -> None:
         asked.append(key)
         return answers(key)
 
-    results.tables("study", [of("a"), of("b")], {}, once)
+    tables.tables("study", [of("a"), of("b")], {}, once)
     assert asked == ["k", "old"]
 
 
 def test_tables_of_before_there_were_examples_are_read_without(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    results.write(results.tables("study", [ROW], {}), storage)
+    tables.write(tables.tables("study", [ROW], {}), storage)
     storage.delete("examples.parquet")
-    again = results.read(storage)
+    again = tables.read(storage)
     assert again is not None
-    assert again.examples.empty and list(again.examples.columns) == results.EXAMPLES.names
+    assert again.examples.empty and list(again.examples.columns) == tables.EXAMPLES.names
 
 
 def test_a_million_rows_stay_compact(tmp_path: Path) -> None:
@@ -131,11 +131,9 @@ def test_a_million_rows_stay_compact(tmp_path: Path) -> None:
     frame = pd.DataFrame(
         {"model": "student", "task": "qqp", "split": "test", "part": 0, "example": range(num), **columns}
     )
-    made = results.tables(
-        "study", [of(str(i), seed=i) for i in range(5)], {}, lambda key: frame if key == "k" else None
-    )
+    made = tables.tables("study", [of(str(i), seed=i) for i in range(5)], {}, lambda key: frame if key == "k" else None)
     assert len(made.examples) == 5 * num
     assert made.examples.memory_usage(deep=True).sum() < 80 * len(made.examples)  # bytes
     storage = Storage(str(tmp_path))
-    results.write(made, storage)
+    tables.write(made, storage)
     assert storage.size("examples.parquet") < 20 * len(made.examples)

@@ -7,7 +7,7 @@ import random
 import pytest
 from rouge_score import rouge_scorer
 
-from trainables.data.rouge import rouge_l
+from trainables.metrics.rouge import rouge_l
 
 
 def by_definition(text: str, reference: str) -> float:

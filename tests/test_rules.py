@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from orchestrator.study_file import load_study
+from orchestrator.study.load import load_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "search_spaces").glob("*.yaml"))
@@ -64,15 +64,19 @@ def importers(package: str) -> set[str]:
 def test_there_is_something_to_look_at() -> None:
     for module in (
         "orchestrator.sweep",
-        "orchestrator.study",
-        "trainables.spec.trial",
-        "trainables.loop",
+        "orchestrator.study.schema",
+        "trainables.config.trial",
+        "trainables.training.loop",
         "trainables.data",
     ):
         assert module in sources()
     assert len(sources()) > 25
-    assert imported("trainables.loop") >= {"torch", "trainables.passes", "trainables.models"}
-    assert reaches("trainables.trial") >= {"trainables.loop", "trainables.spec.trial", "trainables.losses.logits"}
+    assert imported("trainables.training.loop") >= {"torch", "trainables.training.forward", "trainables.models.build"}
+    assert reaches("trainables.runtime.trial") >= {
+        "trainables.training.loop",
+        "trainables.config.trial",
+        "trainables.losses.logits",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- imports
@@ -84,23 +88,25 @@ def test_trainables_knows_nothing_of_there_being_more_than_one_trial(package: st
 
 
 def test_a_trial_runs_without_ray_and_only_its_workers_know_ray_train() -> None:
-    assert {module for module in importers("ray") if module.startswith("trainables")} == {"trainables.worker"}
-    assert "trainables.worker" not in reaches("trainables.attempt")
+    assert {module for module in importers("ray") if module.startswith("trainables")} == {
+        "trainables.runtime.worker_group"
+    }
+    assert "trainables.runtime.worker_group" not in reaches("trainables.runtime.trial_attempt")
 
 
 @pytest.mark.parametrize(
     ("package", "only"),
     [
-        ("ray.train", "trainables.worker"),
-        ("ray.tune", "orchestrator.slots"),
-        ("optuna", "orchestrator.search"),
-        ("mlflow", "orchestrator.tracking"),
-        ("matplotlib", "orchestrator.figures"),
-        ("scipy", "orchestrator.statistics trainables.data.scores"),
-        ("sklearn", "trainables.data.scores"),
-        ("ruamel", "orchestrator.study_file"),
-        ("peft", "trainables.lora"),
-        ("rouge_score", "trainables.data.rouge"),
+        ("ray.train", "trainables.runtime.worker_group"),
+        ("ray.tune", "orchestrator.scheduling.tune_runner"),
+        ("optuna", "orchestrator.scheduling.optuna_sampler"),
+        ("mlflow", "orchestrator.mlflow_sync"),
+        ("matplotlib", "orchestrator.reporting.figures"),
+        ("scipy", "orchestrator.analysis.statistics trainables.metrics.task_scores"),
+        ("sklearn", "trainables.metrics.task_scores"),
+        ("ruamel", "orchestrator.study.yaml_reader"),
+        ("peft", "trainables.models.lora"),
+        ("rouge_score", "trainables.metrics.rouge"),
     ],
 )
 def test_each_big_library_has_its_doors(package: str, only: str) -> None:
@@ -108,20 +114,31 @@ def test_each_big_library_has_its_doors(package: str, only: str) -> None:
 
 
 TIERS = (  # each may import those before it, never those after it; what is not named is bound by having no cycles
-    {"trainables.spec.value"},
-    {"trainables.spec.data", "trainables.spec.models", "trainables.spec.terms"},
-    {"trainables.spec.phase"},
-    {"trainables.spec.trial"},
-    {"trainables.losses.logits", "trainables.losses.schedules", "trainables.data.prepare", "trainables.data.batches"},
-    {"trainables.models", "trainables.remap", "trainables.phases", "trainables.store", "trainables.evaluate"},
-    {"trainables.loop"},
-    {"trainables.trial"},
-    {"trainables.attempt"},
-    {"trainables.worker"},
-    {"orchestrator.study"},
-    {"orchestrator.plan", "orchestrator.results", "orchestrator.tracking", "orchestrator.claims"},
-    {"orchestrator.search", "orchestrator.report"},
-    {"orchestrator.agenda", "orchestrator.slots"},
+    {"trainables.config.value"},
+    {"trainables.config.data", "trainables.config.models", "trainables.config.terms"},
+    {"trainables.config.phase"},
+    {"trainables.config.trial"},
+    {"trainables.losses.logits", "trainables.training.schedules", "trainables.data.prepare", "trainables.data.batches"},
+    {
+        "trainables.models.build",
+        "trainables.models.remap",
+        "trainables.training.phase_graph",
+        "trainables.storage.files",
+        "trainables.evaluation.language_modelling",
+    },
+    {"trainables.training.loop"},
+    {"trainables.runtime.trial"},
+    {"trainables.runtime.trial_attempt"},
+    {"trainables.runtime.worker_group"},
+    {"orchestrator.study.schema"},
+    {
+        "orchestrator.scheduling.trials",
+        "orchestrator.analysis.tables",
+        "orchestrator.mlflow_sync",
+        "orchestrator.analysis.verdicts",
+    },
+    {"orchestrator.scheduling.optuna_sampler", "orchestrator.report"},
+    {"orchestrator.scheduling.scheduler", "orchestrator.scheduling.tune_runner"},
     {"orchestrator.sweep"},
 )
 
@@ -142,10 +159,10 @@ def test_losses_know_only_the_spec_and_data_knows_no_model_and_no_phase() -> Non
     for module in sources():
         ours = within(imported(module), "trainables")
         if module.startswith("trainables.losses"):
-            own = ("trainables.losses", "trainables.spec")
+            own = ("trainables.losses", "trainables.config")
             assert not [name for name in ours & sources().keys() if not name.startswith(own)], module
         if module.startswith("trainables.data"):
-            own = ("trainables.data", "trainables.spec", "trainables.cache")
+            own = ("trainables.data", "trainables.config", "trainables.storage.cache")
             assert not [name for name in ours & sources().keys() if not name.startswith(own)], module
 
 
@@ -245,7 +262,7 @@ def test_no_field_of_a_trial_is_dead() -> None:
                 read.add(node.attr)
             elif isinstance(node, ast.MatchClass):
                 read.update(node.kwd_attrs)
-    rooms = [importlib.import_module(name) for name in sources() if name.startswith("trainables.spec.")]
+    rooms = [importlib.import_module(name) for name in sources() if name.startswith("trainables.config.")]
     values = [
         v
         for room in rooms

@@ -8,9 +8,9 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import TypeAdapter
 
-from trainables.losses.schedules import lr_factor, weight_at
-from trainables.spec.phase import Optimizer
-from trainables.spec.terms import Schedule, Weight
+from trainables.config.phase import Optimizer
+from trainables.config.terms import Schedule, Weight
+from trainables.training.schedules import lr_factor, weight_at
 
 KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(get_args(Schedule)[0])]
 VALUES: dict[str, tuple[dict[str, Any], dict[float, float]]] = {  # kind -> (fields, progress -> weight)

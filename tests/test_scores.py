@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from trainables.data.scores import Rule, part_names, resampled_scores, rule_of, score_names, scores
-from trainables.spec.data import Glue, LabelledFiles, PythonTask
+from trainables.config.data import Glue, LabelledFiles, PythonTask
+from trainables.metrics.task_scores import Rule, part_names, resampled_scores, rule_of, score_names, scores
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -98,7 +98,7 @@ def test_what_is_undefined_is_nothing_and_warns_nobody(rule: Rule, constant: str
 def test_a_resample_scores_like_its_repeated_examples(
     rule: Rule, in_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainables.data.scores.CELLS", 500)  # several chunks
+    monkeypatch.setattr("trainables.metrics.task_scores.CELLS", 500)  # several chunks
     predictions, labels = some_examples(rule, 37)
     parts = np.arange(37) % 2 if in_parts else None
     draw = np.random.default_rng(1)

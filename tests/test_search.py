@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import distillation
 
-from orchestrator.search import Sampler
-from orchestrator.study import Study
-from orchestrator.study_file import load_study
+from orchestrator.scheduling.optuna_sampler import Sampler
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
 
 WEIGHT, TAU = "phases.distil.terms.teacher_to_student.weight", "phases.distil.terms.teacher_to_student.temperature"
 INIT, DEPTH = "models.student.init", "models.student.init.depth"

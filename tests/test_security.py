@@ -23,18 +23,19 @@ from sweeping import Bench, finish, tables, write_study
 from transformers import BertConfig, BertForMaskedLM
 
 from orchestrator import export, report, store, sweep
-from orchestrator.messages import StudyError, has_secret, redact
-from orchestrator.results import open_storage
-from orchestrator.study_file import load_study
-from orchestrator.tracking import Mirror
-from trainables import models, ranks
-from trainables.data import DataError
-from trainables.data.files import read_hub
+from orchestrator.analysis.tables import open_storage
+from orchestrator.mlflow_sync import Mirror
+from orchestrator.study.errors import StudyError, has_secret, redact
+from orchestrator.study.load import load_study
+from trainables.config.data import Hub, PretrainedTokenizer, WordPiece
+from trainables.config.errors import DataError, ModelError
+from trainables.config.models import Model
+from trainables.data.sources.files import read_hub
 from trainables.data.tokenizer import load_pretrained, open_tokenizer, train_wordpiece
-from trainables.models import ModelError
-from trainables.spec.data import Hub, PretrainedTokenizer, WordPiece
-from trainables.spec.models import Model
-from trainables.store import Storage, load_checkpoint, save_checkpoint
+from trainables.models import build
+from trainables.runtime import process_group
+from trainables.storage.checkpoints import load_checkpoint, save_checkpoint
+from trainables.storage.files import Storage
 
 ROOT = Path(__file__).parent.parent
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32}
@@ -196,7 +197,7 @@ def _folder(path: Path, **config: Any) -> Path:
 
 
 def _build(folder: Path) -> Any:
-    return models.build(Model(pretrained=str(folder)), name="m", seed=0, vocab_size=32, special_ids={}, length=8)
+    return build.build(Model(pretrained=str(folder)), name="m", seed=0, vocab_size=32, special_ids={}, length=8)
 
 
 def test_pickled_weights_are_refused_and_passed_over(tmp_path: Path, witness: Path) -> None:
@@ -207,7 +208,7 @@ def test_pickled_weights_are_refused_and_passed_over(tmp_path: Path, witness: Pa
     with pytest.raises(ModelError, match="no weights at"):
         _build(folder)
     with pytest.raises(ModelError, match="pickled weights are refused"):
-        models.weights_fingerprint(str(folder), None)
+        build.weights_fingerprint(str(folder), None)
 
 
 def _module(folder: Path, witness: Path, name: str) -> None:
@@ -232,7 +233,7 @@ def test_kernels_of_the_hub_are_refused(tmp_path: Path, field: str) -> None:
         _build(_folder(tmp_path / "model", **{field: "kernels-community/evil"}))
     shape = Model(family="bert", layers=1, width=16, heads=2, config={f"_{field}": "kernels-community/evil"})
     with pytest.raises(ModelError, match=r"asks for code of the hub"):
-        models.build(shape, name="m", seed=0, vocab_size=32, special_ids={}, length=8)
+        build.build(shape, name="m", seed=0, vocab_size=32, special_ids={}, length=8)
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "EvilTokenizer"])
@@ -294,8 +295,8 @@ def test_all_that_is_documented_is_on_loopback(column: str) -> None:
 
 def test_the_store_of_a_group_listens_at_one_address() -> None:
     before = listening(os.getpid())
-    port = ranks.listen("127.0.0.1")
-    ranks.join(0, 1, "127.0.0.1", port, backend="gloo", timeout=ranks.timedelta(seconds=30))
+    port = process_group.listen("127.0.0.1")
+    process_group.join(0, 1, "127.0.0.1", port, backend="gloo", timeout=process_group.timedelta(seconds=30))
     try:
         total = torch.ones(1)
         dist.all_reduce(total)

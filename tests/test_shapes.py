@@ -12,13 +12,24 @@ import pytest
 import torch
 from conftest import FAMILIES, distillation, flow, hard, model, phase
 
-from orchestrator.messages import StudyError
-from orchestrator.shapes import At, Live, Rows, Shapes, forward, reachable, reached_at, scores, scoring
-from orchestrator.study import Study
-from trainables import lora, models
-from trainables.losses.fused import Side
-from trainables.spec.models import Model
-from trainables.spec.phase import Lora, Phase
+from orchestrator.planning.meta_models import (
+    At,
+    Rows,
+    Shapes,
+    StorageTracker,
+    forward,
+    reachable,
+    reached_at,
+    scores,
+    scoring,
+)
+from orchestrator.study.errors import StudyError
+from orchestrator.study.schema import Study
+from trainables.config import errors
+from trainables.config.models import Model
+from trainables.config.phase import Lora, Phase
+from trainables.losses.chunked import LogitSource
+from trainables.models import build, lora, output_head
 
 SPECIAL = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 LENGTH = 24
@@ -34,7 +45,7 @@ def of(family: str, **more: Any) -> Model:
 
 
 def real(value: Model) -> Any:
-    return models.skeleton(shapes().config(value, LENGTH))
+    return build.from_config(shapes().config(value, LENGTH))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +85,9 @@ def test_what_is_kept_is_what_autograd_saves(family: str, precision: Any) -> Non
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        given_N = (models.logits_at if models.head_of(net) is None else models.hidden_at)(net, ids_BT, positions_N)
+        given_N = (output_head.logits_at if output_head.head_of(net) is None else output_head.head_inputs)(
+            net, ids_BT, positions_N
+        )
     found = {storage.data_ptr(): storage.nbytes() for ref in saved if (storage := ref()) is not None}
     found.pop(given_N.untyped_storage().data_ptr(), None)
     total = sum(found.values())
@@ -122,9 +135,9 @@ def test_losses_without_content_take_what_real_ones_take(kind: str) -> None:
     names = ["student"] if kind == "hard" else ["student", "teacher"]
 
     def count(num: int, device: str, dtype: torch.dtype = torch.float32) -> int:
-        def side() -> Side:
+        def side() -> LogitSource:
             hidden_ND = torch.zeros(num, 16, device=device, dtype=dtype)
-            return Side(hidden_ND, torch.zeros(5000, 16, device=device, dtype=dtype), None)
+            return LogitSource(hidden_ND, torch.zeros(5000, 16, device=device, dtype=dtype), None)
 
         return scores(value, {(name, "main"): side() for name in names}, At("cpu"))
 
@@ -141,7 +154,7 @@ def test_a_task_is_counted_with_a_head_of_its_own() -> None:
         rows = Rows(2, LENGTH, 1, num_labels)
         taken = one.forward(of("bert"), LENGTH, rows, trained=True, at=at)
         assert taken.side.hidden_ND.shape == (2, num_labels) and taken.side.weight_VD is None
-        net = models.skeleton(one.config(of("bert"), LENGTH), num_labels)
+        net = build.from_config(one.config(of("bert"), LENGTH), num_labels)
         seen = forward(net, rows, True, at)
         assert (taken.kept, taken.peak) == (seen.kept, seen.peak)
         assert one.scoring(of("bert"), LENGTH, rows, at=at) == scoring(net, rows, at) > 0
@@ -149,7 +162,7 @@ def test_a_task_is_counted_with_a_head_of_its_own() -> None:
 
 def test_what_lives_is_counted_and_what_is_gone_is_not() -> None:
     known = torch.zeros(100)
-    with Live([known]) as live:
+    with StorageTracker([known]) as live:
         a = known + 1
         b = a[:10].view(2, 5)  # no storage of its own
         assert (live.now, live.peak) == (400, 400)
@@ -168,7 +181,7 @@ def test_each_shape_is_made_once_and_has_no_content() -> None:
     assert all(tensor.is_meta for tensor in one.net(value, LENGTH).parameters())
     at = (Rows(2, LENGTH, 4), At())
     assert one.forward(value, LENGTH, at[0], trained=True, at=at[1]) is one.forward(copied, LENGTH, at[0], trained=True, at=at[1])  # fmt: skip
-    assert one.num_parameters(value, LENGTH) == models.num_parameters(real(value))
+    assert one.num_parameters(value, LENGTH) == build.num_parameters(real(value))
     assert one.num_tied(value, LENGTH) == 160 * 16 and one.num_tied(of("llama"), LENGTH) == 0
 
 
@@ -178,7 +191,7 @@ def test_pretrained_weights_are_counted_by_their_config_and_in_fp32(tmp_path: Pa
     assert {tensor.dtype for tensor in found.parameters()} == {torch.float32}
     pretrained = Model(pretrained=str(tmp_path))
     assert shapes().num_parameters(pretrained, LENGTH) == shapes().num_parameters(of("llama", layers=3), LENGTH)
-    with pytest.raises(models.ModelError, match="no model at"):
+    with pytest.raises(errors.ModelError, match="no model at"):
         shapes().config(Model(pretrained=str(tmp_path / "nowhere")), LENGTH)
 
 
@@ -218,7 +231,7 @@ def test_reachable_are_arms_the_ends_of_ranges_at_any_sizes_and_what_points_are_
 
 
 def test_no_model_is_there_by_an_unknown_family() -> None:
-    with pytest.raises(models.ModelError, match="no language model of family"):
+    with pytest.raises(errors.ModelError, match="no language model of family"):
         shapes().net(of("nonsense"), LENGTH)
     with pytest.raises(StudyError):
         list(reachable(study(arms={"wrong": {"models.student.layers": 0}})))
@@ -229,7 +242,7 @@ def test_no_model_is_there_by_an_unknown_family() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_packed_rows_pairs_and_narrow_weights_are_counted_as_real_ones(precision: Any, how: Any, dtype: str) -> None:
     value, at = of("llama", dtype=dtype, layers=3), At("cpu", precision)
-    net = models.build(value, name="m", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
+    net = build.build(value, name="m", seed=0, vocab_size=160, special_ids=SPECIAL, length=LENGTH)
     if how != "full":
         lora.attach(net, how, name="m", seed=0)
     rows = Rows(2, LENGTH, 6, packed=True)

@@ -29,10 +29,12 @@ from transformers import (
     RobertaConfig,
 )
 
-from orchestrator import shapes
-from trainables import models, remap
-from trainables.evaluate import size_and_speed
-from trainables.sharing import (
+from orchestrator.planning import meta_models
+from trainables.config.models import Depth, Random, Sharing, Width
+from trainables.evaluation.model_size import size_and_speed
+from trainables.models import build as build_
+from trainables.models import initialise, remap
+from trainables.models.shared_bert import (
     ORDERS,
     SharedBertConfig,
     SharedBertForMaskedLM,
@@ -43,7 +45,6 @@ from trainables.sharing import (
     shared,
     unrolled,
 )
-from trainables.spec.models import Depth, Random, Sharing, Width
 
 VOCABULARY, LENGTH = 50, 12
 EVERY = [(order, swap) for order in ORDERS for swap in (False, True)]
@@ -243,7 +244,7 @@ def test_sharing_adds_no_parameter_and_no_name(order: str, num_layers: int) -> N
             SharedBertForMaskedLM(shared(plain_config(num_layers), order, True)),
             BertForMaskedLM(plain_config(num_layers)),
         )
-    assert models.num_parameters(net) == net.num_parameters() == models.num_parameters(plain)
+    assert build_.num_parameters(net) == net.num_parameters() == build_.num_parameters(plain)
     assert list(net.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in net.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
@@ -260,19 +261,19 @@ def test_bert_base_has_as_many_parameters_as_the_protocol_says(num_layers: int) 
 def test_initial_weights_are_those_of_a_plain_bert(order: str, init: Random) -> None:
     net, plain = SharedBertForMaskedLM(shared(plain_config(3), order, True)), BertForMaskedLM(plain_config(3))
     for model in (net, plain):
-        models.initialise(model, init, name="student", seed=5)
+        initialise.initialise(model, init, name="student", seed=5)
     ours, theirs = net.state_dict(), plain.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_weights_of_a_plain_bert_load_and_go_back() -> None:
     net, plain = build(), stirred(BertForMaskedLM(plain_config()))
-    assert not net.load_state_dict(models.weights_of(plain), strict=False).unexpected_keys
+    assert not net.load_state_dict(build_.weights_of(plain), strict=False).unexpected_keys
     net.load_state_dict(plain.state_dict(), strict=True)
     back = BertForMaskedLM(plain_config())
     back.load_state_dict(net.state_dict(), strict=True)
     assert torch.equal(back.eval()(**batch()).logits, plain.eval()(**batch()).logits)
-    assert list(models.weights_of(net)) == list(models.weights_of(plain))
+    assert list(build_.weights_of(net)) == list(build_.weights_of(plain))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_a_pickle_of_the_state_and_a_move_reach_all_runs() -> None:
 RELOAD = """
 import sys, torch
 from transformers import AutoModelForMaskedLM
-import trainables.sharing
+import trainables.models.shared_bert
 net = AutoModelForMaskedLM.from_pretrained(sys.argv[1]).eval()
 torch.save({"weights": net.state_dict(), "logits": net(**torch.load(sys.argv[2], weights_only=True)).logits}, sys.argv[3])
 """
@@ -335,7 +336,7 @@ def test_a_saved_model_is_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     net.save_pretrained(tmp_path / "net")
     with safe_open(tmp_path / "net" / "model.safetensors", framework="pt") as file:
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    assert sum(torch.Size(shape).numel() for shape in stored.values()) == models.num_parameters(net)
+    assert sum(torch.Size(shape).numel() for shape in stored.values()) == build_.num_parameters(net)
     assert not [name for name in stored if "again" in name]
     torch.save(batch(), tmp_path / "batch")
     told = [str(tmp_path / name) for name in ("net", "batch", "found")]
@@ -457,7 +458,7 @@ def test_the_plan_sees_the_memory_of_every_run() -> None:
     with torch.device("meta"):
         net, plain = SharedBertForMaskedLM(shared(plain_config(), "twice", True)), BertForMaskedLM(plain_config(4))
     ours, theirs = (
-        shapes.forward(model, shapes.Rows(num=4, length=LENGTH, positions=2), True, shapes.At())
+        meta_models.forward(model, meta_models.Rows(num=4, length=LENGTH, positions=2), True, meta_models.At())
         for model in (net, plain)
     )
     assert (ours.kept, ours.peak) == (theirs.kept, theirs.peak)

@@ -9,8 +9,8 @@ import pytest
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 
-from orchestrator import slots
-from trainables.store import StorageError
+from orchestrator.scheduling import tune_runner
+from trainables.storage.files import StorageError
 
 
 class _Agenda:
@@ -42,7 +42,7 @@ def said() -> list[str]:
 @pytest.fixture
 def source(said: list[str]) -> Any:
     """Two slots of which Tune's `t0` has begun a trial of ours, and `t1` waits for a machine."""
-    found = slots._Source(_Agenda(), {}, 2, said.append)  # type: ignore[arg-type]
+    found = tune_runner._Source(_Agenda(), {}, 2, said.append)  # type: ignore[arg-type]
     found.live = {"t0": "ours-0", "t1": "ours-1"}
     found.on_trial_result("t0", {"records": "[]", "begun": True})
     return found
@@ -59,7 +59,7 @@ def test_what_waits_for_a_machine_does_not_begin_once_nothing_new_is_to_start(so
 
 
 def test_where_all_that_is_left_waits_the_sweep_ends(source: Any) -> None:
-    watch = slots._Watch(source, lambda: None)
+    watch = tune_runner._Watch(source, lambda: None)
     del source.live["t0"]
     watch.on_step_end(0, [])
     source.agenda.closed = "--hours 1 are over"
@@ -71,7 +71,7 @@ def test_where_all_that_is_left_waits_the_sweep_ends(source: Any) -> None:
 
 def test_a_trial_that_tune_gave_up_without_a_word_starts_again(source: Any, said: list[str]) -> None:
     trials = [SimpleNamespace(trial_id="t1", status=Trial.ERROR), SimpleNamespace(trial_id="t0", status=Trial.RUNNING)]
-    watch = slots._Watch(source, lambda: None)
+    watch = tune_runner._Watch(source, lambda: None)
     watch.on_step_end(0, trials)
     watch.on_step_end(1, trials)
     assert source.agenda.taken_back == ["ours-1"] and source.live == {"t0": "ours-0"}
@@ -81,7 +81,7 @@ def test_a_trial_that_tune_gave_up_without_a_word_starts_again(source: Any, said
 def test_storage_that_cannot_be_read_ends_the_sweep_and_not_the_driver(source: Any) -> None:
     source.live.clear()
     source.agenda.fault = StorageError(5, "SlowDown", "bucket/phases")
-    assert source.suggest("t2") == slots.Searcher.FINISHED
+    assert source.suggest("t2") == tune_runner.Searcher.FINISHED
     assert source.agenda.broken and "(SlowDown)" in source.agenda.closed
 
 
@@ -95,8 +95,8 @@ def test_slots_of_any_machine_have_the_time_that_ranks_need_to_leave(monkeypatch
         raise Reached
 
     monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", {"AWS_SECRET_ACCESS_KEY"})
-    monkeypatch.setattr(slots, "_Source", never)
+    monkeypatch.setattr(tune_runner, "_Source", never)
     study = SimpleNamespace(search=None)
     with pytest.raises(Reached):
-        slots.run_agenda(SimpleNamespace(study=study), 1, provenance={}, on_tick=never, say=never)  # type: ignore[arg-type]
+        tune_runner.run_agenda(SimpleNamespace(study=study), 1, provenance={}, on_tick=never, say=never)  # type: ignore[arg-type]
     assert set(class_cache.ENV_VARS_TO_PROPAGATE) == {"TUNE_FUNCTION_THREAD_TIMEOUT_S"}

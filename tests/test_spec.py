@@ -10,12 +10,12 @@ import pytest
 from conftest import distillation, flow, hard, inner, model, phase
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from trainables.spec.data import Data, Tokenizer
-from trainables.spec.models import Init
-from trainables.spec.phase import Budget, Made, Phase, Stream
-from trainables.spec.terms import Schedule, Term, is_off, reads, target
-from trainables.spec.trial import TrialSpec, parse_start, trial_id
-from trainables.spec.value import digest, random_stream
+from trainables.config.data import Data, Tokenizer
+from trainables.config.models import Init
+from trainables.config.phase import Budget, Made, Phase, Stream
+from trainables.config.terms import Schedule, Term, is_off, reads, target
+from trainables.config.trial import TrialSpec, parse_start, trial_id
+from trainables.config.value import digest, random_stream
 
 WORDPIECE = {"kind": "wordpiece", "size": 160}
 DATA: dict[str, dict[str, Any]] = {

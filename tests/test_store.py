@@ -14,17 +14,9 @@ import fsspec
 import pytest
 import torch
 
-from trainables.store import (
-    Corrupt,
-    PhaseStore,
-    Published,
-    Storage,
-    StorageError,
-    check_writable,
-    drop_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from trainables.storage.checkpoints import drop_checkpoints, load_checkpoint, save_checkpoint
+from trainables.storage.files import Storage, StorageError, check_writable
+from trainables.storage.phase_store import Corrupt, PhaseStore, StoredPhase
 
 KEY = "0123456789abcdef" * 2
 
@@ -46,7 +38,7 @@ def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"a": torch.full((2, 3), value), "b": torch.arange(4.0)}
 
 
-def published(store: PhaseStore, key: str = KEY, value: float = 1.0, **more: Any) -> Published:
+def published(store: PhaseStore, key: str = KEY, value: float = 1.0, **more: Any) -> StoredPhase:
     fields: dict[str, Any] = {
         "files": {"student": store.put_weights(key, weights(value))},
         "configs": {"student": {"model_type": "bert", "id2label": {"0": "a"}}},
@@ -54,7 +46,7 @@ def published(store: PhaseStore, key: str = KEY, value: float = 1.0, **more: Any
         "cost": {"steps": 2, "flops": 1e9},
         "provenance": {"trial": "t", "finished": 1},
     }
-    return store.publish(Published(key=key, **{**fields, **more}))
+    return store.publish(StoredPhase(key=key, **{**fields, **more}))
 
 
 # --------------------------------------------------------------------------------------------------------------- files

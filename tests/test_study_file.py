@@ -12,11 +12,12 @@ from conftest import wordy_documents
 from transformers import BertConfig, BertForMaskedLM
 
 from orchestrator import sweep
-from orchestrator.messages import StudyError
-from orchestrator.study import Study
-from orchestrator.study_file import load_study, metrics_of
+from orchestrator.study.errors import StudyError
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Study
+from orchestrator.study.validate import metrics_of
+from trainables.config.terms import is_off
 from trainables.data.tokenizer import train_wordpiece
-from trainables.spec.terms import is_off
 
 TEXT = """\
 question: Does a teacher help?

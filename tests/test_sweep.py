@@ -32,10 +32,11 @@ from sweeping import (
     write_study,
 )
 
-from orchestrator import results, sweep
-from orchestrator.agenda import Agenda
-from orchestrator.study_file import load_study
-from trainables import attempt
+from orchestrator import sweep
+from orchestrator.analysis import tables as tables_
+from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.study.load import load_study
+from trainables.runtime import trial_attempt
 
 slow = pytest.mark.slow
 
@@ -50,7 +51,7 @@ class Swept:
     storage: Path
 
     @property
-    def tables(self) -> results.Tables:
+    def tables(self) -> tables_.Tables:
         return tables(self.storage, "smoke")
 
 
@@ -210,10 +211,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             if planned is None:
                 return False
             agenda.start(planned, 1)
-            job = attempt.Job(trial=planned.id, spec=planned.spec.model_dump_json(), fingerprints=agenda.identity.of(planned.spec),
+            job = trial_attempt.Job(trial=planned.id, spec=planned.spec.model_dump_json(), fingerprints=agenda.identity.of(planned.spec),
                               storage=agenda.storage.uri, folder=agenda.study.folder, threads=1, device="cpu",
                               checkpoint_at_reports=False, provenance={})  # fmt: skip
-            agenda.end(planned.id, attempt.run(job, Listener()), 2)
+            agenda.end(planned.id, trial_attempt.run(job, Listener()), 2)
             return True
 
         while one():
@@ -229,7 +230,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             return 0
 
     monkeypatch.setattr(sweep, "_run", run_here)
-    monkeypatch.setattr("orchestrator.tracking.Mirror", NoMirror)
+    monkeypatch.setattr("orchestrator.mlflow_sync.Mirror", NoMirror)
 
     def command(study: Path, *arguments: str, expect: int = 0) -> Said:
         capsys.readouterr()
@@ -313,5 +314,5 @@ def test_ctrl_c_while_the_plan_is_made_leaves_no_traceback(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orchestrator.overview.print_plan", interrupted)
+    monkeypatch.setattr("orchestrator.planning.preview.print_plan", interrupted)
     command(write_study(tmp_path), expect=130)

@@ -18,19 +18,21 @@ from pyarrow import csv, parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from orchestrator import overview
-from orchestrator.plan import Identity
-from trainables.data import DataError, python_tasks
+from orchestrator.planning import preview
+from orchestrator.scheduling.trials import Fingerprints
+from trainables.config.data import Data, Files, Glue, LabelledFiles, PretrainedTokenizer, PythonTask
+from trainables.config.errors import DataError
+from trainables.config.trial import TrialSpec
 from trainables.data.batches import batch_indices, examples
-from trainables.data.corpus import Corpus, open_corpus
-from trainables.data.documents import all_shingles, repeats
-from trainables.data.encode import divided, load_task
-from trainables.data.labelled import Labelled, Sources, divide
-from trainables.data.masking import next_token_batch
+from trainables.data.classification.encode import divided, load_task
+from trainables.data.classification.labelled import Labelled, Sources, divide
+from trainables.data.classification.tasks import Task, folds, task_evaluation, task_indices
+from trainables.data.corpus.documents import all_shingles, repeats
+from trainables.data.corpus.masking import next_token_batch
+from trainables.data.corpus.sequences import Corpus, open_corpus
 from trainables.data.prepare import fingerprint, lender, prepare
-from trainables.data.tasks import Task, folds, open_data, task_evaluation, task_indices
-from trainables.spec.data import Data, Files, Glue, LabelledFiles, PretrainedTokenizer, PythonTask
-from trainables.spec.trial import TrialSpec
+from trainables.data.prepared import open_data
+from trainables.data.sources import python_tasks
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL / "glue").is_dir(), reason=f"no data sets in {REAL}: set CODISTILL_DATA")
@@ -377,7 +379,7 @@ def test_the_plan_shows_sizes_labels_and_what_was_cut(task: Task, pairs: Task) -
             },
         }
     )
-    lines = overview._data(spec, {"mine": task, "other": pairs})
+    lines = preview._data(spec, {"mine": task, "other": pairs})
     assert re.search(r"mine: .*train 160 examples \(\d+\.\d% cut, 75% no\); scored by accuracy; 0 near-", lines[0])
     assert "train 48 examples" in lines[1] and lines[1].endswith(
         "scored by pearson and spearman; 0 near-duplicates across splits removed"
@@ -388,7 +390,7 @@ def test_the_plan_shows_sizes_labels_and_what_was_cut(task: Task, pairs: Task) -
 def test_the_plan_knows_tasks_apart_by_who_lends_the_tokenizer(tmp_path: Path, source: str) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(some_texts(100, seed=ord(name))))
-    identity = Identity(None)
+    identity = Fingerprints(None)
 
     def of(name: str) -> str:
         corpus = {"kind": "files", "train": str(tmp_path / f"{name}.txt"), "tokenizer": SMALL, "length": 16}
@@ -489,7 +491,7 @@ def test_a_tokenizer_without_special_tokens_will_do(tmp_path: Path, source: str)
 def test_examples_come_from_many_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task, source: str
 ) -> None:
-    monkeypatch.setattr("trainables.data.encode.CHUNK", 7)
+    monkeypatch.setattr("trainables.data.classification.encode.CHUNK", 7)
     pieces = prepare(labelled_files(source), str(tmp_path))
     assert len(pieces.train._ids) > 20
     everything = torch.randperm(len(task.train))

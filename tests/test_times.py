@@ -16,20 +16,20 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.advice import advice
-from orchestrator.blocks import Section, as_markdown
-from orchestrator.claims import BY_COST, NEW_DATA, THIS_SET, Verdict, judge
-from orchestrator.messages import StudyError
-from orchestrator.overview import claim_lines
-from orchestrator.readings import point_scores
-from orchestrator.report import make_report
-from orchestrator.results import RESULTS, TRIALS, Tables
-from orchestrator.sides import Reading
-from orchestrator.statistics import censored_median, compare_costs
-from orchestrator.study import Claim, Slot, Study
-from orchestrator.study_file import load_study
-from orchestrator.time_sections import costs_compared, time_to_quality
-from orchestrator.times import Reached, conditions, time_to_equal_quality
+from orchestrator.analysis.arm_values import MetricQuery
+from orchestrator.analysis.curves import point_scores
+from orchestrator.analysis.statistics import censored_median, compare_costs
+from orchestrator.analysis.tables import RESULTS, TRIALS, Tables
+from orchestrator.analysis.timing import Reached, conditions, time_to_equal_quality
+from orchestrator.analysis.verdicts import BY_COST, NEW_DATA, THIS_SET, Verdict, judge
+from orchestrator.planning.preview import claim_lines
+from orchestrator.reporting.cost_sections import costs_compared, time_to_quality
+from orchestrator.reporting.document import Section, as_markdown
+from orchestrator.reporting.page import make_report
+from orchestrator.reporting.recommendation import advice
+from orchestrator.study.errors import StudyError
+from orchestrator.study.load import load_study
+from orchestrator.study.schema import Claim, Slot, Study
 
 LOOKS = (0.25, 0.5, 0.75, 1.0)
 NOISE = np.array([0.03, -0.04, 0.01, -0.02, 0.02, -0.01, 0.04, -0.03])
@@ -445,7 +445,7 @@ def test_the_median_of_times_that_are_not_all_known() -> None:
 
 def reached(okd: Sequence[Run], gkd: Sequence[Run], metric: str = "rougeL") -> Reached:
     found = tables({"okd": okd, "gkd": gkd})
-    at = Reading("distil", "student", metric, ("ask",))
+    at = MetricQuery("distil", "student", metric, ("ask",))
     results = found.results.assign(metric=metric)
     answer = time_to_equal_quality(results, found.trials, "okd", "gkd", at, at)
     assert answer is not None
@@ -564,7 +564,7 @@ def test_the_report_has_a_section_on_time_to_equal_quality(page: str) -> None:
     assert "Conditions of the times: one trial at a time to a node, on one node (here)" in section
     assert section.count("rougeL of gkd") == 2 and section.count("seed 0: not reached by") == 2
     found = three_arms()
-    at = Reading("distil", "student", "rougeL", ("ask",))
+    at = MetricQuery("distil", "student", "rougeL", ("ask",))
     got = time_to_equal_quality(found.results, found.trials, "okd", "gkd", at, at)
     assert got is not None and got.median is not None and f"{got.median:.3g} s" in section
     back = study({"back": {"arm": "forward", "against": "okd", **LESS}})

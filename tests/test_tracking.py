@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import tracking
-from orchestrator.tracking import Mirror, redact
+from orchestrator import mlflow_sync
+from orchestrator.mlflow_sync import Mirror, redact
 
 START = 1_700_000_000_000  # UTC ms
 SECRET = "hunter2/secret"
@@ -24,7 +24,7 @@ SECRET = "hunter2/secret"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tracking.ENVIRONMENT.items():
+    for name, value in mlflow_sync.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # so that what the mirror sets does not outlive the test
 
 
@@ -286,8 +286,8 @@ def test_the_default_store_is_made_with_its_files_beside_it_and_nothing_is_print
 
 
 def test_to_import_the_module_does_not_import_mlflow() -> None:
-    code = "import sys, orchestrator.tracking; sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(tracking.__file__).parents[1]).returncode == 0
+    code = "import sys, orchestrator.mlflow_sync; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(mlflow_sync.__file__).parents[1]).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import tracking_server
-from trainables.store import Storage
+from orchestrator.cluster import mlflow_server
+from trainables.storage.files import Storage
 
 
 def rows(file: Path) -> list[int]:
@@ -45,19 +45,19 @@ def test_a_copy_is_whole_while_others_write_and_comes_back_elsewhere(
         live.execute("insert into t values (2)")
         live.commit()
         live.execute("insert into t values (3)")  # not yet committed
-        tracking_server.keep(storage, database, ())
+        mlflow_server.keep(storage, database, ())
     there = tmp_path / "there" / "mlflow.db"
-    assert tracking_server.fetch(storage, there) and rows(there) == [1, 2]
+    assert mlflow_server.fetch(storage, there) and rows(there) == [1, 2]
     assert [file.name for file in there.parent.iterdir()] == ["mlflow.db"]
 
 
 def test_what_is_here_is_not_overwritten_and_nothing_comes_from_nothing(database: Path, storage: Storage) -> None:
-    assert not tracking_server.fetch(storage, database.with_name("other.db"))
-    tracking_server.keep(storage, database, ())
+    assert not mlflow_server.fetch(storage, database.with_name("other.db"))
+    mlflow_server.keep(storage, database, ())
     with closing(sqlite3.connect(database)) as live:
         live.execute("insert into t values (2)")
         live.commit()
-    assert not tracking_server.fetch(storage, database) and rows(database) == [1, 2]
+    assert not mlflow_server.fetch(storage, database) and rows(database) == [1, 2]
 
 
 def test_only_what_changed_is_written_and_a_storage_that_is_away_is_tried_again(
@@ -65,8 +65,8 @@ def test_only_what_changed_is_written_and_a_storage_that_is_away_is_tried_again(
 ) -> None:
     written: list[str] = []
     monkeypatch.setattr(Storage, "write", lambda self, name, content: written.append(name))
-    kept = tracking_server.keep(storage, database, ())
-    assert tracking_server.keep(storage, database, kept) == kept and written == ["mlflow.db"]
+    kept = mlflow_server.keep(storage, database, ())
+    assert mlflow_server.keep(storage, database, kept) == kept and written == ["mlflow.db"]
     with closing(sqlite3.connect(database)) as live:
         live.execute("insert into t values (2)")
         live.commit()
@@ -75,15 +75,15 @@ def test_only_what_changed_is_written_and_a_storage_that_is_away_is_tried_again(
         raise OSError("away")
 
     monkeypatch.setattr(Storage, "write", fails)
-    assert tracking_server.keep(storage, database, kept) == kept and "away" in capsys.readouterr().err
+    assert mlflow_server.keep(storage, database, kept) == kept and "away" in capsys.readouterr().err
     monkeypatch.setattr(Storage, "write", lambda self, name, content: written.append(name))
-    assert tracking_server.keep(storage, database, kept) != kept and len(written) == 2
+    assert mlflow_server.keep(storage, database, kept) != kept and len(written) == 2
 
 
 def test_a_second_server_is_not_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        assert tracking_server.main([str(tmp_path / "s"), "--port", str(port)]) == 0
+        assert mlflow_server.main([str(tmp_path / "s"), "--port", str(port)]) == 0
     assert "listens on" in capsys.readouterr().out and not (tmp_path / "s").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_second_server_is_not_started(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_server_answers_on_loopback_and_its_end_is_kept(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "orchestrator.tracking_server", str(tmp_path / "storage"), "--port", str(port), "--database", str(tmp_path / "mlflow.db")]  # fmt: skip
+    command = [sys.executable, "-m", "orchestrator.cluster.mlflow_server", str(tmp_path / "storage"), "--port", str(port), "--database", str(tmp_path / "mlflow.db")]  # fmt: skip
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=os.environ, start_new_session=True)
     try:
         until = time.monotonic() + 400

@@ -23,9 +23,9 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import sweep
-from trainables import models
-from trainables.data.instructions import alpaca
-from trainables.spec.models import Model
+from trainables.config.models import Model
+from trainables.data.instructions.templates import alpaca
+from trainables.models import build
 
 README = (ROOT / "README.md").read_text()
 BLOCK = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "./mine.jsonl" in text)
@@ -62,7 +62,7 @@ def save(folder: Path, tok: Any, *, length: int = 512, seed: int = 0, **shape: A
     value = {"family": "llama", "layers": 1, "width": 16, "heads": 2, "inner": 32, **shape}
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     spec = Model.model_validate(value)
-    net = models.build(spec, name="m", seed=seed, vocab_size=len(tok), special_ids=ids, length=length)
+    net = build.build(spec, name="m", seed=seed, vocab_size=len(tok), special_ids=ids, length=length)
     net.save_pretrained(folder)
     tok.save_pretrained(folder)
 

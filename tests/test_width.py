@@ -14,12 +14,12 @@ import torch
 from conftest import FAMILIES, Lab, distillation, model
 from torch import Tensor
 
-from trainables import importance, models
-from trainables.layouts import LAYOUTS, NORM_EPS, place_of, shape_of
-from trainables.remap import apply as copy_layers
-from trainables.remap import check, foresee, layers_prefix, measure
-from trainables.spec.models import Model, Width
-from trainables.width import chosen, fit, fit_channels, fit_heads, spaces
+from trainables.config.models import Model, Width
+from trainables.models import build, importance, output_head
+from trainables.models.layouts import LAYOUTS, NORM_EPS, place_of, shape_of
+from trainables.models.remap import apply as copy_layers
+from trainables.models.remap import check, foresee, layers_prefix, measure
+from trainables.models.remap_width import chosen, fit, fit_channels, fit_heads, spaces
 
 WIDTHS: tuple[Width, ...] = get_args(Width)
 SMALL = {"layers": 2, "width": 16, "heads": 2, "inner": 24}
@@ -40,7 +40,7 @@ def net_of(family: str, *, name: str = "s", seed: int = 0, config: dict[str, Any
 @cache
 def _made(value: str, name: str, seed: int) -> Any:
     shape = Model.model_validate({**json.loads(value), "init": {"kind": "random", "std": "width"}})
-    net = models.build(shape, name=name, seed=seed, vocab_size=40, special_ids={"pad_token_id": 0}, length=16)
+    net = build.build(shape, name=name, seed=seed, vocab_size=40, special_ids={"pad_token_id": 0}, length=16)
     generator = torch.Generator().manual_seed(len(name) + seed)
     for parameter in net.parameters():
         if parameter.ndim < 2:
@@ -187,7 +187,7 @@ def test_the_epsilon_of_the_norms_is_kept_with_the_model(family: str, width: Wid
     assert difference(width, source, target) < 1e-13
     resize(width, source, target)
     assert getattr(target.config, key) == (1e-2 if width == "replicate" else 5e-3)
-    again = models.restore(models.plain_config(target.config), models.weights_of(target)).eval()
+    again = build.restore(build.plain_config(target.config), build.weights_of(target)).eval()
     ids_BT = torch.arange(16)[None]
     assert torch.equal(again(ids_BT).logits, target(ids_BT).logits)
 
@@ -568,7 +568,7 @@ def test_a_trial_remaps_the_trained_model_and_its_key_says_how(lab: Lab) -> None
 def test_a_classifier_changes_its_width_as_a_language_model_does(family: str, width: Width) -> None:
     def classifier(**shape: Any) -> Any:
         value = Model.model_validate({"family": family, **SMALL, "dropout": 0, **shape})
-        made: Any = models.build(value, name="m", seed=len(shape), vocab_size=40, special_ids={"pad_token_id": 0}, length=16, num_labels=3)  # fmt: skip
+        made: Any = build.build(value, name="m", seed=len(shape), vocab_size=40, special_ids={"pad_token_id": 0}, length=16, num_labels=3)  # fmt: skip
         return made.double().eval()
 
     source, target = classifier(), classifier(width=2 * SMALL["width"], heads=2 * SMALL["heads"])
@@ -578,7 +578,7 @@ def test_a_classifier_changes_its_width_as_a_language_model_does(family: str, wi
     ids_BT = torch.tensor([[3, 7, 9, 20, 5, 0], [4, 4, 8, 11, 12, 13]])
     mask_BT = (ids_BT != 0).long()
     with torch.no_grad():
-        ours, theirs = (models.class_logits(net, ids_BT, mask_BT, None) for net in (source, target))
+        ours, theirs = (output_head.class_logits(net, ids_BT, mask_BT, None) for net in (source, target))
     assert torch.isfinite(theirs).all()
     if width != "importance":
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

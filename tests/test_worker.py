@@ -14,13 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import Lab, Ran, flow, hard, inner, model, phase
 
-from trainables import loop
-from trainables.notice import Notice, _terminated
-from trainables.running import Left, Surroundings
-from trainables.spec.trial import TrialSpec
-from trainables.store import Storage
-from trainables.trial import run_trial
-from trainables.worker import _GroupSession
+from trainables.config.trial import TrialSpec
+from trainables.runtime.trial import run_trial
+from trainables.runtime.worker_group import _GroupSession
+from trainables.storage.files import Storage
+from trainables.training import loop
+from trainables.training.state import Environment, Suspended
+from trainables.training.stop_signals import Notice, _terminated
 
 pytestmark = pytest.mark.slow  # every process imports torch and transformers
 
@@ -43,10 +43,10 @@ def _rank(
         _terminated.set()
     if scene == "little memory":
         _have_little_memory(rank)
-    at = Surroundings(storage=storage, folder="study/trials/t/attempt-1", trial="t", micro_batch=micro, notice=notice)
+    at = Environment(storage=storage, folder="study/trials/t/attempt-1", trial="t", micro_batch=micro, notice=notice)
     try:
         run_trial(TrialSpec.model_validate_json(spec), fingerprints, at, _Silent(None, 1, rank, world))
-    except Left as left:
+    except Suspended as left:
         storage.write(f"left-{rank}", left.asked.encode())
     dist.destroy_process_group()
 
@@ -190,7 +190,7 @@ def test_ranks_agree_on_a_micro_batch_that_fits_on_all(new_lab: Callable[[], Lab
 
 
 def test_a_slot_keeps_its_group_until_it_dies_or_has_served_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainables import worker
+    from trainables.runtime import worker_group
 
     class Fake:
         def __init__(self, *_: Any) -> None:
@@ -202,16 +202,16 @@ def test_a_slot_keeps_its_group_until_it_dies_or_has_served_enough(monkeypatch: 
         def close(self) -> None:
             self.is_closed = True
 
-    monkeypatch.setattr(worker, "Group", Fake)
-    monkeypatch.setattr(worker, "_GROUP", None)
-    first: Any = worker.group(2, 1, 0, "x", "")
-    first.served = worker.RENEW_AFTER - 1
-    assert worker.group(2, 1, 0, "x", "") is first
+    monkeypatch.setattr(worker_group, "Group", Fake)
+    monkeypatch.setattr(worker_group, "_GROUP", None)
+    first: Any = worker_group.group(2, 1, 0, "x", "")
+    first.served = worker_group.RENEW_AFTER - 1
+    assert worker_group.group(2, 1, 0, "x", "") is first
     first.served += 1
-    second: Any = worker.group(2, 1, 0, "x", "")
+    second: Any = worker_group.group(2, 1, 0, "x", "")
     assert second is not first and first.is_closed
     second.is_alive = False
-    third: Any = worker.group(2, 1, 0, "x", "")
+    third: Any = worker_group.group(2, 1, 0, "x", "")
     assert third is not second
-    worker.close()
-    assert third.is_closed and worker._GROUP is None
+    worker_group.close()
+    assert third.is_closed and worker_group._GROUP is None

@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainables.data import DataError
-from trainables.data.corpus import Corpus
-from trainables.data.exchanges import ExchangeSet
-from trainables.data.masking import MaskedBatch, mask_batch, next_token_batch, slice_batch
-from trainables.data.tasks import Prepared, Task
-from trainables.spec.phase import Masking
-from trainables.spec.value import random_stream
+from trainables.config.errors import DataError
+from trainables.config.phase import Masking
+from trainables.config.value import random_stream
+from trainables.data.classification.tasks import Task
+from trainables.data.corpus.masking import MaskedBatch, mask_batch, next_token_batch, slice_batch
+from trainables.data.corpus.sequences import Corpus
+from trainables.data.instructions.exchanges import ExchangeSet
+from trainables.data.prepared import Prepared
 
 EVALUATION_SEED = random_stream("evaluation masks")  # one for all: models, arms, steps, seeds
 

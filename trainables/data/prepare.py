@@ -13,14 +13,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainables.data import DataError, folders, instructions, tokenizer
-from trainables.data.corpus import Corpus
-from trainables.data.documents import CHUNK, SPLITS, Splits, chunks, load_documents, split
-from trainables.data.encode import task_fields, training_texts, write_task
-from trainables.data.exchanges import EXCHANGE, ExchangeSet, sample, write_exchanges
-from trainables.data.tasks import Prepared, Task, open_data
-from trainables.spec.data import Corpora, Data, Instructions, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece
-from trainables.spec.value import digest
+from trainables.config.data import Corpora, Data, Instructions, PretrainedTokenizer, SameTokenizer, Tasks, WordPiece
+from trainables.config.errors import DataError
+from trainables.config.value import digest
+from trainables.data import tokenizer
+from trainables.data.classification.encode import task_fields, training_texts, write_task
+from trainables.data.classification.tasks import Task
+from trainables.data.corpus.documents import CHUNK, SPLITS, Splits, chunks, load_documents, split
+from trainables.data.corpus.sequences import Corpus
+from trainables.data.instructions import rows, templates
+from trainables.data.instructions.exchanges import EXCHANGE, ExchangeSet, sample, write_exchanges
+from trainables.data.prepared import Prepared, open_data
+from trainables.storage import prepared_folders
 
 NONE: Mapping[str, Data] = MappingProxyType({})
 PREPARE = 1  # raised whenever the same documents would be split or packed otherwise
@@ -35,7 +39,7 @@ def fingerprint(data: Data, others: Mapping[str, Data] = NONE) -> str:
     if isinstance(data, Tasks):
         return digest(task_fields(data) | of_tokenizer, 16)
     if isinstance(data, Instructions):
-        return digest(instructions.instruction_fields(data) | {"exchange": EXCHANGE} | of_tokenizer, 16)
+        return digest(rows.instruction_fields(data) | {"exchange": EXCHANGE} | of_tokenizer, 16)
     fields = {"prepare": PREPARE, "length": data.length, "evaluate": data.evaluate}
     return digest(fields | of_tokenizer | _hashes_of_texts(data), 16)
 
@@ -57,7 +61,7 @@ def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, An
         case PretrainedTokenizer() as named:
             tok = tokenizer.load_pretrained(named)
             reads_chats = isinstance(data, Instructions) and data.template == "chat"
-            chat = {"chat_template": instructions.chat_template(tok)} if reads_chats else {}
+            chat = {"chat_template": templates.chat_template(tok)} if reads_chats else {}
             return {"kind": "pretrained", "behaviour": tokenizer.behaviour(tok), **chat}
         case WordPiece() as trained:
             fields: dict[str, Any] = trained.model_dump(mode="json")
@@ -72,7 +76,7 @@ def _fields_of_texts(data: Data) -> dict[str, Any]:
     """What determines the texts that a tokenizer is trained on."""
     if isinstance(data, Tasks):
         return task_fields(data)
-    return instructions.instruction_fields(data) if isinstance(data, Instructions) else _hashes_of_texts(data)
+    return rows.instruction_fields(data) if isinstance(data, Instructions) else _hashes_of_texts(data)
 
 
 @overload
@@ -96,12 +100,12 @@ def _prepare(data: Data, folder: str, others: Mapping[str, Data]) -> Prepared:
         if isinstance(data, Tasks):
             return write_task(data, _tokenizer(data, folder, others, lambda: training_texts(data)), home)
         if isinstance(data, Instructions):
-            tok = _tokenizer(data, folder, others, lambda: instructions.training_texts(data))
+            tok = _tokenizer(data, folder, others, lambda: templates.training_texts(data))
             return write_exchanges(data, tok, home)
         splits = split(load_documents(data))
         return _write(data, splits, _tokenizer(data, folder, others, lambda: splits.train), home)
 
-    folders.publish(folder, key, write)
+    prepared_folders.publish(folder, key, write)
     return open_data(folder, key)
 
 

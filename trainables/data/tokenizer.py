@@ -11,10 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from trainables.data import DataError
-from trainables.data.hub import why_not
-from trainables.spec.data import PretrainedTokenizer
-from trainables.spec.value import digest
+from trainables.config.data import PretrainedTokenizer
+from trainables.config.errors import DataError
+from trainables.config.value import digest
+from trainables.storage.hub import why_not
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

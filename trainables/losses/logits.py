@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainables.losses.ranking import correlation, soft_rank, union
-from trainables.spec.terms import (
+from trainables.config.terms import (
     JSD,
     AdaptiveKL,
     Flow,
@@ -27,6 +26,7 @@ from trainables.spec.terms import (
     SkewReverseKL,
     TotalVariation,
 )
+from trainables.losses.soft_rank import correlation, soft_rank, union
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

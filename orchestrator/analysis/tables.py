@@ -1,0 +1,247 @@
+"""Records and ends of trials -> the three tables. Everything here is derived from plain files and can be made again.
+
+`results`: one row per number. `trials`: one row per trial. `examples`: one row per answer to an example of test, of the
+trials that a claim or a confirmation compares. The schemas are fixed; others build on them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.study.errors import StudyError, has_secret, redact
+from trainables.storage.checkpoints import attempts
+from trainables.storage.files import Storage
+
+RESULTS = pa.schema(
+    [
+        ("study", pa.string()),
+        ("trial", pa.string()),
+        ("point", pa.string()),  # the arm's name, or p000 … of the search
+        ("arm", pa.string()),  # null for a searched point
+        ("seed", pa.int64()),
+        ("kind", pa.string()),  # trial | tune | teacher | confirm
+        ("planned", pa.bool_()),
+        ("model", pa.string()),
+        ("phase", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),  # train | dev | test | system
+        ("metric", pa.string()),
+        ("step", pa.int64()),  # optimizer steps of the phase
+        ("progress", pa.float64()),  # fraction of its budget
+        ("tokens", pa.int64()),  # non-padding input tokens of the phase over all ranks
+        ("seconds", pa.float64()),  # wall time of the phase over attempts, without evaluation
+        ("device_seconds", pa.float64()),
+        ("flops", pa.float64()),
+        ("t", pa.int64()),  # UTC, ms
+        ("value", pa.float64()),
+    ]
+)
+TRIALS = pa.schema(
+    [
+        ("trial", pa.string()),
+        ("study", pa.string()),
+        ("point", pa.string()),
+        ("arm", pa.string()),
+        ("seed", pa.int64()),
+        ("kind", pa.string()),
+        ("planned", pa.bool_()),
+        ("params", pa.string()),  # json
+        ("status", pa.string()),  # running | ended | stopped | failed
+        ("reason", pa.string()),
+        ("attempts", pa.int64()),
+        ("node", pa.string()),
+        ("started", pa.int64()),
+        ("ended", pa.int64()),
+        ("phases", pa.string()),  # json: phase -> key, reused, flops, seconds, device_seconds, tokens
+        ("upstream_flops", pa.float64()),
+        ("upstream_seconds", pa.float64()),
+        ("peak_memory", pa.float64()),
+    ]
+)
+_WORD = pa.dictionary(pa.int32(), pa.string())  # a million rows hold few different ones
+EXAMPLES = pa.schema(
+    [
+        ("trial", _WORD),
+        ("point", _WORD),
+        ("arm", _WORD),
+        ("seed", pa.int64()),
+        ("kind", _WORD),  # trial (of an arm) | confirm
+        ("planned", pa.bool_()),
+        ("model", _WORD),
+        ("phase", _WORD),  # with its branch, phase[data]
+        ("task", _WORD),  # the data set
+        ("split", _WORD),  # test
+        ("part", pa.int64()),  # of a test set that has several; 0 in others
+        ("example", pa.int64()),
+        ("label", pa.float64()),  # class or number; null where the data are a corpus, as `prediction`
+        ("prediction", pa.float64()),
+        ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
+        ("count", pa.int64()),  # of these positions; 1 of a task
+    ]
+)
+RECORD = (
+    "model",
+    "phase",
+    "task",
+    "split",
+    "metric",
+    "step",
+    "progress",
+    "tokens",
+    "seconds",
+    "device_seconds",
+    "flops",
+    "t",
+    "value",
+)
+
+
+def no_examples() -> pd.DataFrame:
+    frame: pd.DataFrame = EXAMPLES.empty_table().to_pandas()
+    return frame
+
+
+TABLES = {"results": RESULTS, "trials": TRIALS, "examples": EXAMPLES}
+
+
+@dataclass(frozen=True)
+class Tables:
+    results: pd.DataFrame
+    trials: pd.DataFrame
+    examples: pd.DataFrame = field(default_factory=no_examples)
+
+
+def open_storage(uri: str) -> Storage:
+    """The storage that a person named, as a place that slots find from wherever they run. Raises StudyError where there
+    is no such kind, or no way to it; and where the URI holds a secret: slots, their logs and Ray's files carry it."""
+    if has_secret(uri):
+        kind = re.sub(r"\W", "_", uri.partition("://")[0]).upper()
+        raise StudyError(
+            f"--storage {redact(uri)}: a URI that slots and logs carry takes no password; give it in the environment, "
+            f"as FSSPEC_{kind}_PASSWORD (FSSPEC_<PROTOCOL>_<ARGUMENT>), or in the service's own way (AWS_SECRET_ACCESS_KEY)"
+        )
+    storage = Storage(uri if "://" in uri else os.path.abspath(uri))
+    try:
+        storage.list()
+    except (ValueError, ImportError, OSError) as error:
+        reason = redact(str(error).strip().splitlines()[0])
+        raise StudyError(f"--storage {redact(uri)}: cannot be read ({reason}); give a folder or URI that can") from None
+    return storage
+
+
+def read_records(storage: Storage, trial: str) -> list[dict[str, Any]]:
+    """What the trial's last attempt has written; an attempt begins with what the one before it had kept."""
+    return parse_records(records_file(storage, trial))
+
+
+def records_file(storage: Storage, trial: str) -> bytes:
+    for attempt in reversed(attempts(storage, f"trials/{trial}")):
+        text = storage.read(f"{attempt}/records.jsonl")
+        if text is not None:
+            return text
+    return b""
+
+
+def parse_records(text: bytes) -> list[dict[str, Any]]:
+    """Whole lines only: the last one may have been cut off by a kill."""
+    return [json.loads(line) for line in text.split(b"\n")[:-1] if line]
+
+
+def tables(
+    study: str,
+    trials: Iterable[Mapping[str, Any]],
+    records: Mapping[str, list[dict[str, Any]]],
+    answers: Callable[[str], pd.DataFrame | None] | None = None,
+) -> Tables:
+    """`trials`: rows of the trials table; `records`: by trial id; `answers`: those to examples, by a phase's key (None:
+    that phase has none)."""
+    rows = list(trials)
+    trial_rows = [
+        {"study": study, **row, "params": json.dumps(row["params"]), "phases": json.dumps(row["phases"])}
+        for row in rows
+    ]
+    result_rows = []
+    for row in trial_rows:
+        whose = {key: row[key] for key in ("study", "trial", "point", "arm", "seed", "kind", "planned")}
+        result_rows += [{**whose, **{key: record[key] for key in RECORD}} for record in records.get(row["trial"], ())]
+    examples = no_examples() if answers is None else _examples(rows, answers)
+    return Tables(_frame(result_rows, RESULTS), _frame(trial_rows, TRIALS), examples)
+
+
+def _frame(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
+    named = [{name: row.get(name) for name in schema.names} for row in rows]
+    frame: pd.DataFrame = pa.Table.from_pylist(named, schema=schema).to_pandas()
+    return frame
+
+
+def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.DataFrame | None]) -> pd.DataFrame:
+    """Of planned trials of arms and of confirmations; searched points are compared by their records alone, and are many."""
+    parts, read = [EXAMPLES.empty_table()], dict[str, pa.Table | None]()
+    own = [field for field in EXAMPLES if field.name in ("model", "task", "split", "part", *EXAMPLES.names[11:])]
+    for trial in trials:
+        if not trial["planned"] or not (trial["kind"] == "confirm" or (trial["kind"] == "trial" and trial["arm"])):
+            continue
+        for phase, done in trial["phases"].items():
+            key = done["key"]
+            if key not in read:
+                read[key] = _answers_of(key, answers, pa.schema(own))
+            if (table := read[key]) is None:
+                continue
+            whose = {
+                **{name: trial[name] for name in ("trial", "point", "arm", "seed", "kind", "planned")},
+                "phase": phase,
+            }
+            columns = [
+                table[name]
+                if name in table.column_names
+                else _constant(whose[name], len(table), EXAMPLES.field(name).type)
+                for name in EXAMPLES.names
+            ]
+            parts.append(pa.Table.from_arrays(columns, schema=EXAMPLES))
+    frame: pd.DataFrame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+    return frame
+
+
+def _answers_of(key: str, answers: Callable[[str], pd.DataFrame | None], schema: pa.Schema) -> pa.Table | None:
+    found = answers(key)
+    if found is None or not (found["split"] == "test").any():
+        return None
+    return pa.Table.from_pandas(found[found["split"] == "test"], schema=schema, preserve_index=False)
+
+
+def _constant(value: Any, length: int, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_dictionary(kind):
+        return pa.repeat(pa.scalar(value, kind), length)
+    indices = pa.repeat(pa.scalar(None if value is None else 0, pa.int32()), length)
+    return pa.DictionaryArray.from_arrays(indices, pa.array([] if value is None else [value], pa.string()))
+
+
+def write(tables: Tables, home: Storage) -> None:
+    """Into a study's folder."""
+    for name, schema in TABLES.items():
+        buffer = io.BytesIO()
+        table = pa.Table.from_pandas(getattr(tables, name), schema=schema, preserve_index=False)
+        pq.write_table(table, buffer, compression="zstd")
+        home.write(f"{name}.parquet", buffer.getvalue())
+
+
+def read(home: Storage) -> Tables | None:
+    """Of a study's folder; None where there are no tables. Those of an older version have no examples."""
+    frames = {}
+    for name in TABLES:
+        content = home.read(f"{name}.parquet")
+        if content is not None:
+            frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()
+        elif name != "examples":
+            return None
+    return Tables(**frames)

@@ -1,0 +1,349 @@
+"""A mirror of the tables in MLflow: the only importer of mlflow. Knows no Ray and decides nothing.
+
+The tables are the truth and are written first. One daemon thread copies them, so that a store which is slow, away or
+broken can neither delay nor fail a sweep. What the store has is read once, when it answers; from then on only what it
+lacks is sent, with the stored timestamps. To catch up is therefore to put everything again: nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from orchestrator.study.errors import redact
+
+Row = Mapping[str, Any]
+Point = tuple[str, int, int]  # metric, step, and the time where the step alone does not tell two apart
+
+STATUS = {"running": "RUNNING", "ended": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # ours -> MLflow's
+TAGS = ("study", "trial", "point", "arm", "seed", "status", "kind", "planned", "reason")
+BATCH = 800  # points of one request; MLflow takes 1000 entities, parameters and tags among them
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mirror tries again itself, after a look at what has arrived
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass
+class _Run:
+    """What the store has of one run."""
+
+    id: str
+    status: str = "RUNNING"
+    tags: dict[str, str] = field(default_factory=dict)
+    params: set[str] = field(default_factory=set)
+    metrics: set[str] = field(default_factory=set)  # whose points were there at connecting, and are not in `done` yet
+
+
+@dataclass
+class _Trial:
+    """What the driver gave of one trial, and how much of it has arrived."""
+
+    row: Row
+    sent: Row | None = None  # the row that the store has; compared by identity
+    todo: dict[Point, Row] = field(default_factory=dict)
+    done: set[Point] = field(default_factory=set)
+    refused: str | None = None  # why the store does not take it: left alone until there is more of it
+
+    def waits(self) -> int:
+        return len(self.todo) + (self.sent is not self.row)
+
+
+class Mirror:
+    """One study in one experiment: a parent run, and a nested run per trial.
+
+    `tags` and `params` describe the parent. What a later run of the same study may change belongs in `tags`: MLflow
+    never overwrites a parameter. No method blocks (but `close`, for so long as it is told) and none raises.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        *,
+        tags: Mapping[str, object] | None = None,
+        params: Mapping[str, object] | None = None,
+        every: float = 2.0,
+    ) -> None:
+        self.uri, self.experiment, self._every = uri, experiment, every
+        self._about = {"study": experiment, **_strings(tags or {}), "kind": "study", "status": "running"}
+        self._params = _flat(params or {})
+        self._inbox: deque[tuple[Row, Sequence[Row]]] = deque()
+        self._trials: dict[str, _Trial] = {}
+        self._end: tuple[str, list[Path]] | None = None
+        self._lock = threading.Lock()  # of `_trials` between the two threads; never held over a request
+        self._closing = threading.Event()
+        self._answered = threading.Event()  # once connected, or once that failed
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
+        self._client: Any = None
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Imports mlflow and connects in the background, which takes seconds."""
+        self._thread.start()
+
+    def first_answer(self, timeout: float) -> str | None:
+        """Waits until the store answered or failed to, at most `timeout` seconds; what is wrong, or None."""
+        self._answered.wait(timeout)
+        return self.problem
+
+    def put(self, trial: Row, rows: Sequence[Row]) -> None:
+        """A row of `trials` and its rows of `results`: all so far, or (but for the first call) those since the last."""
+        self._inbox.append((dict(trial), list(rows)))
+
+    def finish(self, status: str, artifacts: Sequence[Path] = (), *, tags: Mapping[str, object] | None = None) -> None:
+        """Ends the parent run (`ended`, `failed` or `stopped`) with these files, once all trials have arrived."""
+        self._about = self._about | _strings(tags or {}) | {"status": status}
+        self._end = (status, list(artifacts))
+
+    def close(self, timeout: float = 60.0) -> int:
+        """Waits until all has arrived, at most `timeout` seconds; how many records have not."""
+        self._deadline = time.monotonic() + timeout
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        waiting = self._waiting()
+        if waiting and self._error is None and not self._refused():
+            self._error = TimeoutError(f"not done in {timeout:g} s")
+        return waiting
+
+    @property
+    def problem(self) -> str | None:
+        """One line without secrets, or None while nothing is wrong."""
+        waiting, refused, where = self._waiting(), self._refused(), f"MLflow at {redact(self.uri)}"
+        if self._error is not None:
+            wait = f"{waiting} records wait; run the same command again to catch up"
+            return f"{where} did not answer: {wait} ({_reason(self._error)})"
+        if refused is not None:
+            return f"{where} refused {refused.waits()} records of trial {refused.row.get('trial')}: {refused.refused}"
+        return None
+
+    # ------------------------------------------------------------------------------------------------- both threads
+
+    def _take(self) -> list[_Trial]:
+        """Moves what was put to its trial; points that the store has, and a step told twice, fall away."""
+        with self._lock:
+            while self._inbox:
+                row, rows = self._inbox.popleft()
+                trial = self._trials.setdefault(str(row.get("trial")), _Trial(row))
+                trial.row, trial.refused = row, None
+                points = {_point(_name(r), r.get("step"), r.get("t")): r for r in rows}
+                trial.todo |= {point: r for point, r in points.items() if point not in trial.done}
+            return list(self._trials.values())
+
+    def _waiting(self) -> int:
+        trials = self._take()
+        with self._lock:
+            return sum(trial.waits() for trial in trials) + (self._end is not None)
+
+    def _refused(self) -> _Trial | None:
+        return next((trial for trial in self._take() if trial.refused is not None), None)
+
+    # ------------------------------------------------------------------------------------------- the mirror's thread
+
+    def _loop(self) -> None:
+        while True:
+            closing = self._closing.is_set()
+            try:
+                if self._client is None:
+                    self._connect()
+                    self._answered.set()
+                self._round()
+                self._error = None
+            except Exception as error:  # whatever it is: a mirror never fails a sweep
+                self._error, self._client = error, None
+                self._answered.set()
+            if closing and (self._error is None or time.monotonic() > self._deadline):
+                return
+            time.sleep(0.5) if closing else self._closing.wait(self._every)
+
+    def _connect(self) -> None:
+        """Finds or makes experiment and parent, and reads which runs there are, in one search."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        for logger in ("mlflow", "alembic"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)  # `problem` tells what is worth telling
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            self._experiment_id = client.create_experiment(self.experiment, artifact_location=_artifacts(self.uri))
+        else:
+            self._experiment_id = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":  # its name stays taken
+                client.restore_experiment(self._experiment_id)
+        found = client.search_runs([self._experiment_id], max_results=50_000)  # latest first: of two, the older wins
+        parents = [_run(run) for run in found if run.data.tags.get("kind") == "study"]
+        self._client = client
+        self._parent = parents[-1] if parents else self._create(self.experiment, self._about, None)
+        nested = [run for run in found if run.data.tags.get("mlflow.parentRunId") == self._parent.id]
+        self._runs = {run.data.tags["trial"]: _run(run) for run in nested if "trial" in run.data.tags}
+        self._write(self._parent, self._about, self._params)
+        self._status(self._parent, "running", None)
+
+    def _create(self, name: str, tags: dict[str, str], start: int | None) -> _Run:
+        run = self._client.create_run(self._experiment_id, start_time=start, tags=tags, run_name=name)
+        return _Run(run.info.run_id, tags=dict(tags))
+
+    def _round(self) -> None:
+        for trial in self._take():
+            if time.monotonic() > self._deadline:
+                return
+            if trial.waits() and trial.refused is None:
+                try:
+                    self._deliver(trial)
+                except Exception as error:
+                    if not _content(error):
+                        raise
+                    trial.refused = _reason(error)
+        if self._end is not None:
+            status, artifacts = self._end
+            self._write(self._parent, self._about, {})
+            self._status(self._parent, status, None)
+            for path in filter(Path.exists, artifacts):
+                self._client.log_artifact(self._parent.id, str(path))
+            self._end = None
+
+    def _deliver(self, trial: _Trial) -> None:
+        with self._lock:
+            row, todo = trial.row, dict(trial.todo)
+        key, tags = str(row.get("trial")), _strings({name: row.get(name) for name in TAGS})
+        run = self._runs.get(key)
+        if run is None:
+            name = f"{row.get('arm') or row.get('point')}/{row.get('seed')}"
+            run = self._create(name, {**tags, "mlflow.parentRunId": self._parent.id}, _milliseconds(row.get("started")))
+            self._runs[key] = run
+            trial.done.clear()  # the run of before is gone, and with it what it had
+        if run.metrics and todo:  # an earlier command, or a request whose answer was lost, sent some of it
+            all_there = {**tags, "rows": str(len(trial.done) + len(todo))}.items() <= run.tags.items()
+            ended = tags.get("status") != "running"
+            self._arrived(trial, todo if all_there and ended else self._history(run))
+            run.metrics.clear()
+        points = {point: r for point, r in todo.items() if point not in trial.done}
+        tags["rows"] = str(len(trial.done) + len(points))
+        self._write(run, tags, _flat(row.get("params") or {}), points)
+        self._arrived(trial, points)
+        self._status(run, str(row.get("status")), _milliseconds(row.get("ended")))
+        trial.sent = row
+
+    def _history(self, run: _Run) -> set[Point]:
+        """Every point that the store has; one request for each metric, so only for a trial that was left unfinished."""
+        history = (self._client.get_metric_history(run.id, name) for name in run.metrics)
+        return {_point(point.key, point.step, point.timestamp) for points in history for point in points}
+
+    def _arrived(self, trial: _Trial, points: Iterable[Point]) -> None:
+        with self._lock:
+            trial.done.update(points)
+            trial.todo = {point: r for point, r in trial.todo.items() if point not in trial.done}
+
+    def _write(
+        self, run: _Run, tags: dict[str, str], params: dict[str, str], points: Mapping[Point, Row] | None = None
+    ) -> None:
+        """Sends what the run lacks in as few requests as MLflow allows; the tags go last, since they say how much."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [
+            Metric(name, float(r["value"]), int(r["t"]), int(r["step"])) for (name, _, _), r in (points or {}).items()
+        ]
+        new_params = [Param(name, value) for name, value in params.items() if name not in run.params]
+        new_tags = [RunTag(name, value) for name, value in tags.items() if run.tags.get(name) != value]
+        while metrics or new_params or new_tags:
+            last = len(metrics) <= BATCH and len(new_params) <= 100
+            self._client.log_batch(run.id, metrics[:BATCH], new_params[:100], new_tags if last else [])
+            del metrics[:BATCH], new_params[:100]
+            new_tags = [] if last else new_tags
+        run.params |= set(params)
+        run.tags |= tags
+
+    def _status(self, run: _Run, ours: str, ended: int | None) -> None:
+        status = STATUS.get(ours, "RUNNING")
+        if status == run.status:
+            return
+        if status == "RUNNING":
+            self._client.update_run(run.id, status=status)
+        else:
+            self._client.set_terminated(run.id, status, ended)
+        run.status = status
+
+
+# ---------------------------------------------------------------------------------------------------- pure functions
+
+
+def _reason(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}".partition("\n")[0])[:300]
+
+
+def _content(error: Exception) -> bool:
+    """Whether what was sent is at fault: to send it again would fail again."""
+    code = getattr(error, "get_http_status_code", None)
+    return isinstance(error, KeyError | TypeError | ValueError) if code is None else code() == 400
+
+
+def _artifacts(uri: str) -> str | None:
+    """Where a new experiment keeps files: beside a SQLite file (MLflow's own is ./mlruns), or where a server says."""
+    if not uri.startswith("sqlite:"):
+        return None
+    path = re.sub(r"^sqlite:/{0,3}|\?.*$", "", uri)
+    folder = Path(path).resolve().parent if path not in ("", ":memory:") else Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "mlartifacts").as_uri()
+
+
+def _run(run: Any) -> _Run:
+    return _Run(run.info.run_id, run.info.status, dict(run.data.tags), set(run.data.params), set(run.data.metrics))
+
+
+def _name(row: Row) -> str:
+    """`<phase>/<model>/<task>/<split>/<metric>`; a part that is missing falls away."""
+    parts = (row.get(key) for key in ("phase", "model", "task", "split", "metric"))
+    return _clean("/".join(part for part in parts if isinstance(part, str) and part))
+
+
+@cache  # as many as there are metrics and parameters
+def _clean(name: str) -> str:
+    """The characters and the form (a normal path of at most 250 characters) that MLflow takes."""
+    parts = (part for part in re.sub(r"[^\w.\- :/]", "_", name)[:250].split("/") if part.strip(". "))
+    return "/".join(parts) or "_"
+
+
+def _point(name: str, step: Any, t: Any) -> Point:
+    """What makes two rows one number: a resumed trial tells a step again, at another time. Machines go by the clock."""
+    return (name, step, t if "/system/" in f"/{name}" else 0)
+
+
+def _strings(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value)[:5000] for name, value in values.items() if value is not None and value == value}
+
+
+def _milliseconds(value: Any) -> int | None:
+    return None if value is None or value != value else int(value)  # a table reads a missing time as NaN
+
+
+def _flat(params: Any) -> dict[str, str]:
+    """Nested parameters, or JSON of them, as dotted path -> text of at most 6000 characters."""
+    flat: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else str(key))
+        else:
+            flat[_clean(path)] = (value if isinstance(value, str) else json.dumps(value, default=str))[:6000]
+
+    walk(json.loads(params) if isinstance(params, str) else params, "")
+    return flat

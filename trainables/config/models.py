@@ -1,0 +1,106 @@
+"""Models of a trial: a shape or pretrained weights, and where fresh weights come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from trainables.config.value import Name, Positive, Value
+
+
+class Random(Value):
+    """Fresh weights. `std`: the family's own rule, or N(0, 1/sqrt(width)) for every matrix, or a number.
+
+    `positions`: sinusoids let a small encoder leave the unigram level hundreds of steps earlier than drawn ones.
+    """
+
+    kind: Literal["random"] = "random"
+    std: Literal["family", "width"] | Positive = "family"
+    positions: Literal["random", "sinusoid"] = "random"
+
+
+Depth = Literal["copy_last", "stack", "interpolate", "spread", "every_other", "first", "identity", "random"]
+Width = Literal[  # how hidden size, heads and inner layer change; exact: all outputs stay as they are
+    "replicate",  # copies, whose readers share. Exact: inner layer, heads; hidden size by a whole factor. Down: averages
+    "replicate_noise",  # the same, and noise in the readers that cancels over copies, so that these learn apart
+    "aki",  # as replicate, but copies come from the next layer, whose knowledge is advanced; never exact
+    "zero_pad",  # new parts are fresh, nobody reads them yet. Exact: inner layer, heads; hidden size under RMSNorm
+    "mean_pad",  # the same, new hidden channels hold the mean. Exact there: under LayerNorm before each block (GPT-2)
+    "prefix",  # what overlaps, per head, zeros beside it; nothing is rescaled, and what is added may never learn
+    "select",  # down: evenly spaced channels, heads, neurons. What grows is padded
+    "importance",  # down: those that do most on random inputs (the least damage). What grows is padded
+]
+
+
+class Remap(Value):
+    """Weights from another model of the trial, as it is when this one is first used.
+
+    Without `width` the shapes differ in depth at most. With it heads may change in number and in size (exactly where
+    they only grow, rotary ones to a multiple of their size), and the norms take the source's epsilon, times the ratio of
+    the hidden sizes where these are padded: exactness needs that.
+    """
+
+    kind: Literal["remap"]
+    from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
+    depth: Depth
+    width: Width | None = Field(None, exclude_if=lambda width: width is None)  # ids of trials without it stay the same
+    rest: Random = Random()  # what the plan leaves open keeps this initialisation
+
+
+Init = Annotated[Random | Remap, Field(discriminator="kind")]
+
+
+class Sharing(Value):
+    """Layers that run more than once, for depth without parameters (Cho & Kang 2022, shuffled parameter sharing).
+
+    `order`: all n once more (`twice`), each at once again (`each_twice`), back from n to 1 (`mirror`), or the upper or the
+    lower half once more. `swap`: each further run of a layer has its query and key projections swapped.
+    """
+
+    order: Literal["twice", "each_twice", "mirror", "upper_twice", "lower_twice"] = "twice"
+    swap: bool
+
+
+class Model(Value):
+    """A model by shape (`family`, `layers`, `width`) or by `pretrained` weights (hub id or local folder)."""
+
+    family: str | None = None
+    layers: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=4)
+    heads: int | None = Field(None, ge=1)  # by default one head for each 64 channels
+    inner: int | None = Field(None, ge=1)  # by default 4 x width
+    dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
+    config: dict[str, bool | int | float | str] = {}  # further fields of the family's transformers config
+    pretrained: str | None = None
+    revision: str | None = None
+    init: Init = Random()
+    sharing: Sharing | None = Field(None, exclude_if=lambda sharing: sharing is None)
+    dtype: Literal["fp32", "bf16"] = Field("fp32", exclude_if=lambda dtype: dtype == "fp32")  # of the weights
+
+    @model_validator(mode="after")
+    def _either_a_shape_or_pretrained_weights(self) -> Model:
+        if self.pretrained is not None:
+            given = [key for key in ("family", "layers", "width", "heads", "inner") if getattr(self, key) is not None]
+            if given or self.config:
+                raise ValueError(f"pretrained weights bring their own shape: remove {', '.join(given) or 'config'}")
+            if self.init != Random():
+                raise ValueError("pretrained weights are the initialisation: remove init")
+            if self.sharing is not None:
+                raise ValueError("pretrained weights are not shared: give a shape, and `init: {kind: remap, from: …}`")
+            return self
+        missing = [key for key in ("family", "layers", "width") if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"needs {', '.join(missing)} (or pretrained: a hub id or a folder)")
+        assert self.width is not None
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.num_heads}")
+        if self.sharing is not None and self.family != "bert":
+            raise ValueError(
+                f"sharing is for family bert, whose query and key can change places; not for {self.family}"
+            )
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or max(1, (self.width or 64) // 64)

@@ -1,0 +1,109 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainables.config.data import Sampling
+from trainables.config.phase import Interleaved
+from trainables.generation.kv_cache import CachedModel, Tokens, left_padded
+from trainables.generation.sample import (
+    Autocast,
+    Generation,
+    RepliesInProgress,
+    draw,
+    generation_mode,
+    length_batches,
+    reply_room,
+    uniform_streams,
+)
+
+
+def interleave(
+    draft: Any,
+    teacher: Any,
+    prompts: Sequence[Tokens],
+    how: Interleaved,
+    *,
+    end_id: int,
+    pad_id: int,
+    vocab_size: int,
+    seed: int,
+    first: int = 0,
+    length: int | None = None,
+    device: str,
+    autocast: Autocast = nullcontext,
+    rows: int | None = None,
+) -> Generation:
+    """Replies that two models write together (Xu et al. 2025, speculative knowledge distillation, algorithm 1).
+
+    The draft proposes `block` tokens, which the teacher scores in one pass. Kept are those before the first that is not
+    among the teacher's `top` likeliest; in its place the teacher draws one. Where all are kept the teacher adds none.
+    Arguments and errors as in `sample`. Draft and teacher have streams of their own, one draw for each place of a reply,
+    so `block` changes what is computed and not what is written.
+    """
+    replies: dict[int, Tokens] = {}
+    num_unfinished = draft_tokens = teacher_tokens = 0
+    room = reply_room(prompts, how.max_tokens, length, draft, teacher)
+    of_teacher = Sampling(temperature=how.teacher_temperature, top_p=how.teacher_top_p)
+    with generation_mode(draft, teacher), autocast():
+        for chosen in length_batches(prompts, rows):
+            drafting, judging = CachedModel(draft, vocab_size), CachedModel(teacher, vocab_size)
+            written = RepliesInProgress([room[i] for i in chosen], end_id, device)
+            numbers = [first + i for i in chosen]
+            draft_RT = uniform_streams(seed, "draw", numbers, how.max_tokens, device)
+            teacher_RT = uniform_streams(seed, "teacher", numbers, how.max_tokens, device)
+            ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], pad_id, device)  # what neither has read yet
+            while len(written.active_B):
+                num_B, left_B = written.num_R[written.active_B], written.left_B()
+                block = min(how.block, int(left_B.max()))
+                proposed, next_BT, next_mask_BT = list[Tensor](), ids_BT, mask_BT
+                for place in range(block):
+                    at_B = draft_RT[written.active_B, (num_B + place).clamp_max(how.max_tokens - 1)]
+                    token_B = draw(drafting.read(next_BT, next_mask_BT, 1)[:, 0], at_B, how)
+                    proposed.append(token_B)
+                    next_BT, next_mask_BT = token_B[:, None], torch.ones_like(token_B[:, None], dtype=torch.bool)
+                proposed_BG = torch.stack(proposed, 1)
+                read_BT = torch.cat([ids_BT, proposed_BG[:, :-1]], 1)
+                logits_BGV = judging.read(
+                    read_BT, torch.cat([mask_BT, mask_BT.new_ones(proposed_BG[:, 1:].shape)], 1), block
+                )
+                kept_B, is_whole_B = _accepted(proposed_BG, logits_BGV, how.top, end_id, left_B)
+                if not is_whole_B.all():
+                    where_B = kept_B.clamp_max(block - 1)
+                    at_B = teacher_RT[written.active_B, (num_B + kept_B).clamp_max(how.max_tokens - 1)]
+                    logits_BV = logits_BGV[torch.arange(len(where_B), device=device), where_B]
+                    instead_B1 = draw(logits_BV, at_B, of_teacher)[:, None]
+                    here_BG = (torch.arange(block, device=device) == kept_B[:, None]) & ~is_whole_B[:, None]
+                    proposed_BG = torch.where(here_BG, instead_B1, proposed_BG)
+                new_B = kept_B + (~is_whole_B).long()
+                goes_on_B = written.add(proposed_BG, new_B)
+                if goes_on_B.any():  # both have read all but the last token of what is kept
+                    active = goes_on_B.nonzero()[:, 0]
+                    for reading in (drafting, judging):
+                        reading.keep(active, (block - new_B)[active])
+                ids_BT = proposed_BG.gather(1, new_B[:, None] - 1)[goes_on_B]
+                mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+                written.active_B = written.active_B[goes_on_B]
+            replies.update(zip(chosen, written.replies(), strict=True))
+            num_unfinished += written.num_unfinished()
+            draft_tokens += drafting.num_tokens
+            teacher_tokens += judging.num_tokens
+    ordered = tuple(replies[i] for i in range(len(prompts)))
+    return Generation(ordered, num_unfinished, draft_tokens, teacher_tokens)
+
+
+def _accepted(proposed_BG: Tensor, logits_BGV: Tensor, top: int, end_id: int, left_B: Tensor) -> tuple[Tensor, Tensor]:
+    """How many proposals each row keeps, and whether these are all that it could: up to its end token, and its room."""
+    places_G = torch.arange(proposed_BG.shape[1], device=proposed_BG.device)
+    chosen_BG1 = logits_BGV.gather(2, proposed_BG[:, :, None])
+    is_inside_BG = (logits_BGV > chosen_BG1).sum(-1) < top  # so few are likelier
+    ended_before_BG = (proposed_BG == end_id).long().cumsum(1) - (proposed_BG == end_id).long() > 0
+    could_B = (~ended_before_BG & (places_G < left_B[:, None])).sum(1)
+    kept_B = torch.minimum(is_inside_BG.long().cumprod(1).sum(1), could_B)
+    return kept_B, kept_B == could_B

@@ -1,0 +1,374 @@
+"""Hugging Face models made from a `Model` value: shape or pretrained, initialised by keyed streams, head where supervised.
+
+No family is named here: what differs between families is read off the transformers config and module tree.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from trainables.config.errors import ModelError
+from trainables.config.models import Model, Random
+from trainables.config.phase import Masking
+from trainables.config.value import random_stream
+from trainables.models import shared_bert
+from trainables.models.initialise import _positions, initialise
+from trainables.storage.hub import why_not
+
+
+def build(
+    model: Model,
+    *,
+    name: str,
+    seed: int,
+    vocab_size: int,
+    special_ids: dict[str, int],
+    length: int,
+    num_labels: int | None = None,
+) -> Any:
+    """A model on the CPU, in its own type. Its initial weights depend on (seed, name, module) and on nothing else: those
+    in bf16 are those in fp32, rounded.
+
+    `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
+    `num_labels`: a head for so many classes (1: a number), drawn anew, instead of that of a language model.
+    """
+    if model.pretrained is not None:
+        return _load(model, vocab_size, num_labels, special_ids, name=name, seed=seed)
+    config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
+    net = from_config(config, num_labels)
+    initialise(net, initial(model), name=name, seed=seed)
+    return _cast(net, DTYPES[model.dtype])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _cast(net: Any, dtype: torch.dtype) -> Any:
+    """Weights in another type; buffers keep theirs, as transformers does: frequencies of rotations need their digits."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return net
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises ModelError where a device does not compute in `fp32` or `bf16`. CPUs do in both."""
+    if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError(
+            f"device {device} ({torch.cuda.get_device_name(device)}) does not compute in bf16; valid: fp32"
+        )
+
+
+def check_types(precision: str, models: Mapping[str, Model], device: str) -> None:
+    """Raises ModelError, which begins with the path in the trial, where the device lacks a type that a trial asks for."""
+    for where, dtype in {
+        "precision": precision,
+        **{f"models.{n}.dtype": model.dtype for n, model in models.items()},
+    }.items():
+        try:
+            check_dtype(dtype, device)
+        except ModelError as error:
+            raise ModelError(f"{where}: {error}") from None
+
+
+def initial(model: Model) -> Random:
+    """How what no other weights fill is drawn."""
+    return model.init if isinstance(model.init, Random) else model.init.rest
+
+
+def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
+    """The transformers config of a shape. Fields that a family does not have are refused, not ignored."""
+    assert model.family is not None and model.width is not None
+    if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(
+            f"transformers has no language model of family {model.family!r}; valid: bert, modernbert, gpt2 …"
+        )
+    config = AutoConfig.for_model(model.family)
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.width,
+        "num_attention_heads": model.num_heads,
+    }
+    inner = next(
+        (key for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim") if hasattr(config, key)), None
+    )
+    if inner is not None:
+        fields[inner] = model.inner or 4 * model.width
+    if hasattr(config, "max_position_embeddings"):
+        fields["max_position_embeddings"] = max(length, 8) + _position_offset(model.family)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
+        if hasattr(config, key):
+            fields[key] = special_ids.get(key)
+    for key in ("num_key_value_heads",):  # grouped queries are a choice of their own: state it in `config`
+        if hasattr(config, key):
+            fields[key] = model.num_heads
+    if getattr(config, "head_dim", None) is not None:
+        fields["head_dim"] = model.width // model.num_heads
+    if model.dropout is not None:
+        fields.update({key: model.dropout for key in dropouts(config)})
+    for key, value in model.config.items():
+        if not hasattr(config, key):
+            raise ModelError(f"a {model.family} config has no field {key!r}")
+        fields[key] = value
+    config = AutoConfig.for_model(model.family, **fields)
+    if model.sharing is None:
+        return config
+    try:
+        return shared_bert.shared(config, model.sharing.order, model.sharing.swap)
+    except shared_bert.SharingError as error:
+        raise ModelError(str(error)) from None
+
+
+@cache
+def _position_offset(family: str) -> int:
+    """Rows of the position table that no position uses: RoBERTa and its kin count on from the padding index."""
+    with torch.device("meta"):
+        table = _positions(from_config(AutoConfig.for_model(family)))
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def dropouts(config: Any) -> Iterator[str]:
+    """The fields of a transformers config that are rates of dropout, but for that of a classifier's head."""
+    for key, value in config.to_dict().items():
+        if (
+            isinstance(value, float)
+            and (key.endswith(("dropout", "dropout_prob", "pdrop")))
+            and "classifier" not in key
+        ):
+            yield key
+
+
+def is_masked_lm(family: str) -> bool:
+    return family in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, shared_bert.FAMILY)
+
+
+def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
+    """A masked stream needs an encoder with a masked-LM head, a next-token stream a decoder."""
+    if (corruption is not None) != is_masked_lm(config.model_type):
+        need = (
+            "is an encoder: give its stream `corruption`" if corruption is None else "is a decoder: `corruption: null`"
+        )
+        raise ModelError(f"model {name!r} ({config.model_type}) {need}")
+
+
+def check_task(config: Any, name: str) -> None:
+    """Whether the family has a head for classes, and knows where a padded sequence of its own ends."""
+    if config.model_type not in (*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, shared_bert.FAMILY):
+        raise ModelError(f"model {name!r}: transformers has no classifier of family {config.model_type!r}")
+    if not is_masked_lm(config.model_type) and config.pad_token_id is None:
+        raise ModelError(f"model {name!r} ({config.model_type}): its tokenizer has no padding token, which tasks need")
+
+
+def _load(
+    model: Model, vocab_size: int, num_labels: int | None, special_ids: dict[str, int], *, name: str, seed: int
+) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(
+            model.pretrained, revision=model.revision or "main", trust_remote_code=False
+        )
+        _refuse_code_of_the_hub(config, repr(model.pretrained))
+        if model.dropout is not None:
+            config.update({key: model.dropout for key in dropouts(config)})
+        if num_labels is not None:
+            _give_labels(config, num_labels)
+            if config.pad_token_id is None:
+                config.pad_token_id = special_ids.get("pad_token_id")
+        auto = _auto(config, num_labels)
+        net, about = auto.from_pretrained(
+            model.pretrained,
+            revision=model.revision or "main",
+            config=config,
+            dtype=DTYPES[model.dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=num_labels is not None,  # a head of other classes is none of ours
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreachable(
+            str(model.pretrained), "a folder with config.json and model.safetensors, or a hub id", error
+        ) from None
+    if net.config.vocab_size < vocab_size:
+        raise ModelError(
+            f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
+        )
+    if num_labels is not None:
+        absent = {*about["missing_keys"], *(entry[0] for entry in about["mismatched_keys"])}
+        _draw_again(net, {path.rpartition(".")[0] for path in absent}, name=name, seed=seed)
+    return net
+
+
+@torch.no_grad()
+def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) -> None:
+    """The family's own rule for these modules, from their own streams: transformers drew them from the process'."""
+    modules = dict(net.named_modules())
+    with torch.random.fork_rng(devices=[]):
+        for path in sorted(paths):
+            for tensor in modules[path].parameters(recurse=False):
+                tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+            torch.manual_seed(random_stream(seed, "init", name, path))
+            net._init_weights(modules[path])
+
+
+def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """A model as it was stored, types included: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
+    made = AutoConfig.for_model(**config)
+    net = _typed(from_config(made, made.num_labels if _is_classifier(config) else None), weights)
+    missing, unexpected = net.load_state_dict(dict(weights), strict=False)
+    net.tie_weights()
+    state = net.state_dict()
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    absent = [
+        name for name in missing if state[name].data_ptr() not in loaded
+    ]  # a tied tensor is there by another name
+    if absent or unexpected:
+        raise ModelError(f"stored weights do not fit a {config['model_type']}: {sorted([*absent, *unexpected])[0]}")
+    return net
+
+
+@torch.no_grad()
+def with_head(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    num_labels: int | None,
+    init: Random,
+    *,
+    name: str,
+    seed: int,
+) -> Any:
+    """A stored model with a head of its own for `num_labels` (None: of a language model), drawn anew.
+
+    As transformers does, what has a name and shape in both is carried on; from one classifier to another only the trunk
+    is, whose head may have as many labels of another meaning. The new head has the type of the stored weights.
+    """
+    net = from_config(AutoConfig.for_model(**config), num_labels)
+    initialise(net, init, name=name, seed=seed)
+    _typed(net, weights)
+    only = f"{net.base_model_prefix}." if num_labels is not None and _is_classifier(config) else ""
+    state = net.state_dict()
+    for path, tensor in weights.items():
+        if path.startswith(only) and path in state and state[path].shape == tensor.shape:
+            state[path].copy_(tensor)
+    return net
+
+
+def _typed(net: Any, weights: Mapping[str, Tensor]) -> Any:
+    """`net` in the type in which its weights were stored."""
+    return _cast(net, next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32))
+
+
+def _is_classifier(config: Mapping[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def from_config(config: Any, num_labels: int | None = None) -> Any:
+    """A language model of this config with weights of no meaning (none at all on the meta device); or a classifier."""
+    _refuse_code_of_the_hub(config, config.model_type)
+    if num_labels is not None:
+        config = copy.deepcopy(config)
+        _give_labels(config, num_labels)
+    net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+    net.config.architectures = [type(net).__name__]
+    return net
+
+
+def _auto(config: Any, num_labels: int | None) -> Any:
+    if num_labels is not None:
+        return AutoModelForSequenceClassification
+    return AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+
+
+def _give_labels(config: Any, num_labels: int) -> None:
+    config.num_labels = num_labels
+    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+
+
+def recompute(net: Any) -> None:
+    """From now on the backward makes activations again. Raises ModelError where the family cannot."""
+    try:
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"recompute: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_code_of_the_hub(config: Any, where: str) -> None:
+    """An attention called `owner/name` is a program that transformers would fetch and run, whatever it trusts else."""
+    for field in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, field, None)):
+            raise ModelError(
+                f"{where}: its config asks for code of the hub ({getattr(config, field)}), which is refused"
+            )
+
+
+def weights_of(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with tied tensors under their first name only (safetensors refuses second names)."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor
+    return state
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """What `restore` needs of a transformers config."""
+    drop = ("transformers_version", "_name_or_path", "dtype")
+    return {key: value for key, value in config.to_dict().items() if key not in drop}
+
+
+def weights_fingerprint(name: str, revision: str | None) -> str:
+    """SHA-256 over config and weights: of a folder's files, or of what the hub's cache holds for that revision."""
+    folder = _folder(name, revision, ["config.json", "*.safetensors"])
+    found = sorted((*folder.glob("config.json"), *folder.glob("*.safetensors")))
+    if not any(path.suffix == ".safetensors" for path in found):
+        raise ModelError(f"{name!r} holds no *.safetensors; pickled weights are refused")
+    total = hashlib.sha256()
+    for path in found:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Where the files of a model lie: its folder, or what of the hub's is brought here. Raises ModelError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, "a folder, or a hub id that can be reached", error) from None
+
+
+def _unreachable(name: str, valid: str, error: BaseException) -> ModelError:
+    """Why there is no model of that name, with the variable that lets it be had where there is one."""
+    return ModelError(f"no weights at {name!r} (valid: {valid}): {why_not(name, 'model', error)}")
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Distinct parameters: tied ones count once."""
+    return sum(p.numel() for p in net.parameters())

@@ -1,0 +1,192 @@
+"""LoRA (Hu et al. 2022, arXiv 2106.09685) on logical projections, by peft: h = W x + alpha / rank · B A x, W frozen.
+
+Where a family keeps query, key and value in one matrix, that becomes a layer for each of them first: every target has a
+pair of its own, and what is no target does not change by one bit. `merged` puts the matrices together again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainables.config.errors import ModelError
+from trainables.config.phase import Lora
+from trainables.config.value import random_stream
+from trainables.models.build import dropouts, weights_of
+from trainables.models.layouts import Outputs, is_linear, is_transposed, projections_of
+
+ADAPTER = "default"  # what peft calls an only one
+
+
+class Split(nn.Module):
+    """A matrix that makes several projections, as one layer for each: outputs stand where they stood before."""
+
+    order: Tensor | None  # of an output: where it is when those of each projection stand together
+
+    def __init__(self, whole: Any, outputs: Mapping[str, Outputs]) -> None:
+        super().__init__()
+        self.axis = 1 if is_transposed(whole) else 0  # along which the outputs lie
+        for name, places in outputs.items():
+            own = torch.from_numpy(places).to(whole.weight.device)
+            part = copy.deepcopy(whole)
+            part.weight = nn.Parameter(whole.weight.detach().index_select(self.axis, own))
+            part.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().index_select(0, own))
+            setattr(part, "nf" if is_transposed(whole) else "out_features", len(places))
+            self.add_module(name, part)
+        order = np.argsort(np.concatenate(list(outputs.values())))
+        is_same = bool((order == np.arange(len(order))).all())
+        self.register_buffer(
+            "order", None if is_same else torch.from_numpy(order).to(whole.weight.device), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together([part(x) for part in self.children()], -1)
+
+    def together(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """What each projection has, as the matrix has it."""
+        whole = torch.cat(list(parts), axis)
+        return whole if self.order is None else whole.index_select(axis, self.order.to(whole.device))
+
+
+def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
+    """`net` itself, with a pair at each target: only pairs learn, in fp32 at least; its outputs are as before at first.
+
+    The base's dropout is off, whatever `net.train` is called with; that before A is `how.dropout`. A is drawn from
+    U(±sqrt(1 / inputs)), Kaiming's rule as peft has it, by (seed, name, path, target) alone; B is zero.
+    Raises ModelError where a target has no projection; names the linear layers there are.
+    """
+    import peft  # takes seconds to import, and few trials need it
+
+    assert not is_attached(net)
+    paths = []
+    found = projections_of(net)
+    _check_targets(net, how, {target for targets in found.values() for target in targets}, name)
+    for path, targets in found.items():
+        if len(targets) > 1 and set(targets) & set(how.targets):
+            net.set_submodule(path, Split(net.get_submodule(path), targets))
+        paths += [f"{path}.{t}" if len(targets) > 1 else path for t in targets if t in how.targets]
+    _without_dropout(net)
+    config = peft.LoraConfig(
+        r=how.rank,
+        lora_alpha=how.alpha or how.rank,
+        lora_dropout=how.dropout,
+        target_modules="|".join(re.escape(path) for path in paths),
+        fan_in_fan_out=any(is_transposed(net.get_submodule(path)) for path in paths),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        peft.inject_adapter_in_model(config, net, ADAPTER)
+    for path, layer in _layers(net):
+        for pair in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            pair.to(torch.promote_types(pair.weight.dtype, torch.float32))
+        drawn = torch.empty(layer.lora_A[ADAPTER].weight.shape)
+        generator = torch.Generator().manual_seed(random_stream(seed, "lora", name, path))
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            layer.lora_A[ADAPTER].weight.copy_(drawn)
+    return net
+
+
+def is_attached(net: nn.Module) -> bool:
+    """Whether there are pairs."""
+    return next(_layers(net), None) is not None
+
+
+@torch.no_grad()
+def merged(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model with the change added, as `models.weights_of`: names, shapes and types of the
+    family's own class. (Weights in bf16 round the sum.)"""
+    state = {name: tensor for name, tensor in weights_of(net).items() if ".lora_" not in name}
+    for path, layer in _layers(net):
+        base = state[f"{path}.base_layer.weight"]
+        state[f"{path}.base_layer.weight"] = (base + layer.get_delta_weight(ADAPTER)).to(base.dtype)
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+    for path, module in net.named_modules():
+        if isinstance(module, Split):
+            for leaf, axis in (("weight", module.axis), ("bias", 0)):
+                names = [f"{path}.{part}.{leaf}" for part, _ in module.named_children()]
+                if names[0] in state:
+                    state[f"{path}.{leaf}"] = module.together([state.pop(name) for name in names], axis)
+    return state
+
+
+@contextmanager
+def original(net: nn.Module) -> Iterator[None]:
+    """Inside it `net` is the base model, without its change."""
+    layers = [layer for _, layer in _layers(net)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def adapter_state(net: nn.Module) -> dict[str, Tensor]:
+    """The pairs, by the path of their projection: `….query.A` [rank, inputs], `….query.B` [outputs, rank]."""
+    return {name: tensor.detach() for name, tensor in _pairs(net).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts stored pairs in place of those of `net`. Raises ModelError where they are not the same by name and shape."""
+    pairs = _pairs(net)
+    for name in sorted(pairs.keys() | state.keys()):
+        shapes = [tuple(side[name].shape) if name in side else None for side in (pairs, state)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"stored LoRA pairs do not fit: {name} is {shapes[1]}, the model has {shapes[0]}")
+    for name, tensor in pairs.items():
+        tensor.copy_(state[name])
+
+
+def _pairs(net: nn.Module) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in _layers(net):
+        found |= {f"{path}.A": layer.lora_A[ADAPTER].weight, f"{path}.B": layer.lora_B[ADAPTER].weight}
+    return found
+
+
+def _layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
+    """peft's layers with their paths, without importing peft where there are none."""
+    for path, module in net.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            yield path, module
+
+
+def _check_targets(net: nn.Module, how: Lora, known: set[str], name: str) -> None:
+    absent = [target for target in how.targets if target not in known]
+    if absent:
+        linear = (path for path, module in net.named_modules() if is_linear(module))
+        kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", path) for path in linear)
+        raise ModelError(
+            f"model {name!r} ({net.config.model_type}): no projection is known to be its {absent[0]}; "  # type: ignore[union-attr]
+            f"it has {', '.join(kinds)}; valid targets: {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _without_dropout(net: Any) -> None:
+    """Sets every rate to zero, wherever families keep it: in modules, as a number of a module, in the config that inner
+    modules read. The model's own config, which is stored with it, keeps what it says."""
+    quiet: dict[int, Any] = {}
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for field, value in vars(module).items():
+            if "drop" in field and isinstance(value, float):
+                setattr(module, field, 0.0)
+        config = getattr(module, "config", None)
+        if module is not net and hasattr(config, "to_dict"):
+            if id(config) not in quiet:
+                quiet[id(config)] = copy.deepcopy(config)
+                quiet[id(config)].update(dict.fromkeys(dropouts(config), 0.0))
+            module.config = quiet[id(config)]
