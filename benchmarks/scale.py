@@ -32,7 +32,7 @@ PARTS = 10
 SEARCH = """
 vary:
   phases.pretrain.optimizer.lr: {{float: [1e-4, 1e-1], log: true}}
-  phases.pretrain.optimizer.decay: {{float: [1e-4, 1e-1], log: true}}
+  phases.pretrain.optimizer.weight_decay: {{float: [1e-4, 1e-1], log: true}}
   phases.pretrain.optimizer.warmup: {{float: [0, 0.5]}}
 search: {{sampler: {sampler}, points: {points}}}
 """

@@ -84,9 +84,9 @@ def export(
     spec = row["spec"]
     trained = [name for name, done in row["phases"].items() if model in _published(store, done["key"]).configs]
     if not trained:
-        raise StudyError(f"trial {row['trial']} trains no model {model!r}; valid: {', '.join(spec['models'])}")
+        raise StudyError(f"trial {row['trial']} trains no model {model!r}; expected {', '.join(spec['models'])}")
     if phase is not None and phase not in trained:
-        raise StudyError(f"--phase {phase}: does not train {model!r}; valid: {', '.join(trained)}")
+        raise StudyError(f"--phase {phase}: does not train {model!r}; expected {', '.join(trained)}")
     phase = phase or trained[-1]
     last = _published(store, row["phases"][phase]["key"])
     try:
@@ -155,7 +155,7 @@ def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -
         winner = agenda.winner()
         name = arm or (winner.name if winner else None)
         if arm is not None and arm not in study.arms:
-            raise StudyError(f"no arm {arm!r}; valid: {', '.join(study.arms)}")
+            raise StudyError(f"no arm {arm!r}; expected {', '.join(study.arms)}")
         if name is None:
             raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
         of_point = [

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from listening import command_line, listening, tree
-from sweeping import Bench, finish, tables, write_study
 from transformers import BertConfig, BertForMaskedLM
 
 from orchestrator import export, report, store, sweep
@@ -27,6 +25,8 @@ from orchestrator.analysis.tables import open_storage
 from orchestrator.mlflow_sync import Mirror
 from orchestrator.study.errors import StudyError, has_secret, redact
 from orchestrator.study.load import load_study
+from tests.support.listening import command_line, listening, tree
+from tests.support.sweeps import Bench, finish, tables, write_study
 from trainables.config.data import Hub, PretrainedTokenizer, WordPiece
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Model

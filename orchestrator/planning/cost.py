@@ -48,7 +48,7 @@ def cost_lines(
         name, _, item = parse_start(which)
         instance, phase = PhaseRun(name, item), planned.spec.phases[name]
         sizes = [shapes.num_bytes(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
-        size += sum(sizes) * (1 + len(phase.keep))
+        size += sum(sizes) * (1 + len(phase.save_at))
         largest = max(largest, *sizes)
         read = _of(data, streams_of(planned.spec, instance)[phase.pace].data).train
         kind = _kind(planned.spec, name, _width(read))

@@ -253,7 +253,9 @@ class _Phase:
         for name, model, on, rows in self._forwards():
             how: dict[str, Any] = {"trained": name in phase.train, "how": phase.train.get(name, "full")}
             rows = replace(rows, num=num)
-            taken = self.shapes.forward(model, self._length, rows, at=self._at, recompute=phase.recompute, **how)
+            taken = self.shapes.forward(
+                model, self._length, rows, at=self._at, recompute=phase.gradient_checkpointing, **how
+            )
             sides[name, on] = taken.side
             kept += taken.kept
             if name not in phase.train:
@@ -404,7 +406,7 @@ class _Phase:
         """Trained models with the prompts that they answer when they are evaluated."""
         read = [stream.data for stream in streams_of(self.spec, self.instance).values()]
         for name in self._phase.train:
-            for data in (self.spec.data[item] for item in (*read, *self._phase.scored_on)):
+            for data in (self.spec.data[item] for item in (*read, *self._phase.eval_only)):
                 if isinstance(data, Instructions):
                     yield name, data
 
@@ -525,7 +527,14 @@ def _changes(study: Study, shapes: Shapes, worst: MemoryEstimate, have: float) -
 def _leaner(study: Study, spec: TrialSpec, over: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Settings of what is kept and in which type, one by one and then together, fewest first. `over`: phases that do not
     fit. What the study is about stays as it is: only other models become bf16 or learn by LoRA."""
-    kept = ("recompute", "precision", "dtype", "adamw_8bit", "lora", "adafactor")  # the last ones change most
+    kept = (
+        "gradient_checkpointing",
+        "precision",
+        "dtype",
+        "adamw_8bit",
+        "lora",
+        "adafactor",
+    )  # the last ones change most
     seen = []
     for num in range(1, len(kept)):  # all but one of the two optimizers
         for chosen in sorted(itertools.combinations(kept, num), key=lambda some: kept.index(some[-1])):
@@ -548,8 +557,12 @@ def _setting(what: str, chosen: Sequence[str], study: Study, spec: TrialSpec, ov
         if how == "full" and name != study.objective.model
     }
     match what:
-        case "recompute":
-            return {f"phases.{name}.recompute": True for name, phase in phases.items() if not phase.recompute}
+        case "gradient_checkpointing":
+            return {
+                f"phases.{name}.gradient_checkpointing": True
+                for name, phase in phases.items()
+                if not phase.gradient_checkpointing
+            }
         case "precision":
             return {"precision": "bf16"} if spec.precision == "fp32" else {}
         case "dtype":

@@ -101,7 +101,7 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes
         if corpus.tokenizer_identity != first.tokenizer_identity and (
             difference := tokenizer_check.difference_of(maps)
         ):
-            raise StudyError(f"{at}data.{name}: {difference}; valid: one tokenizer for all data of a trial")
+            raise StudyError(f"{at}data.{name}: {difference}; expected one tokenizer for all data of a trial")
     for name, model in spec.models.items():  # first of all: it says best why a model cannot be had
         try:
             tokenizer_check.check_tokenizer(model, first.tokenizer, lender)
@@ -117,7 +117,7 @@ def check(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes
             if phase.batch % study.slot.workers:
                 raise StudyError(
                     f"{at}trial.phases.{phase_name}.batch: {phase.batch} cannot be shared by slot.workers {study.slot.workers}; "
-                    f"valid: a multiple of it"
+                    f"expected a multiple of it"
                 )
             _check_training(study, spec, phase_name, shapes)
         for instance in phase_runs(spec):
@@ -150,14 +150,14 @@ def _check_pretrained(study: Study, spec: TrialSpec, name: str, config: Any, voc
     if (rows := getattr(config, "vocab_size", None)) is not None and rows < vocab_size:
         raise StudyError(
             f"{study.file}: models.{name}: {model.pretrained!r} has {rows} rows of embeddings, and the data's tokenizer has "
-            f"{vocab_size} tokens; valid: the tokenizer of the model"
+            f"{vocab_size} tokens; expected the tokenizer of the model"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < longest(spec):
         data = max(spec.data, key=lambda item: spec.data[item].length)
         raise StudyError(
             f"{study.file}: models.{name}: {model.pretrained!r} has {positions} positions, and sequences of data.{data} have "
-            f"up to {spec.data[data].length} tokens; valid: data.{data}.length: {positions} at most"
+            f"up to {spec.data[data].length} tokens; expected data.{data}.length: {positions} at most"
         )
 
 
@@ -167,7 +167,7 @@ def _check_training(study: Study, spec: TrialSpec, name: str, shapes: Shapes) ->
     try:
         optimizers.check_optimizers(phase)
         for model, how in phase.train.items():
-            shapes.net(spec.models[model], length, how=how, recompute=phase.recompute)
+            shapes.net(spec.models[model], length, how=how, recompute=phase.gradient_checkpointing)
     except errors.ModelError as error:
         raise StudyError(f"{study.file}: trial.phases.{name}: {error}") from None
 
@@ -327,7 +327,7 @@ def _data(base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     shown = set[str]()
     for instance in phase_runs(base):
         read = [(stream.data, stream.corruption) for stream in streams_of(base, instance).values()]
-        for name, corruption in [*read, *((item, None) for item in base.phases[instance.phase].scored_on)]:
+        for name, corruption in [*read, *((item, None) for item in base.phases[instance.phase].eval_only)]:
             if name in corpora and name not in shown:
                 shown.add(name)
                 found = examples(corpora[name], corruption, num=2)

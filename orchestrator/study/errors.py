@@ -14,6 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 Lines = Mapping[tuple[str, ...], int]  # path in the file -> line
 
+RENAMED = {  # fields of a study as earlier versions called them
+    "inner": "intermediate_size",
+    "decay": "weight_decay",
+    "floor": "min_lr_ratio",
+    "clip": "max_grad_norm",
+    "recompute": "gradient_checkpointing",
+    "each": "for_each_dataset",
+    "keep": "save_at",
+    "scored_on": "eval_only",
+    "leave_out": "held_out",
+}
+
 
 class StudyError(ValueError):
     """A file or an argument that cannot be run; the message says what, where, and what would be valid."""
@@ -48,7 +60,9 @@ def set_path(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
             raise StudyError(f"{where}: {path}: {'.'.join(parents[:i])} has no parts")
         if key not in at:
             if i and parents[i - 1] in ("models", "phases", "terms", "arms"):
-                raise StudyError(f"{where}: no {path!r}: there is no {key!r}{nearest(key, at)}; valid: {', '.join(at)}")
+                raise StudyError(
+                    f"{where}: no {path!r}: there is no {key!r}{nearest(key, at)}; expected {', '.join(at)}"
+                )
             at[key] = {}
         at = at[key]
     if not isinstance(at, dict):
@@ -85,7 +99,9 @@ def explain(error: ValidationError, cls: type[BaseModel], file: str, root: str, 
     where = f"{'.'.join(full)}: " if full else ""
     if problem["type"] == "extra_forbidden":
         key = loc[-1]
-        return f"{at}{where}unknown key {key!r}{nearest(key, fields)}; valid: {', '.join(fields)}"
+        if RENAMED.get(key) in fields:
+            return f"{at}{where}{key!r} is now called {RENAMED[key]!r}"
+        return f"{at}{where}unknown key {key!r}{nearest(key, fields)}; expected {', '.join(fields)}"
     if problem["type"] == "missing":
         return f"{at}{where}is missing"
     message = problem["msg"].removeprefix("Value error, ")

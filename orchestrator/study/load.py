@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml.constructor import RoundTripConstructor
 
 from orchestrator.study.errors import (
     Lines,
@@ -25,7 +24,7 @@ from orchestrator.study.errors import (
 )
 from orchestrator.study.schema import Study, label_of, labelled
 from orchestrator.study.validate import check_study
-from orchestrator.study.yaml_reader import _Constructor, parse_value, read_yaml
+from orchestrator.study.yaml_reader import parse_value, read_yaml
 from trainables.config.trial import TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
@@ -46,7 +45,7 @@ def load_study(
     for key in raw:
         if key not in KEYS:
             raise StudyError(
-                f"{file}:{lines[(key,)]}: unknown key {key!r}{nearest(key, KEYS)}; valid: {', '.join(KEYS)}"
+                f"{file}:{lines[(key,)]}: unknown key {key!r}{nearest(key, KEYS)}; expected {', '.join(KEYS)}"
             )
     profiles = raw.pop("profiles", None) or {}
     if not isinstance(profiles, dict) or not all(isinstance(v, dict) for v in profiles.values()):
@@ -54,7 +53,7 @@ def load_study(
     default = next(iter(profiles), None)
     if profile is not None and profile not in profiles:
         raise StudyError(
-            f"{file}: no profile {profile!r}{nearest(profile, profiles)}; valid: {', '.join(profiles) or 'none'}"
+            f"{file}: no profile {profile!r}{nearest(profile, profiles)}; expected {', '.join(profiles) or 'none'}"
         )
     profile = profile or default
     for path, value in (profiles.get(profile) or {}).items() if profile else ():
@@ -90,7 +89,7 @@ def load_study(
         )
         if "seed" in study.trial:
             raise StudyError(
-                f"{file}:{line_of(lines, 'trial', 'seed')}: trial.seed: is not for a file; valid: seeds: N"
+                f"{file}:{line_of(lines, 'trial', 'seed')}: trial.seed: is not for a file; expected seeds: N"
             )
         TrialSpec.model_validate({**study.trial, "seed": 0})
     except ValidationError as error:
@@ -116,7 +115,7 @@ def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None
     axis, an arm or a claim away."""
     top, _, rest = path.partition(".")
     if top not in KEYS:
-        raise StudyError(f"{where}: {path}: paths start at the file{nearest(top, KEYS)}; valid: {', '.join(KEYS)}")
+        raise StudyError(f"{where}: {path}: paths start at the file{nearest(top, KEYS)}; expected {', '.join(KEYS)}")
     if top not in ("vary", "arms", "claims") or not rest:
         set_path(raw, path, value, where)
         return
@@ -161,6 +160,3 @@ def _take_out(raw: dict[str, Any], path: str, is_it: Callable[[Any], bool]) -> N
 
 def _still_holds(rule: dict[str, Any], path: str, labels: set[str]) -> bool:
     return path not in rule or label_of(rule.pop(path)) in labels
-
-
-_Constructor.add_constructor("tag:yaml.org,2002:timestamp", RoundTripConstructor.construct_scalar)

@@ -306,8 +306,8 @@ class Study(Value):
 
     def each_of(self, phase: str) -> tuple[str, ...]:
         """The data sets over which a phase fans out; none where it does not."""
-        path = f"phases.{phase}.each"
-        return tuple(self.fixed.get(path, self.trial.get("phases", {}).get(phase, {}).get("each", ())))
+        path = f"phases.{phase}.for_each_dataset"
+        return tuple(self.fixed.get(path, self.trial.get("phases", {}).get(phase, {}).get("for_each_dataset", ())))
 
     def spec(
         self,
@@ -342,7 +342,7 @@ class Study(Value):
         for path, value in self.fixed.items():
             set_path(raw, path, value, f"--set trial.{path}")
         if "seed" in raw:
-            raise StudyError(f"{where}: seed: belongs to no trial, arm or axis; valid: seeds: N")
+            raise StudyError(f"{where}: seed: belongs to no trial, arm or axis; expected seeds: N")
         try:
             return TrialSpec.model_validate({**raw, "seed": seed})
         except ValidationError as error:
@@ -371,7 +371,7 @@ class Study(Value):
 
         def resizes(path: str) -> bool:
             whose, _, what = path.partition(".")[2].partition(".")
-            is_size = not what or what in ("layers", "width", "inner", "family", "pretrained")
+            is_size = not what or what in ("layers", "width", "intermediate_size", "family", "pretrained")
             return path.startswith("models.") and bool(whose) and is_size
 
         return tuple(name for name in self.vary if any(resizes(path) for path in self.paths(name)))

@@ -66,7 +66,7 @@ def check_study(study: Study, lines: Lines) -> None:
     if study.size_axes() and study.objective.minus is None:
         raise StudyError(
             f"{study.file}:{line_of(lines, 'objective')}: {study.size_axes()[0]} varies sizes, so the biggest model would win: "
-            f"add `minus: ARM` to the objective; valid: {', '.join(study.arms) or 'an arm of its own'}"
+            f"add `minus: ARM` to the objective; expected {', '.join(study.arms) or 'an arm of its own'}"
         )
     _early_stopping_only_where_curves_keep_their_shape(study, lines)
     if study.search and study.search.sampler == "grid":
@@ -98,7 +98,7 @@ def _no_arm_is_there_twice(study: Study, lines: Lines) -> None:
         for other, others in seen:
             if specs == others:
                 raise StudyError(
-                    f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r} trains the same as arm {other!r}; valid: one of "
+                    f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r} trains the same as arm {other!r}; expected one of "
                     f"them, or a difference in what is trained"
                 )
         seen.append((arm, specs))
@@ -117,7 +117,7 @@ def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
             for label in labels:
                 if not isinstance(choice, Choice) or label not in choice.choice:
                     valid = ", ".join(choice.choice) if isinstance(choice, Choice) else "none: it is a range"
-                    raise StudyError(f"{at}: {other} has no choice {label!r}; valid: {valid}")
+                    raise StudyError(f"{at}: {other} has no choice {label!r}; expected {valid}")
         if study.is_zip(name) and not (
             isinstance(axis, Choice) and all(isinstance(v, dict) for v in axis.choice.values())
         ):
@@ -176,31 +176,35 @@ def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str)
     phase_name = what.phase or study.objective.phase
     if phase_name not in base.phases:
         raise StudyError(
-            f"{at}: no phase {phase_name!r}{nearest(phase_name, base.phases)}; valid: {', '.join(base.phases)}"
+            f"{at}: no phase {phase_name!r}{nearest(phase_name, base.phases)}; expected {', '.join(base.phases)}"
         )
     phase = base.phases[phase_name]
     rival = what.against_model if isinstance(what, Claim) else None
     for model in (what.model,) if rival is None else (what.model, rival):
         if model not in base.models:
-            raise StudyError(f"{at}: no model {model!r}{nearest(model, base.models)}; valid: {', '.join(base.models)}")
+            raise StudyError(
+                f"{at}: no model {model!r}{nearest(model, base.models)}; expected {', '.join(base.models)}"
+            )
         if model not in phase.train:
-            raise StudyError(f"{at}: phase {phase_name!r} does not train {model!r}; valid: {', '.join(phase.train)}")
-    tasks = phase.each or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
+            raise StudyError(f"{at}: phase {phase_name!r} does not train {model!r}; expected {', '.join(phase.train)}")
+    tasks = phase.for_each_dataset or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
     if isinstance(what, Claim):  # what is only scored is scored on test
-        tasks = (*tasks, *phase.scored_on)
-    elif phase.scored_on and what.task is None:
+        tasks = (*tasks, *phase.eval_only)
+    elif phase.eval_only and what.task is None:
         raise StudyError(
-            f"{at}: {', '.join(phase.scored_on)} (of scored_on) is scored on test alone, so that a mean over all data would be "
+            f"{at}: {', '.join(phase.eval_only)} (of eval_only) is scored on test alone, so that a mean over all data would be "
             f"another one there than on dev; name what counts on both: `task: {tasks[0]}`"
         )
     wanted = (what.task,) if isinstance(what.task, str) else what.task
     for task in wanted or ():
         if task not in tasks:
-            raise StudyError(f"{at}: no task {task!r}{nearest(task, tasks)}; valid: {', '.join(tasks)}")
+            raise StudyError(f"{at}: no task {task!r}{nearest(task, tasks)}; expected {', '.join(tasks)}")
     valid = metrics_of(base, phase_name, wanted or tasks)
     if what.metric not in valid:
         of = f" of {', '.join(wanted)}" if wanted else ""
-        raise StudyError(f"{at}: no metric {what.metric!r}{of}{nearest(what.metric, valid)}; valid: {', '.join(valid)}")
+        raise StudyError(
+            f"{at}: no metric {what.metric!r}{of}{nearest(what.metric, valid)}; expected {', '.join(valid)}"
+        )
 
 
 def _recorded(study: Study, base: TrialSpec, claim: Claim, at: str) -> None:
@@ -211,7 +215,7 @@ def _recorded(study: Study, base: TrialSpec, claim: Claim, at: str) -> None:
     if claim.at == 1:
         return
     if claim.at != "equal" and claim.at not in phase.evaluate:
-        raise StudyError(f"{at}: nothing is recorded at {claim.at:g}; valid: {looks}")
+        raise StudyError(f"{at}: nothing is recorded at {claim.at:g}; expected {looks}")
     how = f"at equal {claim.axis}" if claim.at == "equal" else f"at {claim.at:g}"
     if claim.at == "equal" and len(phase.evaluate) == 1:
         raise StudyError(
@@ -219,18 +223,18 @@ def _recorded(study: Study, base: TrialSpec, claim: Claim, at: str) -> None:
             f"phases.{name}.evaluate fractions before the end, e.g. [0.25, 0.5, 0.75, 1]"
         )
     wanted = (claim.task,) if isinstance(claim.task, str) else claim.task
-    late = [task for task in phase.scored_on if task in (wanted or phase.scored_on)]
+    late = [task for task in phase.eval_only if task in (wanted or phase.eval_only)]
     if late and (wanted or (claim.at == "equal" and claim.metric in EXCHANGE_METRICS)):
-        own = dict.fromkeys(phase.each or (stream.data for stream in phase.streams.values()))
+        own = dict.fromkeys(phase.for_each_dataset or (stream.data for stream in phase.streams.values()))
         raise StudyError(
-            f"{at}: {', '.join(late)} (of scored_on) is scored at the end alone, and cannot be read {how}; "
+            f"{at}: {', '.join(late)} (of eval_only) is scored at the end alone, and cannot be read {how}; "
             f"name a task that is scored on the way: {', '.join(own)}"
         )
 
 
 def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, ...]:
     """What is measured of a model in each of these data sets, or of language in any of them."""
-    further = set(tasks) & set(spec.phases[phase].scored_on)
+    further = set(tasks) & set(spec.phases[phase].eval_only)
     found: dict[str, int] = dict.fromkeys(EXCHANGE_METRICS, len(further)) if further else {}
     for instance in phase_runs(spec.upto(phase)):
         for stream in streams_of(spec, instance).values() if instance.phase == phase else ():
@@ -262,4 +266,4 @@ def _agreements(phase: Phase, data: str) -> tuple[str, ...]:
 
 def _known_arm(study: Study, arm: str, at: str) -> None:
     if arm not in study.arms:
-        raise StudyError(f"{at}: no arm {arm!r}{nearest(arm, study.arms)}; valid: {', '.join(study.arms) or 'none'}")
+        raise StudyError(f"{at}: no arm {arm!r}{nearest(arm, study.arms)}; expected {', '.join(study.arms) or 'none'}")

@@ -65,6 +65,9 @@ class _Constructor(RoundTripConstructor):  # type: ignore[misc]
     """Dates stay text: a study has none, and one that does not exist would raise."""
 
 
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", RoundTripConstructor.construct_scalar)
+
+
 def _yaml() -> YAML:
     yaml = YAML(typ="rt", pure=True)
     yaml.Constructor = _Constructor

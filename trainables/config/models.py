@@ -69,7 +69,7 @@ class Model(Value):
     layers: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=4)
     heads: int | None = Field(None, ge=1)  # by default one head for each 64 channels
-    inner: int | None = Field(None, ge=1)  # by default 4 x width
+    intermediate_size: int | None = Field(None, ge=1)  # by default 4 x width
     dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
     config: dict[str, bool | int | float | str] = {}  # further fields of the family's transformers config
     pretrained: str | None = None
@@ -81,7 +81,11 @@ class Model(Value):
     @model_validator(mode="after")
     def _either_a_shape_or_pretrained_weights(self) -> Model:
         if self.pretrained is not None:
-            given = [key for key in ("family", "layers", "width", "heads", "inner") if getattr(self, key) is not None]
+            given = [
+                key
+                for key in ("family", "layers", "width", "heads", "intermediate_size")
+                if getattr(self, key) is not None
+            ]
             if given or self.config:
                 raise ValueError(f"pretrained weights bring their own shape: remove {', '.join(given) or 'config'}")
             if self.init != Random():

@@ -71,12 +71,12 @@ class Fold(Value):
     """All training examples but one part in `num`."""
 
     num: int = Field(ge=2)
-    leave_out: int = Field(ge=0)
+    held_out: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _there_is_such_a_fold(self) -> Fold:
-        if self.leave_out >= self.num:
-            raise ValueError(f"leave_out {self.leave_out}: the folds are 0 … {self.num - 1}")
+        if self.held_out >= self.num:
+            raise ValueError(f"held_out {self.held_out}: the folds are 0 … {self.num - 1}")
         return self
 
 
@@ -215,7 +215,7 @@ How = Annotated[
 
 
 class Optimizer(Value):
-    """Decoupled decay on matrices, linear warm-up, then `schedule` down to `floor` times `lr`.
+    """Decoupled decay on matrices, linear warm-up, then `schedule` down to `min_lr_ratio` times `lr`.
 
     `adamw_8bit` keeps both moments in 8 bits; `adafactor` keeps rows and columns of the second, and takes no betas.
     """
@@ -224,11 +224,11 @@ class Optimizer(Value):
     lr: Positive
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
-    decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Fraction = 0.0  # fraction of the phase's budget
-    floor: Fraction = 0.0
-    clip: Positive | None = 1.0  # norm of this model's gradient
+    min_lr_ratio: Fraction = 0.0
+    max_grad_norm: Positive | None = 1.0  # norm of this model's gradient
 
 
 class Phase(Value):
@@ -245,12 +245,14 @@ class Phase(Value):
     optimizer: Annotated[dict[Name, Optimizer], single("lr", "all")]  # by model; `all` for each that is not named
     seed: Literal["trial", "shared"] = "trial"
     evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
-    keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # weights are kept at these fractions too: `phase@0.5`
-    scored_on: tuple[Name, ...] = Field(
+    save_at: tuple[
+        Annotated[float, Field(gt=0, lt=1)], ...
+    ] = ()  # weights are kept at these fractions too: `phase@0.5`
+    eval_only: tuple[Name, ...] = Field(
         (), exclude_if=lambda names: not names
     )  # further data: each trained model, on test
-    recompute: bool = Field(False, exclude_if=lambda recompute: not recompute)  # activations, to save memory
-    each: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
+    gradient_checkpointing: bool = Field(False, exclude_if=lambda is_on: not is_on)  # activations, to save memory
+    for_each_dataset: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
 
     @property
     def pace(self) -> str:

@@ -38,16 +38,16 @@ class TrialSpec(Value):
             for term_name, term in phase.terms.items():
                 for used in reads(term):
                     _known("model", used, self.models, f"{at}.terms.{term_name}")
-            for item in phase.each:
-                _known("data set", item, self.data, f"{at}.each")
+            for item in phase.for_each_dataset:
+                _known("data set", item, self.data, f"{at}.for_each_dataset")
             for stream_name, stream in phase.streams.items():
-                if not phase.each:
+                if not phase.for_each_dataset:
                     _known("data set", stream.data, self.data, f"{at}.streams.{stream_name}.data")
                 for used in makers({stream_name: stream}):
                     part = "labels.of" if stream.labels is not None and used in stream.labels.of else "replies"
                     _known("model", used, self.models, f"{at}.streams.{stream_name}.{part}")
-            for item in phase.scored_on:
-                _known("data set", item, self.data, f"{at}.scored_on")
+            for item in phase.eval_only:
+                _known("data set", item, self.data, f"{at}.eval_only")
         for name, data in self.data.items():
             if isinstance(data.tokenizer, SameTokenizer):
                 _known("data set", data.tokenizer.as_, self.data, f"data.{name}.tokenizer.as")
@@ -72,25 +72,31 @@ class TrialSpec(Value):
                 earlier = self.phases[source]
                 if model not in earlier.train:
                     raise ValueError(f"{at}: phase {source!r} does not train {model!r}")
-                if fraction != 1.0 and fraction not in earlier.keep:
-                    raise ValueError(f"{at}: phase {source!r} keeps no weights at {fraction:g}; add it to its `keep`")
-                if item not in earlier.each if item is not None else not _reaches(earlier, phase):
-                    valid = ", ".join(f"{source}[{i}]" for i in earlier.each) or source
-                    raise ValueError(f"{at}: {start!r} is not there; valid: {valid}")
+                if fraction != 1.0 and fraction not in earlier.save_at:
+                    raise ValueError(
+                        f"{at}: phase {source!r} keeps no weights at {fraction:g}; add it to its `save_at`"
+                    )
+                if item not in earlier.for_each_dataset if item is not None else not _reaches(earlier, phase):
+                    valid = ", ".join(f"{source}[{i}]" for i in earlier.for_each_dataset) or source
+                    raise ValueError(f"{at}: {start!r} is not there; expected {valid}")
 
     def _check_tasks(self) -> None:
         """A stream is of a corpus or of a task; whoever reads it has one head."""
         for name, phase in self.phases.items():
             for stream_name, stream in phase.streams.items():
                 at = f"phases.{name}.streams.{stream_name}"
-                data = {item: self.data[item] for item in phase.each or (stream.data,)}
+                data = {item: self.data[item] for item in phase.for_each_dataset or (stream.data,)}
                 tasks = [item for item, found in data.items() if isinstance(found, Tasks)]
                 if tasks and len(tasks) < len(data):
-                    raise ValueError(f"phases.{name}.each: {', '.join(data)} are neither all corpora nor all tasks")
+                    raise ValueError(
+                        f"phases.{name}.for_each_dataset: {', '.join(data)} are neither all corpora nor all tasks"
+                    )
                 if tasks and stream.corruption not in (None, Masking()):
                     raise ValueError(f"{at}.corruption: {tasks[0]} is a task, which is read as it is; remove it")
                 if tasks and isinstance(phase.budget, Tokens):
-                    raise ValueError(f"phases.{name}.budget: a budget of tokens is for corpora; valid: epochs or steps")
+                    raise ValueError(
+                        f"phases.{name}.budget: a budget of tokens is for corpora; expected epochs or steps"
+                    )
                 for part in ("labels", "fold"):
                     if not tasks and getattr(stream, part) is not None:
                         raise ValueError(f"{at}.{part}: {next(iter(data))} is a corpus; {part} are for tasks")
@@ -101,7 +107,7 @@ class TrialSpec(Value):
                     thresholds = stream.labels.thresholds
                     if isinstance(thresholds, dict) and thresholds.keys() != data.keys():
                         raise ValueError(
-                            f"{at}.labels.thresholds: are of {', '.join(thresholds)}; valid: of each data set that is read "
+                            f"{at}.labels.thresholds: are of {', '.join(thresholds)}; expected of each data set that is read "
                             f"here, and of no other: {', '.join(data)}"
                         )
                     num = len(stream.labels.of)
@@ -110,17 +116,20 @@ class TrialSpec(Value):
                         if start is None:
                             raise ValueError(f"{at}.labels.of: {labeller!r} must have been trained by an earlier phase")
                         taught = self.phases[parse_start(start)[0]].streams.values()
-                        unseen = Fold(num=num, leave_out=fold) if num > 1 else None
+                        unseen = Fold(num=num, held_out=fold) if num > 1 else None
                         if unseen is not None and all(other.fold != unseen for other in taught):
                             raise ValueError(
                                 f"{at}.labels.of: {labeller!r} labels fold {fold} of {num}, which it must not have seen; "
-                                f"train it with fold: {{num: {num}, leave_out: {fold}}}"
+                                f"train it with fold: {{num: {num}, held_out: {fold}}}"
                             )
             for model in self.models_of(name):
                 read = {t.on for t in phase.terms.values() if model in reads(t)}
                 streams = [phase.streams[on] for on in sorted(read)]
-                heads = {(s.data if not phase.each else "", s.labels and s.labels.model_dump_json()) for s in streams}
-                kinds = {isinstance(self.data[item], Tasks) for on in read for item in (phase.each or (phase.streams[on].data,))}  # fmt: skip
+                heads = {
+                    (s.data if not phase.for_each_dataset else "", s.labels and s.labels.model_dump_json())
+                    for s in streams
+                }
+                kinds = {isinstance(self.data[item], Tasks) for on in read for item in (phase.for_each_dataset or (phase.streams[on].data,))}  # fmt: skip
                 if True in kinds and len(heads) > 1:
                     raise ValueError(
                         f"phases.{name}: {model!r} reads several streams, and a task needs a head of its own"
@@ -128,32 +137,36 @@ class TrialSpec(Value):
 
     def _check_instructions(self) -> None:
         for name, phase in self.phases.items():
-            for item in phase.scored_on:
+            for item in phase.eval_only:
                 if not isinstance(self.data[item], Instructions):
-                    raise ValueError(f"phases.{name}.scored_on: {item} has no replies to score; valid: instructions")
-                if item in (phase.each or {stream.data for stream in phase.streams.values()}):
+                    raise ValueError(f"phases.{name}.eval_only: {item} has no replies to score; expected instructions")
+                if item in (phase.for_each_dataset or {stream.data for stream in phase.streams.values()}):
                     raise ValueError(
-                        f"phases.{name}.scored_on: {item} is scored anyway, as the phase reads it; remove it"
+                        f"phases.{name}.eval_only: {item} is scored anyway, as the phase reads it; remove it"
                     )
             for stream_name, stream in phase.streams.items():
                 at = f"phases.{name}.streams.{stream_name}"
-                data = {item: self.data[item] for item in phase.each or (stream.data,)}
+                data = {item: self.data[item] for item in phase.for_each_dataset or (stream.data,)}
                 found = [item for item, one in data.items() if isinstance(one, Instructions)]
                 if found and len(found) < len(data):
-                    raise ValueError(f"phases.{name}.each: {', '.join(data)} are neither all instructions nor none")
+                    raise ValueError(
+                        f"phases.{name}.for_each_dataset: {', '.join(data)} are neither all instructions nor none"
+                    )
                 if stream.replies is not None and not found:
                     raise ValueError(f"{at}.replies: {next(iter(data))} has no prompts; replies are for instructions")
                 if not found:
                     continue
                 for item in found:
                     if getattr(data[item], "train", "") is None:
-                        raise ValueError(f"{at}: {item} has no train, it is only there to be scored (`scored_on`)")
+                        raise ValueError(f"{at}: {item} has no train, it is only there to be scored (`eval_only`)")
                 if stream.corruption not in (None, Masking()):
                     raise ValueError(
                         f"{at}.corruption: {found[0]} are instructions, which are read as they are; remove it"
                     )
                 if isinstance(phase.budget, Tokens):
-                    raise ValueError(f"phases.{name}.budget: a budget of tokens is for corpora; valid: epochs or steps")
+                    raise ValueError(
+                        f"phases.{name}.budget: a budget of tokens is for corpora; expected epochs or steps"
+                    )
                 replay = stream.replies.replay if stream.replies is not None else None
                 if replay is not None and replay.size < phase.batch:
                     raise ValueError(f"{at}.replies.replay.size: {replay.size} is less than a batch of {phase.batch}")
@@ -264,7 +277,12 @@ class TrialSpec(Value):
         """`start`, or where that phase got the model from if it does not train it."""
         while start is not None and model not in self.phases[(source := parse_start(start)[0])].train:
             item, start = parse_start(start)[2], self.origin(source, model)
-            if item is not None and start is not None and self.phases[parse_start(start)[0]].each and "[" not in start:
+            if (
+                item is not None
+                and start is not None
+                and self.phases[parse_start(start)[0]].for_each_dataset
+                and "[" not in start
+            ):
                 name, _, fraction = start.partition("@")
                 start = f"{name}[{item}]" + (f"@{fraction}" if fraction else "")
         return start
@@ -286,7 +304,9 @@ class TrialSpec(Value):
 
 def _reaches(earlier: Phase, later: Phase) -> bool:
     """Whether `later`, or each of its branches, can go on from `earlier` without a branch being named."""
-    return not earlier.each or (bool(later.each) and set(later.each) <= set(earlier.each))
+    return not earlier.for_each_dataset or (
+        bool(later.for_each_dataset) and set(later.for_each_dataset) <= set(earlier.for_each_dataset)
+    )
 
 
 def parse_start(start: str) -> tuple[str, float, str | None]:
@@ -298,7 +318,7 @@ def parse_start(start: str) -> tuple[str, float, str | None]:
     try:
         return name, float(fraction) if fraction else 1.0, item
     except ValueError:
-        raise ValueError(f"{start!r} is no place to start; valid: phase, phase@0.5, phase[data]") from None
+        raise ValueError(f"{start!r} is no place to start; expected phase, phase@0.5, phase[data]") from None
 
 
 def _known(what: str, name: str, among: Mapping[str, Any], at: str) -> None:

@@ -38,7 +38,7 @@ def cache_name(net: Any) -> str | None:
 def _refused(net: Any) -> GenerationError:
     kind = net.config.model_type
     return GenerationError(
-        f"a {kind} cannot answer: it keeps more than keys and values of tokens; valid: llama, gpt2 …"
+        f"a {kind} cannot answer: it keeps more than keys and values of tokens; expected llama, gpt2 …"
     )
 
 

@@ -159,7 +159,7 @@ def layer_pairs(
             assert explicit is not None
             return _in_range(explicit, num_from, num_to)
         case _:
-            raise ValueError(f"no layer map {kind!r}; valid: even, last, uniform, top, explicit")
+            raise ValueError(f"no layer map {kind!r}; expected even, last, uniform, top, explicit")
 
 
 def _in_range(pairs: Sequence[tuple[int, int]], num_from: int, num_to: int) -> tuple[tuple[int, int], ...]:
@@ -207,7 +207,7 @@ def _split(side_BTD: Tensor, num_heads: int) -> Tensor:
     width = side_BTD.shape[-1]
     if width % num_heads:
         valid = ", ".join(str(num) for num in range(1, width + 1) if width % num == 0)
-        raise ValueError(f"a width of {width} does not split into {num_heads} heads; valid: {valid}")
+        raise ValueError(f"a width of {width} does not split into {num_heads} heads; expected {valid}")
     rows, length = side_BTD.shape[:2]
     return wide(side_BTD).reshape(rows, length, num_heads, width // num_heads).transpose(1, 2)
 

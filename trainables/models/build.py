@@ -76,7 +76,7 @@ def check_dtype(dtype: str, device: str) -> None:
     """Raises ModelError where a device does not compute in `fp32` or `bf16`. CPUs do in both."""
     if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ModelError(
-            f"device {device} ({torch.cuda.get_device_name(device)}) does not compute in bf16; valid: fp32"
+            f"device {device} ({torch.cuda.get_device_name(device)}) does not compute in bf16; expected fp32"
         )
 
 
@@ -102,7 +102,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     assert model.family is not None and model.width is not None
     if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise ModelError(
-            f"transformers has no language model of family {model.family!r}; valid: bert, modernbert, gpt2 …"
+            f"transformers has no language model of family {model.family!r}; expected bert, modernbert, gpt2 …"
         )
     config = AutoConfig.for_model(model.family)
     fields: dict[str, Any] = {
@@ -115,7 +115,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
         (key for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim") if hasattr(config, key)), None
     )
     if inner is not None:
-        fields[inner] = model.inner or 4 * model.width
+        fields[inner] = model.intermediate_size or 4 * model.width
     if hasattr(config, "max_position_embeddings"):
         fields["max_position_embeddings"] = max(length, 8) + _position_offset(model.family)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
@@ -312,7 +312,7 @@ def recompute(net: Any) -> None:
     try:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(f"recompute: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"gradient_checkpointing: {str(error).splitlines()[0]}") from None
 
 
 def _refuse_code_of_the_hub(config: Any, where: str) -> None:
@@ -366,7 +366,7 @@ def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _unreachable(name: str, valid: str, error: BaseException) -> ModelError:
     """Why there is no model of that name, with the variable that lets it be had where there is one."""
-    return ModelError(f"no weights at {name!r} (valid: {valid}): {why_not(name, 'model', error)}")
+    return ModelError(f"no weights at {name!r} (expected {valid}): {why_not(name, 'model', error)}")
 
 
 def num_parameters(net: nn.Module) -> int:

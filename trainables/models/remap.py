@@ -68,7 +68,7 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
         case "identity":
             if num_source > num_target:
                 raise RemapError(
-                    f"identity adds layers; the source has {num_source}, the target {num_target}; valid: first"
+                    f"identity adds layers; the source has {num_source}, the target {num_target}; expected first"
                 )
             return tuple(i if i < num_source else "idle" for i in target)
         case "random":
@@ -101,7 +101,7 @@ def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
         if ours != theirs:
             valid = ", ".join(get_args(Width))
             raise RemapError(
-                f"a remap without width needs equal {key}; source has {ours}, target {theirs}; valid: width, one of {valid}"
+                f"a remap without width needs equal {key}; source has {ours}, target {theirs}; expected width, one of {valid}"
             )
 
 
@@ -240,7 +240,7 @@ def _described(config: Any) -> Model:
         layers=config.num_hidden_layers,
         width=shape.hidden,
         heads=shape.heads,
-        inner=shape.inner,
+        intermediate_size=shape.inner,
         config={key: size for key, size in sizes.items() if getattr(config, key, None) is not None},
     )
 
@@ -261,7 +261,7 @@ def _small(*pair: Model) -> list[Model]:
     kv_heads = [int(model.config.get("num_key_value_heads", model.num_heads)) for model in pair]
     share = [(model.width or 0) // model.num_heads for model in pair]
     head_size = [int(model.config.get("head_dim", size)) for model, size in zip(pair, share, strict=True)]
-    inner = [model.inner or 4 * (model.width or 0) for model in pair]
+    inner = [model.intermediate_size or 4 * (model.width or 0) for model in pair]
     heads_unit, size_unit, inner_unit = math.gcd(*heads, *kv_heads), math.gcd(*share, *head_size), math.gcd(*inner)
     num = 2 if heads_unit == max(heads) else 1
     found = []
@@ -276,7 +276,7 @@ def _small(*pair: Model) -> list[Model]:
             "layers": model.layers,
             "heads": num * heads[i] // heads_unit,
             "width": num * heads[i] // heads_unit * 8 * share[i] // size_unit,
-            "inner": max(1, 64 * inner_unit // max(inner)) * inner[i] // inner_unit,
+            "intermediate_size": max(1, 64 * inner_unit // max(inner)) * inner[i] // inner_unit,
             "dropout": 0,
             "config": config,
             "init": {"kind": "random", "std": "width"},

@@ -70,7 +70,7 @@ def execution(order: str, num_layers: int, swap: bool) -> tuple[tuple[int, bool]
         case "lower_twice":
             runs = [*once, *once[:half]]
         case _:
-            raise SharingError(f"there is no order {order!r} of layers; valid: {', '.join(ORDERS)}")
+            raise SharingError(f"there is no order {order!r} of layers; expected {', '.join(ORDERS)}")
     return tuple((layer, swap and layer in runs[:at]) for at, layer in enumerate(runs))
 
 
@@ -79,13 +79,13 @@ def check(config: Any) -> None:
     family, heads = config.model_type, getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if any(place.startswith("q k") for place in LAYOUTS.get(family, {}).values()):
-        raise SharingError(f"a {family} has no query and key of their own to swap, it fuses them; valid: bert")
+        raise SharingError(f"a {family} has no query and key of their own to swap, it fuses them; expected bert")
     if groups != heads:
-        raise SharingError(f"a {family} of {heads} query heads and {groups} key heads cannot swap them; valid: bert")
+        raise SharingError(f"a {family} of {heads} query heads and {groups} key heads cannot swap them; expected bert")
     if family not in ("bert", FAMILY):
-        raise SharingError(f"a {family} has no form with shared layers here; valid: bert")
+        raise SharingError(f"a {family} has no form with shared layers here; expected bert")
     if config.is_decoder or config.add_cross_attention:
-        raise SharingError("layers are shared in encoders only; valid: is_decoder false, add_cross_attention false")
+        raise SharingError("layers are shared in encoders only; expected is_decoder false, add_cross_attention false")
 
 
 def shared(config: BertConfig, order: str, swap: bool) -> SharedBertConfig:

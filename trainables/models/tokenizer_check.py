@@ -33,7 +33,7 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
             f"the tokenizer of {model.pretrained!r} cannot be read: {str(error).splitlines()[0]}"
         ) from None
     if difference := difference_of({repr(model.pretrained): theirs, f"data {data_name!r}": data_tokenizer.get_vocab()}):
-        raise ModelError(f"{difference}; valid: tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
+        raise ModelError(f"{difference}; expected tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
 
 
 def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:

@@ -115,13 +115,13 @@ def _versions(expected: Expected) -> str | None:
     differ = [
         f"{name} {here[name]} (the driver has {one})" for name, one in expected.versions.items() if here[name] != one
     ]
-    return f"{', '.join(differ)}; valid: the driver's versions" if differ else None
+    return f"{', '.join(differ)}; expected the driver's versions" if differ else None
 
 
 def _code(expected: Expected) -> str | None:
     if code() == expected.code:
         return None
-    return f"the files of {Path(__file__).parent.parent} are not the driver's; valid: a copy of them"
+    return f"the files of {Path(__file__).parent.parent} are not the driver's; expected a copy of them"
 
 
 def _storage(expected: Expected) -> str | None:
@@ -129,25 +129,25 @@ def _storage(expected: Expected) -> str | None:
     name = f"{expected.folder}/{MARKER}"
     try:
         if storage.read(name) != expected.token.encode():
-            return f"{storage.uri} is not the driver's storage ({name} is not as it wrote it); valid: {SHARED}"
+            return f"{storage.uri} is not the driver's storage ({name} is not as it wrote it); expected {SHARED}"
         check_writable(storage.sub(expected.folder).uri)
     except Exception as error:  # each kind of storage has its own
-        return f"{storage.uri} cannot be read and written ({_told(error)}); valid: {SHARED}"
+        return f"{storage.uri} cannot be read and written ({_told(error)}); expected {SHARED}"
     return None
 
 
 def _device(expected: Expected, device: str | None) -> str | None:
     """A product of which every sum is exact, also in bf16."""
     if expected.device == "cuda" and not torch.cuda.is_available():
-        return "torch finds no CUDA device; valid: a driver that fits torch's CUDA, and a device that Ray gives to the slot"
+        return "torch finds no CUDA device; expected a driver that fits torch's CUDA, and a device that Ray gives to the slot"
     where = device or expected.device
     try:
         for dtype in (torch.float32, torch.bfloat16)[: 1 + expected.bf16]:
             ones = torch.ones(64, 64, dtype=dtype, device=where)
             if not bool((ones @ ones == 64).all()):
-                return f"{where} computes a product in {dtype} wrongly; valid: a device that works"
+                return f"{where} computes a product in {dtype} wrongly; expected a device that works"
     except RuntimeError as error:
-        return f"{where} does not compute ({_told(error)}); valid: a device that works"
+        return f"{where} does not compute ({_told(error)}); expected a device that works"
     return None
 
 
@@ -164,7 +164,9 @@ def _data(expected: Expected) -> str | None:
                 with (home / name).open("rb") as file:
                     file.read(1)
         except (OSError, ValueError) as error:
-            return f"prepared data {fingerprint[:12]} cannot be read in {folder.uri} ({_told(error)}); valid: {SHARED}"
+            return (
+                f"prepared data {fingerprint[:12]} cannot be read in {folder.uri} ({_told(error)}); expected {SHARED}"
+            )
     return None
 
 
@@ -172,4 +174,4 @@ def _models(expected: Expected) -> str | None:
     missing = [name for name in expected.models if not (Path(name) / "config.json").is_file()]
     if not missing:
         return None
-    return f"no model in {', '.join(missing)}; valid: a folder that every machine has under this path, or a hub id"
+    return f"no model in {', '.join(missing)}; expected a folder that every machine has under this path, or a hub id"

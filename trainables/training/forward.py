@@ -180,7 +180,7 @@ def check_inner(terms: Mapping[str, Term], nets: Mapping[str, Any]) -> None:
     for name, term in terms.items():
         try:
             if isinstance(term, Inner) and not _pairs(term, nets) and not _has_none_by_rule(term, nets):
-                raise ValueError("no layers correspond; valid: another map, or explicit pairs")
+                raise ValueError("no layers correspond; expected another map, or explicit pairs")
             if isinstance(term, AttentionMSE | RelationKL):
                 for model in reads(term):
                     _check_attention(term, nets[model])
@@ -216,10 +216,10 @@ def _pairs(term: Inner, nets: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 def _check_attention(term: Inner, net: Any) -> None:
     family = family_of(net.config)
     if not any(_is_attention(family, path, module) for path, module in net.named_modules()):
-        raise ValueError(f"the attention of a {family} cannot be looked into; valid: bert, modernbert, gpt2, llama")
+        raise ValueError(f"the attention of a {family} cannot be looked into; expected bert, modernbert, gpt2, llama")
     if isinstance(term, AttentionMSE) and hasattr(net.config, "rope_parameters"):
         raise ValueError(
-            f"scores of a {family} depend on rotations of its queries and keys; valid: relation_kl, or bert"
+            f"scores of a {family} depend on rotations of its queries and keys; expected relation_kl, or bert"
         )
 
 

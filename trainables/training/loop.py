@@ -65,7 +65,7 @@ def train_phase(run: TrialContext, instance: PhaseRun) -> StoredPhase:
         _step(phase)
         if progress.step % CHECK_EVERY == 0:
             _add_up(phase)
-        for fraction in spec.keep:
+        for fraction in spec.save_at:
             if progress.step == _step_of(fraction, total) and run.session.rank == 0:
                 for name in spec.train:
                     weights = _weights(phase.nets[name])
@@ -218,7 +218,7 @@ def _step(phase: PhaseState) -> None:
             phase.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()  # does nothing without a device
     for name in spec.train:
-        clip = spec.optimizer_of(name).clip
+        clip = spec.optimizer_of(name).max_grad_norm
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters_of(spec, phase.models.wrapped, name), clip)
     phase.optimizer.step()

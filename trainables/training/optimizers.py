@@ -36,7 +36,7 @@ def make_optimizer(spec: Phase, parameters: Mapping[str, Sequence[Parameter]]) -
         matrices = [p for p in parameters[name] if p.ndim >= 2]
         vectors = [p for p in parameters[name] if p.ndim < 2]
         pair = (
-            {**common, "params": matrices, "weight_decay": o.decay},
+            {**common, "params": matrices, "weight_decay": o.weight_decay},
             {**common, "params": vectors, "weight_decay": 0.0},
         )
         groups.setdefault(o.kind, []).extend(group for group in pair if group["params"])

@@ -57,7 +57,9 @@ class TaskHead:
 
 def phase_runs(spec: TrialSpec) -> tuple[PhaseRun, ...]:
     """All that the trial runs, in an order that respects the DAG. `spec` is pruned."""
-    return tuple(PhaseRun(name, item) for name in spec.order() for item in (spec.phases[name].each or (None,)))
+    return tuple(
+        PhaseRun(name, item) for name in spec.order() for item in (spec.phases[name].for_each_dataset or (None,))
+    )
 
 
 def streams_of(spec: TrialSpec, instance: PhaseRun) -> dict[str, Stream]:
@@ -77,7 +79,7 @@ def origin_of(spec: TrialSpec, instance: PhaseRun, model: str) -> Origin | None:
     if start is None:
         return None
     source, fraction, item = parse_start(start)
-    if spec.phases[source].each:
+    if spec.phases[source].for_each_dataset:
         item = item or instance.item
     return Origin(PhaseRun(source, item), model, fraction)
 
@@ -115,7 +117,7 @@ def num_steps(phase: Phase, *, length: int, num_sequences: int) -> int:
 def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, str]) -> str:
     """32 hex digits. `spec` is pruned; `fingerprints` has `data:<name>` and, for pretrained models, `model:<name>`."""
     phase = spec.phases[instance.phase]
-    value = phase.model_dump(mode="json", exclude={"start", "streams", "seed", "each"})
+    value = phase.model_dump(mode="json", exclude={"start", "streams", "seed", "for_each_dataset"})
     value["optimizer"] = {model: phase.optimizer_of(model).model_dump(mode="json") for model in phase.train}
     value |= {
         "numerics": NUMERICS,
@@ -128,8 +130,8 @@ def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, st
         },
         "models": {model: _weights(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
     }
-    if phase.scored_on:
-        value["scored_on"] = {item: fingerprints[f"data:{item}"] for item in phase.scored_on}
+    if phase.eval_only:
+        value["eval_only"] = {item: fingerprints[f"data:{item}"] for item in phase.eval_only}
     return digest(value, 32)
 
 

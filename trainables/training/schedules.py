@@ -43,4 +43,4 @@ def lr_factor(optimizer: Optimizer, step: int, num_steps: int) -> float:
         return 1.0
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
     shape = 1 - done if optimizer.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return optimizer.floor + (1 - optimizer.floor) * shape
+    return optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * shape

@@ -84,7 +84,7 @@ def begin(run: TrialContext, instance: PhaseRun) -> PhaseState:
         how = spec.train.get(name)
         if isinstance(how, Lora):
             lora.attach(net, how, name=name, seed=seed)
-        if how is not None and spec.recompute:
+        if how is not None and spec.gradient_checkpointing:
             build.recompute(net)
         made_on = {on for on, stream in streams.items() if name in makers_of(stream.spec)}
         for on in made_on | {term.on for term in spec.terms.values() if name in reads(term)}:
@@ -122,7 +122,7 @@ def begin(run: TrialContext, instance: PhaseRun) -> PhaseState:
     micro = min(share, at.micro_batch or share)
     further = {
         f"scored on {item}": StreamLoader(item, Stream(data=item, corruption=None), run.data[item])
-        for item in spec.scored_on
+        for item in spec.eval_only
     }
     replying = {n for t in spec.terms.values() if isinstance(streams[t.on].data, ExchangeSet) for n in reads(t)}
     replying |= set(spec.train) & set(language) if further else set()

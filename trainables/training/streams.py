@@ -102,7 +102,7 @@ def open_reader(
     """The stream, and the FLOPs of making its labels. `make`: a labeller as it is when the phase starts."""
     rows = None
     if spec.fold is not None:
-        rows = torch.as_tensor(folds(len(data.train), spec.fold.num) != spec.fold.leave_out).nonzero().flatten()
+        rows = torch.as_tensor(folds(len(data.train), spec.fold.num) != spec.fold.held_out).nonzero().flatten()
     if spec.labels is None or not isinstance(data, Task):
         return StreamLoader(name, spec, data, rows=rows), 0.0
     made, flops, thresholds, about = dict[str, Tensor](), 0.0, None, dict[str, float]()

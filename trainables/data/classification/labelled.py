@@ -84,7 +84,7 @@ def _classes(labels: Sequence[Any], classes: Sequence[str | int], where: str) ->
         row = found.index(-1)
         says = "no label" if labels[row] is None else f"label {labels[row]!r}"
         hidden = ", which stands for a hidden one" if labels[row] == -1 else ""
-        raise DataError(f"{where}: row {row + 1} has {says}{hidden}; valid: {', '.join(index)}")
+        raise DataError(f"{where}: row {row + 1} has {says}{hidden}; expected {', '.join(index)}")
     return np.array(found, np.int64)
 
 
@@ -103,7 +103,7 @@ def _numbers(labels: Sequence[Any], where: str) -> NDArray[np.float32]:
             found[row] = math.nan
         if not np.isfinite(found[row]):
             says = "no label" if label is None else f"label {label!r}"
-            raise DataError(f"{where}: row {row + 1} has {says}; valid: numbers, or list the labels in `classes`")
+            raise DataError(f"{where}: row {row + 1} has {says}; expected numbers, or list the labels in `classes`")
     return found
 
 

@@ -207,7 +207,7 @@ def _end_of(tok: Any) -> int:
     end = tokenizer.ends(tok)[1]
     if end is None:
         raise DataError(
-            "tokenizer: it has no token that ends a text (eos_token or sep_token), so that no reply could end; valid: one "
+            "tokenizer: it has no token that ends a text (eos_token or sep_token), so that no reply could end; expected one "
             "whose tokenizer_config.json names it"
         )
     return end

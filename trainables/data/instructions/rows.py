@@ -162,7 +162,7 @@ def _rows(
 
 def _text(value: Any, where: str) -> str:
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where} is {_brief(value)}; valid: a text, or nothing")
+        raise DataError(f"{where} is {_brief(value)}; expected a text, or nothing")
     return value or ""
 
 
@@ -170,13 +170,13 @@ def _replies(value: Any, where: str) -> tuple[str, ...]:
     """Those that are not blank, without the spaces around them."""
     replies = value if isinstance(value, list) else [value]
     if not all(reply is None or isinstance(reply, str) for reply in replies):
-        raise DataError(f"{where} is {_brief(value)}; valid: a text, or a list of texts of which any will do")
+        raise DataError(f"{where} is {_brief(value)}; expected a text, or a list of texts of which any will do")
     return tuple(reply.strip() for reply in replies if reply and not reply.isspace())
 
 
 def _conversation(value: Any, where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """(what comes before the last reply, that reply if it is not blank)."""
-    valid = f"valid: a list of {ROLES}, of which the last one has the role assistant and is the reply"
+    valid = f"expected a list of {ROLES}, of which the last one has the role assistant and is the reply"
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise DataError(f"{where} is {_brief(value)}; {valid}")
     turns = []

@@ -52,7 +52,7 @@ def render(row: Row, template: str, tok: Any) -> Rendered:
         said = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(turn.role for turn in row.turns)
         raise DataError(f"template: {named} refuses a conversation of {roles}, assistant: {said}") from error
-    valid = "valid: a template that puts the reply after the prompt as it is, or `template: alpaca`"
+    valid = "expected a template that puts the reply after the prompt as it is, or `template: alpaca`"
     if not whole.startswith(prompt) or not marked.startswith(prompt):
         raise DataError(f"template: {named} does not begin a conversation with its own prompt; {valid}")
     lead, found, _ = marked[len(prompt) :].partition(MARK)
@@ -66,7 +66,7 @@ def chat_template(tok: Any) -> str:
         found: str = tok.get_chat_template()
     except ValueError:  # it has none, or several without a default
         raise DataError(
-            "template: chat is the tokenizer's own, and this tokenizer has none; valid: `template: alpaca`, or the "
+            "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
             "tokenizer of a chat model"
         ) from None
     return found
@@ -80,8 +80,10 @@ def _name_of(template: str) -> str:
 def training_texts(data: Instructions) -> list[str]:
     """For a tokenizer: what is read of train, template and all."""
     if data.template == "chat":
-        raise DataError("template: chat needs a pretrained tokenizer that brings one; valid: `template: alpaca`")
+        raise DataError("template: chat needs a pretrained tokenizer that brings one; expected `template: alpaca`")
     rendered = [render(row, data.template, None) for row in divided(data).train]
     if not rendered:
-        raise DataError("tokenizer: there is no train to train one on; valid: pretrained, or that of another data set")
+        raise DataError(
+            "tokenizer: there is no train to train one on; expected pretrained, or that of another data set"
+        )
     return [f"{one.prompt}{one.reply}" for one in rendered]

@@ -212,7 +212,7 @@ def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 for where, row in each:
                     if not isinstance(row, dict):
                         raise DataError(
-                            f"{what}: {where} of {uri!r} is {type(row).__name__}; valid: an object with a value for each "
+                            f"{what}: {where} of {uri!r} is {type(row).__name__}; expected an object with a value for each "
                             f"column, on a line by itself or in one array of all"
                         )
                     yield where, row

@@ -1,0 +1,186 @@
+"""What is exported is an ordinary Hugging Face folder that gives the logits of the stored weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from orchestrator import export
+from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.trials import Fingerprints
+from orchestrator.study.load import load_study
+from tests.support.trials import Lab, Listener, distillation, wordy_documents
+from trainables.config.models import Model
+from trainables.data.corpus.sequences import open_corpus
+from trainables.data.tokenizer import encode, ends, train_wordpiece
+from trainables.models import build, tokenizer_check
+from trainables.runtime.trial_attempt import Job, run
+
+SOFT = "phases.distil.terms.teacher_to_student.weight"
+
+
+@pytest.fixture
+def file(lab: Lab, tmp_path: Path) -> Path:
+    """A study of three arms, run to its end in this process."""
+    raw = {
+        "question": "?",
+        "trial": {"data": {"corpus": lab.data["corpus"]}, **distillation()},
+        "objective": {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"},
+        "arms": {
+            "alone": {SOFT: 0},
+            "taught": {},
+            "shared": {SOFT: 0, "models.student.sharing": {"order": "twice", "swap": True}},
+        },
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(raw))
+    study = load_study(path)
+    agenda = Agenda(study, Fingerprints(str(lab.root / "data")), lab.storage)
+    while (planned := agenda.next()) is not None:
+        agenda.start(planned, 1)
+        found: dict[str, Any] = agenda.identity.of(planned.spec)
+        job = Job(planned.id, planned.spec.model_dump_json(), found, lab.storage.uri, "mine", 1, "cpu", False, {})
+        agenda.end(planned.id, run(job, Listener()), 2)
+    return path
+
+
+def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Path, lab: Lab, tmp_path: Path) -> None:
+    to = tmp_path / "student"
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught"]) == 0
+    net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
+    corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab() and (to / "model.safetensors").exists()
+    agenda = Agenda(load_study(file), Fingerprints(None), lab.storage)
+    row = next(row for row in agenda.rows.values() if row["arm"] == "taught")
+    key = row["phases"]["distil"]["key"]
+    published = lab.store.find(key)
+    assert published is not None
+    stored = build.restore(published.configs["student"], lab.store.weights(key, "student")).eval()
+    ids = corpus.dev.rows(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
+
+
+def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
+    file: Path, lab: Lab, tmp_path: Path
+) -> None:
+    to = tmp_path / "shared"
+    arguments = [str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "shared", "--phase", "distil"]
+    assert export.main(arguments) == 0
+    net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
+    assert net.config.model_type == "bert" and net.config.num_hidden_layers == 2
+    assert tokenizer("lora", "mitun")["token_type_ids"][-1] == 1  # as a task tells the halves of a pair apart
+    row = next(
+        r for r in Agenda(load_study(file), Fingerprints(None), lab.storage).rows.values() if r["arm"] == "shared"
+    )
+    published = lab.store.find(row["phases"]["distil"]["key"])
+    assert published is not None
+    stored = build.restore(published.configs["student"], lab.store.weights(published.key, "student")).eval()
+    ids = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"]).dev.rows(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arm", "nobody"], "no arm 'nobody'; expected alone, taught, shared"),
+        (["--arm", "alone", "--phase", "teach"], "--phase teach: does not train 'student'; expected distil"),
+        (["--trial", "123"], "no ended trial '123'"),
+        (["--arm", "alone", "--model", "teacher"], "trains no model 'teacher'; expected student"),
+        ([], "no winner"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    file: Path, lab: Lab, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "to"
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1 and not to.exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(
+    file: Path, lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(tmp_path), "--arm", "alone"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["place", "storage", "data", "weights", "phase"])
+def test_what_is_missing_or_damaged_is_said_without_a_traceback(
+    file: Path, lab: Lab, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], new_lab: Any
+) -> None:
+    to, storage = tmp_path / "to", lab.storage.uri
+    if what == "place":
+        to = file / "below-a-file"
+    elif what == "storage":
+        storage = "gopher://x/y"
+    elif what == "data":
+        (lab.root / "data").unlink()  # a link: others share it
+    else:
+        for path in lab.root.glob("phases/*/*.safetensors" if what == "weights" else "phases/*/phase.json"):
+            path.write_bytes(path.read_bytes()[:100])
+    assert export.main([str(file), "--storage", storage, "--to", str(to), "--arm", "taught"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert not to.exists()
+
+
+def test_what_an_edited_file_no_longer_plans_is_not_taken_for_the_arm(file: Path, lab: Lab, tmp_path: Path) -> None:
+    """Its trial is still there under the arm's name."""
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"arms": {**raw["arms"], "taught": {SOFT: 3}}}))
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(tmp_path / "to"), "--arm", "taught"]) == 2
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_trial_by_its_id_and_another_model(file: Path, lab: Lab, tmp_path: Path) -> None:
+    rows = Agenda(load_study(file), Fingerprints(None), lab.storage).rows
+    trial = next(trial for trial, row in rows.items() if row["arm"] == "taught")
+    given = ["--trial", trial, "--model", "teacher", "--storage", lab.storage.uri]
+    assert export.main([str(file), "--to", str(tmp_path / "to"), *given]) == 0
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "to").config.num_hidden_layers == 1
+
+
+def byte_level(texts: list[str]) -> Any:
+    """As GPT-2's: one token that starts and ends, and that its tokenizer does not add."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("make", [lambda texts: train_wordpiece(texts, 200), byte_level])
+def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends(make: Any, tmp_path: Path) -> None:
+    tokenizer = make(wordy_documents(20, seed=0))
+    start, end = ends(tokenizer)
+    shape = Model.model_validate({"family": "gpt2", "layers": 1, "width": 16, "heads": 2, "dropout": 0})
+    ids = tokenizer_check.special_ids(tokenizer)
+    net = build.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
+    text = wordy_documents(1, seed=1)[0][:30]
+    as_trained = [start, *encode(tokenizer, [text])[0]]
+    export._let_it_answer(net, tokenizer)
+    net.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(text)["input_ids"] == as_trained and ends(tokenizer) == (start, end)
+    assert tokenizer.decode(as_trained, skip_special_tokens=True).split() == text.lower().split()
+    asked = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        net.lm_head.weight[:] = 0.0
+        net.lm_head.weight[end] = 1.0
+        net.transformer.ln_f.weight[:] = 0.0
+        net.transformer.ln_f.bias[:] = 1.0  # the end is the likeliest token everywhere
+    replied = net.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert replied.tolist() == [end]
