@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make sweep` (install, then the main job) and `make test` (install, then the checks).
+# `make sweep` installs and runs the main job; `make test` installs and runs the checks.
 PYTHON ?= python3
 BIN := .venv/bin
 STUDY ?= search_spaces/dwt.yaml
@@ -16,21 +16,22 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-sweep: install  # the main job: trains, searches and confirms, then writes runs/<study>/report.html
+sweep: install  # the main job: trains, tunes, searches and confirms, then writes runs/<study>/report.html
 	$(BIN)/python -m orchestrator.sweep $(STUDY) $(ARGS)
 
-test: install  # lint, types, unit tests; no root, no services
+test: install  # lint, types, words, unit tests; needs no root and no services
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.support.words
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-all: install  # and what starts Ray, kills processes or opens a browser
+test-all: install  # the tests that start Ray, kill processes or open a browser
 	$(BIN)/python -m pytest -q -m "slow or faults or hosts or browser"
 
-ui: install  # MLflow on loopback: every trial, nested under its study
+ui: install  # MLflow on loopback, with every trial nested under its study
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
 
-cluster: install  # machines that cost money until `ray down`; nothing is started where the file lacks something
+cluster: install  # starts machines that cost money until `ray down`; starts nothing if the file has an error
 	$(BIN)/python -m orchestrator.cluster.check_config $(CLUSTER)
 	$(BIN)/ray up --no-config-cache $(CLUSTER)

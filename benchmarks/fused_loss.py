@@ -1,28 +1,26 @@
-"""The two-sided loss in chunks of positions, against whole logits and against Liger: time and memory of a step.
+"""Time and memory of the two-sided loss in chunks of positions, against whole logits and against Liger.
 
     python -m benchmarks.fused_loss                              # on a CPU: about half an hour
     python -m benchmarks.fused_loss --device cuda --chunk 1024
 
 Two sides (hidden states [N, D] and [N, D'], head weights [V, D] and [V, D'], random, fp32); a step is the loss and its
-backward down to these, trunks left out. Each side has its cross-entropy and a JSD (beta 1/2) to the other, all of weight
-1/2. `one side`: the big one learns nothing and has no cross-entropy, which is all that Liger's loss does by itself.
+backward down to these. Each side has its cross-entropy and a JSD (beta 1/2) to the other, all of weight 1/2. `one
+side`: the big side is frozen and has no cross-entropy, the only case that Liger's loss covers.
 
-    plain            `losses.logits` on whole logits                                            [N, V]
-    checkpoint       the same on chunks, made again in the backward by `torch.utils.checkpoint` [chunk, V]
-    fused            `losses.fused`                                                             [chunk, V]
-    liger            `LigerFusedLinearJSDLoss` as it comes (torch.compile, chunks of 1024); for both sides it runs twice,
-                     each side once as the student of the other, which makes all logits twice
+    plain            `losses.terms` on whole logits                                                 [N, V]
+    checkpoint       the same on chunks, recomputed in the backward by `torch.utils.checkpoint`     [chunk, V]
+    fused            `losses.chunked`                                                               [chunk, V]
+    liger            `LigerFusedLinearJSDLoss` by default (torch.compile, chunks of 1024); for both sides it runs twice
     liger, eager     the same without torch.compile, with our chunks
 
-Time: in one process, the ways take turns step by step in an order that shifts; medians. On a CPU one thread's own seconds,
-so that what else runs on the machine counts less; on CUDA wall time between synchronisations. Memory: each way and N in a
-fresh process, the most during a step above what is there with inputs made and one small step done, so with the gradients
-of the inputs. *In use*: what tensors take (CUDA: allocated; on a CPU the resident size when malloc is told, by
-MALLOC_MMAP_THRESHOLD_, to give large blocks back at once). *Resident*: the same with malloc as it comes, which keeps and
-splits blocks below 32 MiB. Where whole logits would not fit, `-`. Parity: at the start values and every gradient of all
-ways agree, else the command fails. Liger is measured if it can be imported: `pip install liger-kernel`.
+Time: medians; the variants take turns step by step in a rotating order, in one process. On a CPU the thread's own
+seconds, on CUDA wall time. Memory: each variant and N in a fresh process, the peak of a step above the memory with
+inputs allocated and one small step done. *In use*: allocated tensors (on a CPU: resident size with
+MALLOC_MMAP_THRESHOLD_ such that malloc returns large blocks at once). *Resident*: with malloc's defaults. `-`: whole
+logits would not fit. Parity: the command fails unless the values and gradients of all variants agree. Liger is measured
+if installed: `pip install liger-kernel`.
 
-Not shown: bf16, several threads, trunks.
+Not covered: bf16, several threads, trunks.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainables.config.terms import JSD, CrossEntropy, Term
 from trainables.losses.chunked import LogitSource, chunked_terms
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.losses.terms import term_loss
 from trainables.runtime.trial import fresh
 from trainables.training.state import peak_memory
 
@@ -66,41 +64,36 @@ Way = Callable[[Sides, Tensor, dict[str, Term], int], Tensor]
 
 
 def plain_terms(logits: Mapping[str, Tensor], labels_N: Tensor, terms: dict[str, Term]) -> Tensor:
-    values = [
-        cross_entropy(logits[term.of], labels_N)
-        if isinstance(term, CrossEntropy)
-        else divergence(term, logits[term.from_], logits[term.to])
-        for term in terms.values()
-    ]
+    values = [term_loss(t, logits.get(t.source or ""), logits[t.target], labels_N) for t in terms.values()]
     return WEIGHT * torch.stack(values).sum()
 
 
-def plain(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
-    return plain_terms({name: F.linear(*side) for name, side in sides.items()}, labels_N, terms)
+def plain(sources: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
+    return plain_terms({name: F.linear(*side) for name, side in sources.items()}, labels_N, terms)
 
 
-def checkpointed(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
+def checkpointed(sources: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
     def part(cut: slice) -> Tensor:
-        cut_sides = {name: side._replace(hidden_ND=side.hidden_ND[cut]) for name, side in sides.items()}
+        cut_sides = {name: side._replace(hidden_ND=side.hidden_ND[cut]) for name, side in sources.items()}
         return plain(cut_sides, labels_N[cut], terms, chunk)
 
     cuts = [slice(start, start + chunk) for start in range(0, len(labels_N), chunk)]
     return torch.stack([checkpoint(part, cut, use_reentrant=False) for cut in cuts]).sum()
 
 
-def fused(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
-    return chunked_terms(sides, labels_N, terms, dict.fromkeys(terms, WEIGHT), chunk=chunk).loss
+def fused(sources: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
+    return chunked_terms(sources, labels_N, terms, dict.fromkeys(terms, WEIGHT), chunk=chunk).loss
 
 
 def liger(*, eager: bool) -> Way:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    def loss(sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
+    def loss(sources: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> Tensor:
         options = {"compiled": False, "chunk_size": chunk} if eager else {}
         of_student = LigerFusedLinearJSDLoss(weight_hard_loss=WEIGHT, weight_soft_loss=WEIGHT, **options)
         total = torch.zeros((), device=labels_N.device)
-        for flow in (term for term in terms.values() if not isinstance(term, CrossEntropy)):
-            student, teacher = sides[flow.to], sides[flow.from_]
+        for source, target in ((term.source, term.target) for term in terms.values() if term.source is not None):
+            student, teacher = sources[target], sources[source]
             mean = of_student(
                 student.hidden_ND, student.weight_VD, teacher.hidden_ND.detach(), teacher.weight_VD.detach(), labels_N
             )
@@ -119,24 +112,24 @@ def ways(only: str | None = None) -> dict[str, Way]:
 
 def make(arguments: argparse.Namespace, num: int, case: str) -> tuple[dict[str, LogitSource], Tensor]:
     draw = torch.Generator().manual_seed(0)
-    sides = {}
+    sources = {}
     for name, width in zip(("big", "small"), arguments.widths, strict=True):
         hidden_ND = torch.randn((num, width), generator=draw).to(arguments.device)
         weight_VD = (torch.randn((arguments.vocab, width), generator=draw) / width**0.5).to(arguments.device)
         learns = name == "small" or case == "both sides"
-        sides[name] = LogitSource(hidden_ND.requires_grad_(learns), weight_VD.requires_grad_(learns))
-    return sides, torch.randint(arguments.vocab, (num,), generator=draw).to(arguments.device)
+        sources[name] = LogitSource(hidden_ND.requires_grad_(learns), weight_VD.requires_grad_(learns))
+    return sources, torch.randint(arguments.vocab, (num,), generator=draw).to(arguments.device)
 
 
-def step(way: Way, sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk: int) -> tuple[float, Tensor]:
-    """Seconds, and the loss; the gradients are left where they are."""
+def step(way: Way, sources: Sides, labels_N: Tensor, terms: dict[str, Term], *, chunk: int) -> tuple[float, Tensor]:
+    """Seconds, and the loss; gradients are kept."""
     is_cuda = labels_N.is_cuda
-    for side in sides.values():
+    for side in sources.values():
         side.hidden_ND.grad = side.weight_VD.grad = None
     if is_cuda:
         torch.cuda.synchronize()
     started = time.perf_counter() if is_cuda else time.thread_time()
-    loss = way(sides, labels_N, terms, chunk)
+    loss = way(sources, labels_N, terms, chunk)
     loss.backward()  # type: ignore[no-untyped-call]
     if is_cuda:
         torch.cuda.synchronize()
@@ -144,13 +137,14 @@ def step(way: Way, sides: Sides, labels_N: Tensor, terms: dict[str, Term], chunk
 
 
 def check_parity(arguments: argparse.Namespace, case: str) -> str:
-    """Largest relative differences to the plain path over all ways: of the loss, and of a gradient by its largest entry."""
-    sides, labels_N = make(arguments, 300, case)
+    """Largest relative differences to the plain path over all ways: of the loss, and of a gradient by its largest
+    entry."""
+    sources, labels_N = make(arguments, 300, case)
     wanted: list[Tensor] = []
     worst = [0.0, 0.0]
     for way in ways().values():
-        loss = step(way, sides, labels_N, CASES[case], arguments.chunk)[1]
-        found = [loss, *(t.grad for side in sides.values() for t in side if t is not None and t.grad is not None)]
+        loss = step(way, sources, labels_N, CASES[case], chunk=arguments.chunk)[1]
+        found = [loss, *(t.grad for side in sources.values() for t in side if t is not None and t.grad is not None)]
         wanted = wanted or found
         assert len(found) == len(wanted)
         far = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
@@ -161,16 +155,16 @@ def check_parity(arguments: argparse.Namespace, case: str) -> str:
 
 def memory(arguments: argparse.Namespace, case: str, way: str, num: int) -> float:
     """Bytes of a step above its inputs, in this fresh process."""
-    sides, labels_N = make(arguments, num, case)
+    sources, labels_N = make(arguments, num, case)
     terms = CASES[case]
     function = ways(way)[way]
-    small = {name: side._replace(hidden_ND=side.hidden_ND[:8].detach()) for name, side in sides.items()}
-    step(function, small, labels_N[:8], terms, 4)
-    for side in sides.values():
+    small = {name: side._replace(hidden_ND=side.hidden_ND[:8].detach()) for name, side in sources.items()}
+    step(function, small, labels_N[:8], terms, chunk=4)
+    for side in sources.values():
         side.weight_VD.grad = None
     fresh(0, 1)  # also resets the high-water mark
     before = peak_memory(arguments.device)
-    step(function, sides, labels_N, terms, arguments.chunk)
+    step(function, sources, labels_N, terms, chunk=arguments.chunk)
     return peak_memory(arguments.device) - before
 
 
@@ -203,19 +197,19 @@ def measure(arguments: argparse.Namespace, case: str) -> None:
 
 def timed(arguments: argparse.Namespace, case: str, num: int, names: list[str]) -> dict[str, list[float]]:
     """Seconds of each step, by way."""
-    sides, labels_N = make(arguments, num, case)
+    sources, labels_N = make(arguments, num, case)
     cut = slice(0, min(num, 1024))  # one of Liger's chunks, which it compiles
     warm = {
         n: s._replace(hidden_ND=s.hidden_ND[cut].detach().requires_grad_(s.hidden_ND.requires_grad))
-        for n, s in sides.items()
+        for n, s in sources.items()
     }
     for name in names:
-        step(ways(name)[name], warm, labels_N[cut], CASES[case], arguments.chunk)
+        step(ways(name)[name], warm, labels_N[cut], CASES[case], chunk=arguments.chunk)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(arguments.rounds):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            seconds[name].append(step(ways(name)[name], sides, labels_N, CASES[case], arguments.chunk)[0])
+            seconds[name].append(step(ways(name)[name], sources, labels_N, CASES[case], chunk=arguments.chunk)[0])
     return seconds
 
 

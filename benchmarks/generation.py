@@ -1,4 +1,5 @@
-"""Replies to many prompts at a time: `generate.sample` against one prompt at a time, and against transformers' `generate`.
+"""Throughput of `generation.sample` for many prompts, against one prompt at a time and against transformers'
+`generate`.
 
     python -m benchmarks.generation                                   # on two shared cores: some minutes
     python -m benchmarks.generation --top-p 0.9
@@ -11,16 +12,14 @@ A model with random weights; prompts of random ids, of random lengths between ha
     generate                transformers' `generate`, all prompts at once, padded on the left
     generate, one by one    the same, one prompt at a time
 
-In `full` no reply ends before `--tokens`: the same work for all ways. In `ending` the end token has the probability
-4 / tokens at every place, so that replies are a quarter as long in the mean and end at different times. In both its logit
-is set by a hook on the model, which is the same for all ways.
+In `full` no reply ends before `--tokens`. In `ending` the end token has the probability 4 / tokens at every place, so
+that replies have a quarter of the length on average. A hook on the model sets the end token's logit.
 
-The ways take turns in an order that shifts from round to round, in one process, after a short round that is not counted.
-tokens/s: tokens of replies over time, medians over rounds; time is that of the one thread itself on a CPU, so that what else
-runs on the machine counts less, and wall time on CUDA or with several threads. Ratios: medians of those within the
-rounds. Parity: greedy replies of all ways are equal in fp32, else the command fails.
+The variants take turns in a rotating order, in one process, after an uncounted round. tokens/s: tokens of replies over
+time, medians over rounds; on a CPU with one thread the thread's own time, else wall time. Ratios: medians within
+rounds. Parity: the command fails unless the greedy replies of all variants are equal in fp32.
 
-Not shown: memory, bf16, static or paged caches, compiled models.
+Not covered: memory, bf16, static or paged caches, compiled models.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 
 from trainables.config.data import Sampling
 from trainables.config.models import Model
+from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.models.build import build
 from trainables.runtime.trial import fresh
@@ -80,8 +80,8 @@ def ways(net: Any, arguments: argparse.Namespace) -> dict[str, Way]:
     device = arguments.device
 
     def ours(prompts: Prompts, seed: int, greedy: bool) -> list[list[int]]:
-        more: dict[str, Any] = {"end_id": END, "pad_id": PAD, "vocab_size": arguments.vocab_size, "device": device}
-        return [reply.tolist() for reply in sample(net, prompts, how, seed=seed, greedy=greedy, **more).replies]
+        context = GenerationContext(END, PAD, arguments.vocab_size, device)
+        return [reply.tolist() for reply in sample(net, prompts, how, context, seed=seed, greedy=greedy).replies]
 
     @torch.no_grad()
     def theirs(prompts: Prompts, seed: int, greedy: bool) -> list[list[int]]:
@@ -154,10 +154,8 @@ def main() -> None:
         print(f"{case}: up to {arguments.tokens} tokens a reply")
         for name, rates in found.items():
             ratios = sorted(ours / rate for ours, rate in zip(found["batch"], rates, strict=True))
-            spread = f"({ratios[0]:.2f} … {ratios[-1]:.2f})"
-            print(
-                f"  {name:22}{statistics.median(rates):9.0f} tokens/s   batch / this {statistics.median(ratios):5.2f} {spread}"
-            )
+            spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f})"
+            print(f"  {name:22}{statistics.median(rates):9.0f} tokens/s   batch / this {spread}")
 
 
 if __name__ == "__main__":

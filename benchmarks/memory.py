@@ -1,13 +1,11 @@
-"""What the plan says a phase needs, against what a process that trains it was seen to take.
+"""Compares the plan's estimate of a phase's memory with the peak of a process that trains the phase.
 
     python -m benchmarks.memory [--rounds 3]
 
 Each case in a fresh process on one thread of a CPU: CPython's documentation, V = 16,384, sequences of 128, four steps and two
-evaluations of 64 sequences by the loop itself; `restart` goes on from a checkpoint that another process left. Seen: the
-highest resident size (VmHWM) of the process since the trial began. Said: the plan's total, whose constant for a process
-covers Ray, which is not here and takes about 0.1 GB.
-
-Not shown: GPUs, several workers.
+evaluations of 64 sequences by the training loop; `restart` continues from a checkpoint of another process. Seen: the highest
+resident size (VmHWM) of the process since the trial began. Said: the plan's total, whose constant for a process includes
+Ray, which does not run here and takes about 0.1 GB. Not shown: GPUs, several workers.
 """
 
 from __future__ import annotations
@@ -22,17 +20,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning.memory import bytes_text, estimate_memory
-from orchestrator.planning.meta_models import ReachableTrial, Shapes
+from orchestrator.planning.meta_models import Shapes
+from orchestrator.planning.reachable import ReachableTrial
+from orchestrator.planning.slot_fit import estimate_memory
 from orchestrator.study.schema import Slot
 from trainables.config.data import PythonDocs
+from trainables.config.phase_run import PhaseRun
+from trainables.config.session import Record, SingleProcess
 from trainables.config.trial import TrialSpec
-from trainables.data.corpus.sequences import open_corpus
 from trainables.data.prepare import prepare
+from trainables.data.prepared import open_data
 from trainables.runtime.trial import run_trial
-from trainables.storage.files import Storage
-from trainables.training.phase_graph import PhaseRun
-from trainables.training.state import Environment, Record, SingleProcess, peak_memory
+from trainables.storage.files import Storage, bytes_text
+from trainables.training.state import Environment, peak_memory
 
 DATA: dict[str, Any] = {"kind": "python_docs", "tokenizer": {"kind": "wordpiece", "size": 16_384}, "length": 128, "evaluate": 64}  # fmt: skip
 
@@ -73,7 +73,7 @@ CASES = {
 
 
 class _Stop(Exception):
-    """Leaves a trial as a kill would."""
+    """Ends a trial as a kill would."""
 
 
 class _Session(SingleProcess):
@@ -86,12 +86,12 @@ class _Session(SingleProcess):
 
 
 def said(spec: TrialSpec, shapes: Shapes) -> float:
-    """Bytes."""
+    """The plan's estimate, bytes."""
     return estimate_memory(ReachableTrial(spec.pruned(), "", {}), PhaseRun("train"), Slot(), shapes).total
 
 
 def measure(spec: TrialSpec, home: str, attempt: int, stops: bool) -> float:
-    """Bytes that this process took at most; 0 where it stops at the first evaluation."""
+    """Peak bytes of this process; 0 where it `stops` at the first evaluation."""
     fingerprint = prepare(PythonDocs.model_validate(DATA), f"{home}/data").fingerprint
     folders = [f"study/trials/t/attempt-{n}" for n in range(1, attempt + 1)]
     at = Environment(
@@ -118,7 +118,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as home:
         shapes = Shapes.of(
-            open_corpus(f"{home}/data", prepare(PythonDocs.model_validate(DATA), f"{home}/data").fingerprint)
+            open_data(f"{home}/data", prepare(PythonDocs.model_validate(DATA), f"{home}/data").fingerprint)
         )
         print("| case | said | seen, median | said / seen, each round |\n|---|---|---|---|")
         for number, (name, value) in enumerate(CASES.items()):
@@ -140,19 +140,10 @@ def main() -> None:
 
 
 def _run(name: str, home: Path, attempt: int, *, stops: bool) -> float:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.memory",
-        "--case",
-        name,
-        str(home),
-        str(attempt),
-        "stops" if stops else "goes",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    arguments = ["--case", name, str(home), str(attempt), "stops" if stops else "goes"]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -5,7 +5,7 @@
 
 Both sides run the same trivial trials (`run_trial`: one layer of width 16, one step, one evaluation) in as many slots, in
 fresh processes with a Ray of their own, one side after the other; the side that begins alternates with the rounds.
-Ours is the command `orchestrator.sweep` as it is: agenda, slots, files, MLflow mirror. Theirs is Ray's guide followed to
+Ours is the command `orchestrator.sweep` as it is: scheduler, slots, files, MLflow mirror. Theirs is Ray's guide followed to
 the letter with default settings, one report. It gets a logical CPU more for each slot, since each of its trials wants a
 driver function beside its workers.
 
@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainables.training.state import SingleProcess
+from trainables.config.session import SingleProcess
 
 CORES = 2  # that both sides use
 STUDY = """\
@@ -70,9 +70,9 @@ class Listener(SingleProcess):
 
 
 def session(rank: int, world: int, tell: Any) -> Any:
-    from trainables.runtime.worker_group import _GroupSession
+    from trainables.runtime.worker_group import GroupSession
 
-    class Ranks(_GroupSession):
+    class Ranks(GroupSession):
         def report(self, records: list[dict[str, Any]]) -> None:
             Listener(tell).report(records)  # on every rank: Ray's report is a barrier
 

@@ -1,21 +1,20 @@
-"""A head that sees supervised positions only, against full logits: time and memory of a step.
+"""Time and memory of a step whose head runs at supervised positions only, against full logits.
 
     python -m benchmarks.sparse_head
 
-Random tokens, 15 % of them supervised, batch 16 x 128, V = 30,522; a 4 x 256 encoder by itself, and with a 2 x 128 one by
-mutual KL. A step is forward, losses, backward and AdamW, as the loop does it, on one thread of a CPU. Three heads:
+Random tokens, 15 % of them supervised, batch 16 x 128, V = 30,522; a 4 x 256 encoder alone, and with a 2 x 128 encoder
+by mutual KL. A step is forward, losses, backward and AdamW, on one thread of a CPU. Three heads:
 
-    sparse   `models.logits_at`: the head runs at the N supervised positions               [N, V]
-    rows     full logits, of which the losses see the supervised rows                      [B, T, V], then [N, V]
-    full     full logits; cross-entropy over all of them with ignore_index, as a transformers model does by itself
-             when given `labels`, and KL on the supervised rows                            [B, T, V]
+    sparse   `output_head.logits_at`: the head runs at the N supervised positions          [N, V]
+    rows     full logits, of which the losses read the supervised rows                     [B, T, V], then [N, V]
+    full     full logits; cross-entropy over all of them with ignore_index, as in transformers with `labels`, and KL on
+             the supervised rows                                                           [B, T, V]
 
-Time: the same nets, one process; the heads take turns step by step, in an order that shifts, and the ratios are medians over
-paired steps. Memory: each head in a fresh process, highest resident size of a few steps above that just before the
-models are made (so with weights, gradients and optimizer state). Parity: at the start of each, loss and every gradient
-of the three agree, else the command fails.
+Time: the same models in one process; the heads take turns in a rotating order; ratios are medians over paired steps.
+Memory: each head in a fresh process, peak resident size of a few steps above the size before the models are made.
+Parity: the command fails unless the losses and gradients of the three agree.
 
-Not shown: GPUs, bf16, other lengths and masking rates; a trunk that is larger beside its head gains less.
+Not covered: GPUs, bf16, other lengths and masking rates; the gain is smaller with a larger trunk.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ from trainables.config.models import Model
 from trainables.config.phase import Masking
 from trainables.config.terms import ForwardKL
 from trainables.data.corpus.masking import MaskedBatch, mask_batch
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.losses.logits import cross_entropy
+from trainables.losses.terms import divergence
 from trainables.models import build, output_head
 from trainables.runtime.trial import fresh
 from trainables.training.state import peak_memory
@@ -107,7 +107,8 @@ def gradients(head: str, nets: list[nn.Module]) -> tuple[float, list[Tensor]]:
 
 
 def check_parity(nets: list[Any]) -> str:
-    """Each gradient tensor, its difference over its largest entry; and the loss. Raises where they are not float error."""
+    """Each gradient tensor, its difference over its largest entry; and the loss. Raises where they are not float
+    error."""
     loss, wanted = gradients("full", nets)
     worst = worst_loss = 0.0
     for head in ("sparse", "rows"):

@@ -1,4 +1,4 @@
-"""What the commands share: arguments that name a study, and the provenance of a run."""
+"""Parts of the commands: arguments that name a study and a storage, and the provenance of a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import argparse
 import contextlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from orchestrator.study.errors import StudyError, has_secret, redact
 from orchestrator.study.schema import Study
+from trainables.storage.files import Storage
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that speaks of a study takes."""
+    """Adds the arguments that name a study: the file, the profile, overrides, and the storage."""
     parser.add_argument("study", metavar="STUDY.yaml")
     parser.add_argument("--profile", metavar="P", help="a profile of the file; by default its first")
     parser.add_argument(
@@ -25,9 +28,34 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="paths start at the file, e.g. trial.models.student.layers=6",
     )
+    add_storage_argument(parser)
+
+
+def add_storage_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URI", default="./runs", help="a folder or any fsspec URI (default ./runs)"
     )
+
+
+def open_storage(uri: str) -> Storage:
+    """Opens the storage at `uri`; a relative path becomes absolute, so that each slot finds the same folder.
+
+    Raises StudyError where the storage cannot be listed, and where the URI holds a secret: slots, logs and Ray's files
+    carry the URI.
+    """
+    if has_secret(uri):
+        kind = re.sub(r"\W", "_", uri.partition("://")[0]).upper()
+        raise StudyError(
+            f"--storage {redact(uri)}: a URI that slots and logs carry takes no password; give it in the environment, "
+            f"as FSSPEC_{kind}_PASSWORD (FSSPEC_<PROTOCOL>_<ARGUMENT>), or in the service's own way (AWS_SECRET_ACCESS_KEY)"
+        )
+    storage = Storage(uri if "://" in uri else os.path.abspath(uri))
+    try:
+        storage.list()
+    except (ValueError, ImportError, OSError) as error:
+        reason = redact(str(error).strip().splitlines()[0])
+        raise StudyError(f"--storage {redact(uri)}: cannot be read ({reason}); give a folder or URI that can") from None
+    return storage
 
 
 def positive_count(text: str) -> int:
@@ -44,17 +72,16 @@ def hours_above_zero(text: str) -> float:
 
 
 def provenance(study: Study) -> dict[str, str]:
-    """Commit and versions: printed beside every number, part of no key."""
+    """Collects commit, versions and machine, which are printed beside every number and part of no key."""
     found = {"study": study.file, "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
     root = Path(__file__).parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+        )
         found["commit"] = commit + (" with changes" if changed else "")
     for package in ("codistill", "torch", "transformers", "ray", "optuna", "mlflow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

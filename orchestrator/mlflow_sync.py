@@ -1,8 +1,8 @@
-"""A mirror of the tables in MLflow: the only importer of mlflow. Knows no Ray and decides nothing.
+"""A mirror of the tables in MLflow. The only importer of mlflow; knows no Ray and decides nothing.
 
-The tables are the truth and are written first. One daemon thread copies them, so that a store which is slow, away or
-broken can neither delay nor fail a sweep. What the store has is read once, when it answers; from then on only what it
-lacks is sent, with the stored timestamps. To catch up is therefore to put everything again: nothing is doubled.
+The tables are the truth and are written first. One daemon thread copies them, so that a tracking store which is slow, away
+or broken can neither delay nor fail a sweep. The thread reads once what the store has; from then on it sends only what the
+store lacks, with the tables' timestamps. To catch up, everything is put again, and nothing is doubled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATUS = {"running": "RUNNING", "ended": "FINISHED", "failed": "FAILED", "stoppe
 TAGS = ("study", "trial", "point", "arm", "seed", "status", "kind", "planned", "reason")
 BATCH = 800  # points of one request; MLflow takes 1000 entities, parameters and tags among them
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mirror tries again itself, after a look at what has arrived
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mirror retries itself, after reading what has arrived
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 @dataclass
 class _Run:
-    """What the store has of one run."""
+    """A run as the store has it."""
 
     id: str
     status: str = "RUNNING"
@@ -50,13 +50,13 @@ class _Run:
 
 @dataclass
 class _Trial:
-    """What the driver gave of one trial, and how much of it has arrived."""
+    """The rows of one trial, and how many of them have arrived."""
 
     row: Row
     sent: Row | None = None  # the row that the store has; compared by identity
     todo: dict[Point, Row] = field(default_factory=dict)
     done: set[Point] = field(default_factory=set)
-    refused: str | None = None  # why the store does not take it: left alone until there is more of it
+    refused: str | None = None  # why the store refuses the trial, which is sent again once it has more rows
 
     def waits(self) -> int:
         return len(self.todo) + (self.sent is not self.row)
@@ -65,8 +65,7 @@ class _Trial:
 class Mirror:
     """One study in one experiment: a parent run, and a nested run per trial.
 
-    `tags` and `params` describe the parent. What a later run of the same study may change belongs in `tags`: MLflow
-    never overwrites a parameter. No method blocks (but `close`, for so long as it is told) and none raises.
+    `tags` describe the parent. No method raises, and none but `close` and `first_answer` blocks.
     """
 
     def __init__(
@@ -75,14 +74,13 @@ class Mirror:
         experiment: str,
         *,
         tags: Mapping[str, object] | None = None,
-        params: Mapping[str, object] | None = None,
         every: float = 2.0,
     ) -> None:
         self.uri, self.experiment, self._every = uri, experiment, every
         self._about = {"study": experiment, **_strings(tags or {}), "kind": "study", "status": "running"}
-        self._params = _flat(params or {})
         self._inbox: deque[tuple[Row, Sequence[Row]]] = deque()
         self._trials: dict[str, _Trial] = {}
+        self._waiting: dict[str, _Trial] = {}  # those with something to send
         self._end: tuple[str, list[Path]] | None = None
         self._lock = threading.Lock()  # of `_trials` between the two threads; never held over a request
         self._closing = threading.Event()
@@ -97,34 +95,34 @@ class Mirror:
         self._thread.start()
 
     def first_answer(self, timeout: float) -> str | None:
-        """Waits until the store answered or failed to, at most `timeout` seconds; what is wrong, or None."""
+        """Waits at most `timeout` seconds for the store to answer or to fail; returns the problem, if there is one."""
         self._answered.wait(timeout)
         return self.problem
 
     def put(self, trial: Row, rows: Sequence[Row]) -> None:
-        """A row of `trials` and its rows of `results`: all so far, or (but for the first call) those since the last."""
+        """Takes a row of `trials` and its rows of `results`: all of them, or those since the last call."""
         self._inbox.append((dict(trial), list(rows)))
 
-    def finish(self, status: str, artifacts: Sequence[Path] = (), *, tags: Mapping[str, object] | None = None) -> None:
+    def finish(self, status: str, artifacts: Sequence[Path] = ()) -> None:
         """Ends the parent run (`ended`, `failed` or `stopped`) with these files, once all trials have arrived."""
-        self._about = self._about | _strings(tags or {}) | {"status": status}
+        self._about = self._about | {"status": status}
         self._end = (status, list(artifacts))
 
     def close(self, timeout: float = 60.0) -> int:
-        """Waits until all has arrived, at most `timeout` seconds; how many records have not."""
+        """Waits at most `timeout` seconds until everything has arrived; returns how many records have not."""
         self._deadline = time.monotonic() + timeout
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
-        waiting = self._waiting()
+        waiting = self._num_waiting()
         if waiting and self._error is None and not self._refused():
             self._error = TimeoutError(f"not done in {timeout:g} s")
         return waiting
 
     @property
     def problem(self) -> str | None:
-        """One line without secrets, or None while nothing is wrong."""
-        waiting, refused, where = self._waiting(), self._refused(), f"MLflow at {redact(self.uri)}"
+        """One line without secrets, or None while there is no problem."""
+        waiting, refused, where = self._num_waiting(), self._refused(), f"MLflow at {redact(self.uri)}"
         if self._error is not None:
             wait = f"{waiting} records wait; run the same command again to catch up"
             return f"{where} did not answer: {wait} ({_reason(self._error)})"
@@ -135,7 +133,7 @@ class Mirror:
     # ------------------------------------------------------------------------------------------------- both threads
 
     def _take(self) -> list[_Trial]:
-        """Moves what was put to its trial; points that the store has, and a step told twice, fall away."""
+        """Moves what was put to its trial, without points that the store has and steps put twice; the trials to send."""
         with self._lock:
             while self._inbox:
                 row, rows = self._inbox.popleft()
@@ -143,9 +141,10 @@ class Mirror:
                 trial.row, trial.refused = row, None
                 points = {_point(_name(r), r.get("step"), r.get("t")): r for r in rows}
                 trial.todo |= {point: r for point, r in points.items() if point not in trial.done}
-            return list(self._trials.values())
+                self._waiting[str(row.get("trial"))] = trial
+            return list(self._waiting.values())
 
-    def _waiting(self) -> int:
+    def _num_waiting(self) -> int:
         trials = self._take()
         with self._lock:
             return sum(trial.waits() for trial in trials) + (self._end is not None)
@@ -164,7 +163,7 @@ class Mirror:
                     self._answered.set()
                 self._round()
                 self._error = None
-            except Exception as error:  # whatever it is: a mirror never fails a sweep
+            except Exception as error:  # of any kind: a mirror never fails a sweep
                 self._error, self._client = error, None
                 self._answered.set()
             if closing and (self._error is None or time.monotonic() > self._deadline):
@@ -172,13 +171,13 @@ class Mirror:
             time.sleep(0.5) if closing else self._closing.wait(self._every)
 
     def _connect(self) -> None:
-        """Finds or makes experiment and parent, and reads which runs there are, in one search."""
+        """Finds or creates the experiment and the parent run, and reads all runs in one search."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         for logger in ("mlflow", "alembic"):
-            logging.getLogger(logger).setLevel(logging.CRITICAL)  # `problem` tells what is worth telling
+            logging.getLogger(logger).setLevel(logging.CRITICAL)  # `problem` has what a user needs
         client = MlflowClient(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
@@ -193,7 +192,7 @@ class Mirror:
         self._parent = parents[-1] if parents else self._create(self.experiment, self._about, None)
         nested = [run for run in found if run.data.tags.get("mlflow.parentRunId") == self._parent.id]
         self._runs = {run.data.tags["trial"]: _run(run) for run in nested if "trial" in run.data.tags}
-        self._write(self._parent, self._about, self._params)
+        self._write(self._parent, self._about, {})
         self._status(self._parent, "running", None)
 
     def _create(self, name: str, tags: dict[str, str], start: int | None) -> _Run:
@@ -228,7 +227,7 @@ class Mirror:
             name = f"{row.get('arm') or row.get('point')}/{row.get('seed')}"
             run = self._create(name, {**tags, "mlflow.parentRunId": self._parent.id}, _milliseconds(row.get("started")))
             self._runs[key] = run
-            trial.done.clear()  # the run of before is gone, and with it what it had
+            trial.done.clear()  # an earlier run was deleted, and its points with it
         if run.metrics and todo:  # an earlier command, or a request whose answer was lost, sent some of it
             all_there = {**tags, "rows": str(len(trial.done) + len(todo))}.items() <= run.tags.items()
             ended = tags.get("status") != "running"
@@ -240,9 +239,12 @@ class Mirror:
         self._arrived(trial, points)
         self._status(run, str(row.get("status")), _milliseconds(row.get("ended")))
         trial.sent = row
+        with self._lock:
+            if not trial.waits():
+                self._waiting.pop(key, None)
 
     def _history(self, run: _Run) -> set[Point]:
-        """Every point that the store has; one request for each metric, so only for a trial that was left unfinished."""
+        """Every point of a run in the store. One request for each metric, so only for a trial that had not finished."""
         history = (self._client.get_metric_history(run.id, name) for name in run.metrics)
         return {_point(point.key, point.step, point.timestamp) for points in history for point in points}
 
@@ -254,7 +256,7 @@ class Mirror:
     def _write(
         self, run: _Run, tags: dict[str, str], params: dict[str, str], points: Mapping[Point, Row] | None = None
     ) -> None:
-        """Sends what the run lacks in as few requests as MLflow allows; the tags go last, since they say how much."""
+        """Sends what the run lacks in as few requests as MLflow allows; the tags go last, since they hold the count."""
         from mlflow.entities import Metric, Param, RunTag
 
         metrics = [
@@ -289,13 +291,13 @@ def _reason(error: Exception) -> str:
 
 
 def _content(error: Exception) -> bool:
-    """Whether what was sent is at fault: to send it again would fail again."""
+    """Whether the content of a request is at fault, so that the same request would fail again."""
     code = getattr(error, "get_http_status_code", None)
     return isinstance(error, KeyError | TypeError | ValueError) if code is None else code() == 400
 
 
 def _artifacts(uri: str) -> str | None:
-    """Where a new experiment keeps files: beside a SQLite file (MLflow's own is ./mlruns), or where a server says."""
+    """The artifact folder of a new experiment: beside a SQLite file (not MLflow's ./mlruns), or the server's choice."""
     if not uri.startswith("sqlite:"):
         return None
     path = re.sub(r"^sqlite:/{0,3}|\?.*$", "", uri)
@@ -309,20 +311,20 @@ def _run(run: Any) -> _Run:
 
 
 def _name(row: Row) -> str:
-    """`<phase>/<model>/<task>/<split>/<metric>`; a part that is missing falls away."""
+    """`<phase>/<model>/<task>/<split>/<metric>`, without parts that are missing."""
     parts = (row.get(key) for key in ("phase", "model", "task", "split", "metric"))
     return _clean("/".join(part for part in parts if isinstance(part, str) and part))
 
 
 @cache  # as many as there are metrics and parameters
 def _clean(name: str) -> str:
-    """The characters and the form (a normal path of at most 250 characters) that MLflow takes."""
+    """A name in the characters and the form (a normal path of at most 250 characters) that MLflow accepts."""
     parts = (part for part in re.sub(r"[^\w.\- :/]", "_", name)[:250].split("/") if part.strip(". "))
     return "/".join(parts) or "_"
 
 
 def _point(name: str, step: Any, t: Any) -> Point:
-    """What makes two rows one number: a resumed trial tells a step again, at another time. Machines go by the clock."""
+    """The identity of a number: a resumed trial reports a step again, at another time; machine figures go by the clock."""
     return (name, step, t if "/system/" in f"/{name}" else 0)
 
 

@@ -1,6 +1,6 @@
-"""Study and tables -> one page of HTML and of Markdown. Pure: the same in, the same bytes out; no number is its own.
+"""Writes a study's report again from the tables in its storage; runs nothing.
 
-The first screen answers: what was asked, what holds, how sure, what to use. Everything below it is in `sections`.
+python -m orchestrator.report search_spaces/dwt.yaml
 """
 
 from __future__ import annotations
@@ -10,37 +10,35 @@ import json
 import sys
 from collections.abc import Sequence
 
-from orchestrator.analysis import tables as tables_
+from orchestrator.analysis.tables import read
+from orchestrator.cli import add_study_arguments, open_storage
+from orchestrator.reporting.commands import sweep_command
 from orchestrator.reporting.page import make_report
 from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the report again from the tables that are there; runs nothing."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.report", description=main.__doc__)
-    parser.add_argument("study", help="the study file, e.g. search_spaces/smoke.yaml")
-    parser.add_argument("--profile", help="a named set of overrides in the file; by default its first")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="as the sweep had it; repeatable"
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.report", description="Writes report.html and report.md again from the tables."
     )
-    parser.add_argument("--storage", default="./runs", metavar="URI", help="where the sweep wrote (default: ./runs)")
-    given = parser.parse_args(argv)
+    add_study_arguments(parser)
+    arguments = parser.parse_args(argv)
+    uri = arguments.storage
     try:
-        study = load_study(given.study, given.profile, given.set)
-        storage = tables_.open_storage(given.storage)
-        tables = tables_.read(storage.sub(study.folder))
-        if tables is None:
-            where = f"{given.storage.rstrip('/')}/{study.folder}"
-            raise StudyError(f"{where}: no tables yet; run python -m orchestrator.sweep {study.file} first")
+        study = load_study(arguments.study, arguments.profile, arguments.set)
+        home = open_storage(uri).sub(study.folder)
+        if (tables := read(home)) is None:
+            where = f"{uri.rstrip('/')}/{study.folder}"
+            raise StudyError(f"{where}: no tables yet; first run {sweep_command(study, uri)}")
     except StudyError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    stored = json.loads(storage.read(f"{study.folder}/provenance.json") or b"{}")
-    report = make_report(study, tables, {str(key): str(value) for key, value in stored.items()})
+    stored = json.loads(home.read("provenance.json") or b"{}")
+    report = make_report(study, tables, {str(key): str(value) for key, value in stored.items()}, storage=uri)
     for name, text in (("report.html", report.html), ("report.md", report.markdown)):
-        storage.write(f"{study.folder}/{name}", text.encode())
-        print(f"{given.storage.rstrip('/')}/{study.folder}/{name}")
+        home.write(name, text.encode())
+        print(f"{uri.rstrip('/')}/{study.folder}/{name}")
     return 0
 
 

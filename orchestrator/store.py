@@ -1,7 +1,7 @@
-"""What the storage holds, and what can go: phases and data by size, study and last use.
+"""Lists the phases and the prepared data in a storage by size, study and last use; deletes those that no study uses.
 
 python -m orchestrator.store                 # a line for each
-python -m orchestrator.store --prune         # deletes what no study names; asks first, unless --yes
+python -m orchestrator.store --prune         # deletes unused entries; asks first, unless --yes
 """
 
 from __future__ import annotations
@@ -12,33 +12,35 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from orchestrator.analysis.tables import open_storage
-from orchestrator.planning.memory import bytes_text
+from orchestrator.cli import add_storage_argument, open_storage
 from orchestrator.study.errors import StudyError
-from trainables.storage.files import Storage
+from trainables.storage.files import Storage, bytes_text
 
-HOUR_MS = 3_600_000  # what is younger may belong to a sweep that is running
+HOUR_MS = 3_600_000  # a running sweep may still need an entry younger than this
 
 
-@dataclass
+@dataclass(frozen=True)
 class Entry:
     """A phase or a prepared data set."""
 
     kind: str  # phases | data
     name: str
     size: int
-    studies: set[str] = field(default_factory=set)
-    used: int = 0  # UTC, ms
+    studies: set[str]
+    used: int  # UTC, ms
+
+    def __str__(self) -> str:
+        day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(self.used / 1000)) if self.used else "never"
+        studies = ", ".join(sorted(self.studies)) or "-"
+        return f"{bytes_text(self.size):>8}  {self.kind:6}  {self.name:32}  {day:16}  {studies}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.store", description="Lists phases and data; prunes.")
-    parser.add_argument(
-        "--storage", default="./runs", metavar="URI", help="a folder or any fsspec URI (default ./runs)"
-    )
-    parser.add_argument("--prune", action="store_true", help="delete what no study names")
+    add_storage_argument(parser)
+    parser.add_argument("--prune", action="store_true", help="delete the entries that no study uses")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     arguments = parser.parse_args(argv)
     try:
@@ -46,52 +48,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = entries(storage)
-    for entry in sorted(found, key=lambda e: (e.kind, -e.size)):
-        day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.used / 1000)) if entry.used else "never"
-        print(
-            f"{bytes_text(entry.size):>8}  {entry.kind:6}  {entry.name:32}  {day:16}  {', '.join(sorted(entry.studies)) or '-'}"
-        )
-    print(f"{bytes_text(sum(e.size for e in found))} in {len(found)} entries of {storage.uri}")
-    if not arguments.prune:
+    listed = entries(storage)
+    for entry in sorted(listed, key=lambda e: (e.kind, -e.size)):
+        print(entry)
+    print(f"{bytes_text(sum(e.size for e in listed))} in {len(listed)} entries of {storage.uri}")
+    return prune(storage, listed, ask=not arguments.yes) if arguments.prune else 0
+
+
+def prune(storage: Storage, listed: Sequence[Entry], *, ask: bool) -> int:
+    """Deletes the entries that no study uses and that are older than an hour; returns the exit code."""
+    unused = [e for e in listed if not e.studies and e.used < time.time() * 1000 - HOUR_MS]
+    if not unused:
+        print("nothing to prune: each entry is used by a study, or younger than an hour")
         return 0
-    orphans = [e for e in found if not e.studies and e.used < time.time() * 1000 - HOUR_MS]
-    if not orphans:
-        print("nothing to prune: every entry is named by a study, or younger than an hour")
-        return 0
-    question = f"delete {len(orphans)} entries, {bytes_text(sum(e.size for e in orphans))}, that no study names? [y/N] "
-    if not arguments.yes and input(question).strip().lower() != "y":
+    question = f"delete {len(unused)} entries, {bytes_text(sum(e.size for e in unused))}, that no study uses? [y/N] "
+    if ask and input(question).strip().lower() != "y":
         print("nothing was deleted")
         return 1
-    for entry in orphans:
+    for entry in unused:
         storage.delete(f"{entry.kind}/{entry.name}")
-    print(f"deleted {len(orphans)} entries")
+    print(f"deleted {len(unused)} entries")
     return 0
 
 
 def entries(storage: Storage) -> list[Entry]:
-    """Everything under phases/ and data/, with the studies whose trials name it."""
+    """Everything under phases/ and data/, with the studies whose trials use the entry."""
     studies: defaultdict[str, set[str]] = defaultdict(set)
     used: defaultdict[str, int] = defaultdict(int)
     for study in storage.list():
         for trial in storage.list(f"{study}/trials"):
-            for name in ("trial.json", "end.json"):
-                row = json.loads(storage.read(f"{study}/trials/{trial}/{name}") or b"{}")
-                keys = {phase["key"] for phase in row.get("phases", {}).values()} | set(row.get("keys", {}).values())
-                for key in keys | set(row.get("fingerprints", {}).values()):
+            for file in ("trial.json", "end.json"):
+                row = json.loads(storage.read(f"{study}/trials/{trial}/{file}") or b"{}")
+                phases = [phase["key"] for phase in row.get("phases", {}).values()]
+                for key in {*phases, *row.get("keys", {}).values(), *row.get("fingerprints", {}).values()}:
                     studies[key].add(study)
                     used[key] = max(used[key], row.get("ended") or row.get("started") or 0)
-    found = []
-    for kind in ("phases", "data"):
-        for name in storage.list(kind):
-            written = _finished(storage, name) if kind == "phases" else 0
-            found.append(Entry(kind, name, storage.size(f"{kind}/{name}"), studies[name], max(used[name], written)))
-    return found
+    return [
+        Entry(
+            kind, name, storage.size(f"{kind}/{name}"), studies[name], max(used[name], _finished(storage, kind, name))
+        )
+        for kind in ("phases", "data")
+        for name in storage.list(kind)
+    ]
 
 
-def _finished(storage: Storage, key: str) -> int:
+def _finished(storage: Storage, kind: str, name: str) -> int:
+    """When a phase was stored, UTC, ms; 0 where that is not known."""
     try:
-        return int(json.loads(storage.read(f"phases/{key}/phase.json") or b"{}")["provenance"]["finished"])
+        return int(json.loads(storage.read(f"{kind}/{name}/phase.json") or b"{}")["provenance"]["finished"])
     except (ValueError, KeyError, TypeError):
         return 0
 

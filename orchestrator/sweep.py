@@ -1,9 +1,9 @@
-"""The command: one study file in, a report out. Parses arguments and calls few functions.
+"""The command that runs a study: one study file in, a report out.
 
     python -m orchestrator.sweep search_spaces/dwt.yaml
 
-Exit 0: every planned trial has an outcome, or a limit came. 1: an arm lacks a planned seed for good, nothing ended, or
-the storage cannot be written. 2: bad file or argument. 130: Ctrl-C; 143: SIGTERM.
+Exit 0: every planned trial has an outcome, or a limit has passed. 1: a planned seed of an arm failed or was stopped, no
+trial ended, or the storage cannot be written. 2: bad file or argument. 130: Ctrl-C; 143: SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli import add_study_arguments, hours_above_zero, positive_count, provenance
+from orchestrator.cli import add_study_arguments, hours_above_zero, open_storage, positive_count, provenance
 from orchestrator.study.errors import StudyError, redact
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from trainables.storage.files import Storage, as_json, check_writable
-from trainables.storage.phase_store import PhaseStore
+
+if TYPE_CHECKING:  # imported where they are used, so that `--help` is quick
+    from orchestrator.mlflow_sync import Mirror
+    from orchestrator.scheduling.progress import Progress
+    from orchestrator.scheduling.scheduler import Scheduler
+    from orchestrator.scheduling.shutdown import Ending
 
 Row = Mapping[str, Any]
 
@@ -43,48 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first trial, or while the report is written
-        print("\ninterrupted; nothing that finished is lost. The same command again goes on")
+        print("\ninterrupted; no finished trial is lost. The same command again goes on")
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m orchestrator.sweep", description="Answers the question of a study file."
-    )
+    prog, what = "python -m orchestrator.sweep", "Answers the question of a study file."
+    parser = argparse.ArgumentParser(prog=prog, description=what)
     add_study_arguments(parser)
-    parser.add_argument("--points", type=positive_count, metavar="N", help="points of the search, in total")
-    parser.add_argument("--seeds", type=positive_count, metavar="N", help="seeds of each arm, in total")
-    parser.add_argument(
-        "--address", metavar="A", help="a running Ray, e.g. auto; by default Ray is started on this machine"
-    )
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", help="MLflow; by default sqlite in the storage (./runs/mlflow.db)"
-    )
-    parser.add_argument(
-        "--tracking-later", action="store_true", help="go on where MLflow does not answer; the next start catches up"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; writes nothing")
-    parser.add_argument(
-        "--fresh", action="store_true", help="rename the study's folder aside and start anew; phases are kept"
-    )
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="run trials again that failed or were stopped by hand"
-    )
-    parser.add_argument(
-        "--hours",
-        type=hours_above_zero,
-        metavar="H",
-        help="after so long what runs is left at a checkpoint; the report says what is to do",
-    )
-    parser.add_argument(
-        "--drain", action="store_true", help="ask the sweep that runs to finish what runs and start nothing new"
-    )
-    parser.add_argument("--stop", metavar="ID", help="ask the sweep that runs to stop one trial for good")
+    add = parser.add_argument
+    add("--points", type=positive_count, metavar="N", help="points of the search, in total")
+    add("--seeds", type=positive_count, metavar="N", help="seeds of each arm, in total")
+    add("--address", metavar="A", help="a running Ray, e.g. auto; by default Ray is started on this machine")
+    add("--tracking-uri", metavar="URI", help="MLflow; by default sqlite in the storage (./runs/mlflow.db)")
+    add("--tracking-later", action="store_true", help="go on if MLflow does not answer; the next start catches up")
+    add("--dry-run", action="store_true", help="print the plan and stop; writes nothing")
+    add("--fresh", action="store_true", help="rename the study's folder and start anew; phases are kept")
+    add("--retry-failed", action="store_true", help="run failed trials again, and those stopped by hand")
+    hours = "stop after H hours; running trials checkpoint and resume next time"
+    add("--hours", type=hours_above_zero, metavar="H", help=hours)
+    drain = "ask the running sweep to finish its running trials and start nothing new"
+    add("--drain", action="store_true", help=drain)
+    add("--stop", metavar="ID", help="ask the running sweep to stop one trial for good")
     return parser
 
 
 def _request(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.analysis.tables import open_storage
     from orchestrator.scheduling.shutdown import request
 
     print(request(open_storage(arguments.storage).sub(study.folder), drain=arguments.drain, stop=arguments.stop))
@@ -92,26 +82,37 @@ def _request(study: Study, arguments: argparse.Namespace) -> int:
 
 
 def _plan_only(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.analysis.tables import open_storage
     from orchestrator.planning.preview import print_plan
-    from orchestrator.scheduling.scheduler import Agenda
+    from orchestrator.scheduling.scheduler import Scheduler
     from orchestrator.scheduling.trials import Fingerprints
 
-    agenda = Agenda(study, Fingerprints(None), open_storage(arguments.storage), retry_failed=arguments.retry_failed)
-    print_plan(agenda, None)
+    storage = open_storage(arguments.storage)
+    print_plan(Scheduler(study, Fingerprints(None), storage, retry_failed=arguments.retry_failed))
     return 0
 
 
+@dataclass
+class Sweep:
+    """One start of a study: what runs, who is told, and what ends it early."""
+
+    study: Study
+    arguments: argparse.Namespace
+    provenance: Mapping[str, str]
+    scheduler: Scheduler
+    mirror: Mirror
+    progress: Progress
+    ending: Ending
+
+
 def _sweep(study: Study, arguments: argparse.Namespace) -> int:
-    from orchestrator.analysis.tables import open_storage
     from orchestrator.mlflow_sync import Mirror
     from orchestrator.planning.preview import print_plan
     from orchestrator.scheduling.progress import Progress
-    from orchestrator.scheduling.scheduler import Agenda
+    from orchestrator.scheduling.scheduler import Scheduler
     from orchestrator.scheduling.shutdown import Ending, only_driver
     from orchestrator.scheduling.trials import Fingerprints
 
-    started = time.monotonic()  # preparing data counts, too, where hours are bought
+    started = time.monotonic()  # `--hours` counts the preparation of data, too
     storage = open_storage(arguments.storage)
     home = storage.sub(study.folder)
     _check_storage(arguments.storage)
@@ -120,139 +121,131 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
             aside = f"{study.folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             storage.move(study.folder, aside)
             print(f"the folder {study.folder} is now {aside}")
-        agenda = Agenda(study, Fingerprints(storage.sub("data").uri), storage, retry_failed=arguments.retry_failed)
-        print_plan(agenda, None)
+        fingerprints = Fingerprints(storage.sub("data").uri)
+        scheduler = Scheduler(study, fingerprints, storage, retry_failed=arguments.retry_failed)
+        print_plan(scheduler)
         recorded = provenance(study)
         _keep_study(study, home, recorded)
-        mirror = Mirror(
-            arguments.tracking_uri or _default_tracking(storage), study.folder, tags={"question": study.question}
-        )
-        progress = Progress(agenda, storage.uri)
-        agenda.listeners += [progress.on_trial, lambda row, records: mirror.put(row, records)]
-        ending = Ending(agenda, arguments.hours, progress.say, started)
+        tracking = arguments.tracking_uri or _default_tracking(storage)
+        mirror = Mirror(tracking, study.folder, tags={"question": study.question})
+        progress = Progress(scheduler)
+        scheduler.ledger.listeners += [progress.on_trial, mirror.put]
+        ending = Ending(scheduler, arguments.hours, progress.say, started)
+        sweep = Sweep(study, arguments, recorded, scheduler, mirror, progress, ending)
         try:
-            _run(agenda, arguments, recorded, mirror, progress, ending)
+            run(sweep)
         except KeyboardInterrupt:
-            ending.signal = None if agenda.broken else ending.signal or signal.SIGINT
+            ending.signal = None if scheduler.is_broken else ending.signal or signal.SIGINT
         try:
-            return _finish(study, agenda, home, mirror, recorded, arguments, ending.signal)
+            return _finish(sweep)
         except OSError as error:
-            print(f"{error.strerror or error}: tables and report could not be written to {home.uri}; nothing that finished "
-                  f"is lost. Make room there, then run the same command again", file=sys.stderr)  # fmt: skip
+            print(f"{error.strerror or error}: tables and report could not be written to {home.uri}; no finished trial is "
+                  f"lost. Make room there, then run the same command again", file=sys.stderr)  # fmt: skip
             return 1
 
 
-def _run(agenda: Any, arguments: argparse.Namespace, provenance: Row, mirror: Any, progress: Any, ending: Any) -> None:
-    """Starts Ray only where something is left to do: the same command again trains nothing and is quick."""
-    mirror_started = False
-    if not agenda.is_complete():
-        from orchestrator.cluster import ray_cluster
-        from orchestrator.scheduling import tune_runner
+def run(sweep: Sweep) -> None:
+    """Runs what is left to run. Starts Ray only for that: the same command again trains nothing and is quick."""
+    sweep.mirror.start()
+    scheduler, slot = sweep.scheduler, sweep.study.slot
+    if scheduler.next() is None:
+        return
+    from orchestrator.cluster import ray_cluster
+    from orchestrator.scheduling import tune_runner
 
-        mirror.start()
-        mirror_started = True
-        try:
-            num_slots = ray_cluster.start_ray(arguments.address, agenda.study.slot, arguments.storage)
-        except ray_cluster.NotStarted as error:
-            agenda.closed, agenda.broken = str(error), True
-            return
-        if num_slots < 1:
-            raise StudyError(
-                f"no slot fits: a trial asks for {agenda.study.slot.cpus:g} cpus and {agenda.study.slot.gpus:g} gpus"
+    try:
+        num_slots = ray_cluster.start_ray(sweep.arguments.address, slot, sweep.arguments.storage)
+    except ray_cluster.NotStarted as error:
+        scheduler.close(str(error), is_broken=True)
+        return
+    if num_slots < 1:
+        raise StudyError(f"no slot fits: a trial asks for {slot.cpus:g} cpus and {slot.gpus:g} gpus")
+    try:
+        _check_tracking(sweep.mirror, sweep.arguments.tracking_later)
+        sweep.progress.begin(num_slots)
+
+        def tick() -> None:
+            sweep.ending.tick()
+            sweep.progress.tick()
+
+        with sweep.ending:
+            tune_runner.run_trials(
+                scheduler, num_slots, provenance=sweep.provenance, on_tick=tick, say=sweep.progress.say
             )
-        try:
-            _check_tracking(mirror, arguments.tracking_later)
-            progress.begin(num_slots)
-
-            def tick() -> None:
-                ending.tick()
-                progress.tick()
-
-            with ending:
-                tune_runner.run_agenda(agenda, num_slots, provenance=provenance, on_tick=tick, say=progress.say)
-        finally:
-            progress.done()
-            ray_cluster.stop_ray()
-    if not mirror_started:
-        mirror.start()
+    finally:
+        sweep.progress.done()
+        ray_cluster.stop_ray()
 
 
-def _check_tracking(mirror: Any, later: bool) -> None:
-    """Where MLflow does not answer at the start, a person chooses: nothing is lost without it, and little is seen."""
+def _check_tracking(mirror: Mirror, later: bool) -> None:
+    """Lets the user choose where MLflow does not answer at the start: a sweep without it loses nothing, and shows little."""
     problem = mirror.first_answer(12.0)
     if problem is None:
         return
     print(problem)
     if later:
         return
-    if sys.stdin.isatty() and input("go on without it? The next start catches up. [y/N] ").strip().lower() == "y":
+    if sys.stdin.isatty() and input("continue without it? The next start catches up. [y/N] ").strip().lower() == "y":
         return
     raise StudyError("MLflow does not answer; start it, or add --tracking-later: the next start then catches up")
 
 
-def _finish(
-    study: Study,
-    agenda: Any,
-    home: Storage,
-    mirror: Any,
-    provenance: Row,
-    arguments: argparse.Namespace,
-    signal_number: int | None,
-) -> int:
-    """Tables, report, the mirror's end, and what to do next."""
-    from orchestrator.analysis import tables as tables_
+def _finish(sweep: Sweep) -> int:
+    """Writes tables and report, closes the mirror, and prints the verdicts and what to do next."""
+    from orchestrator.analysis.tables import TABLES, tables, write
     from orchestrator.reporting.page import make_report
+    from trainables.storage.phase_store import PhaseStore
 
-    rows = agenda.all_rows()
-    tables = tables_.tables(study.folder, rows, agenda.records, PhaseStore(agenda.storage).examples)
-    tables_.write(tables, home)
-    evaluator, importance = agenda.importance() or ("", None)
-    report = make_report(study, tables, provenance, importance=importance, evaluator=evaluator)
+    study, scheduler, ledger, mirror = sweep.study, sweep.scheduler, sweep.scheduler.ledger, sweep.mirror
+    home, signal_number = ledger.home, sweep.ending.signal
+    rows = ledger.all_rows()
+    made = tables(study.folder, rows, ledger.records, PhaseStore(scheduler.storage).examples)
+    write(made, home)
+    evaluator, importance = (scheduler.search and scheduler.search.importance()) or ("", None)
+    report = make_report(
+        study, made, sweep.provenance, importance=importance, evaluator=evaluator, storage=sweep.arguments.storage
+    )
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())
     for row in rows:
-        mirror.put(row, agenda.records.get(row["trial"], []))
-    artifacts = (
-        [home.path(name) for name in ("report.html", "report.md", *(f"{table}.parquet" for table in tables_.TABLES))]
-        if home.is_local
-        else []
-    )
-    mirror.finish("stopped" if signal_number or agenda.closed else "ended", artifacts)
+        mirror.put(row, ledger.records.get(row["trial"], []))
+    names = ("report.html", "report.md", *(f"{table}.parquet" for table in TABLES))
+    artifacts = [home.path(name) for name in names] if home.is_local else []
+    mirror.finish("stopped" if signal_number or scheduler.closed else "ended", artifacts)
     undelivered = mirror.close(5.0 if signal_number == signal.SIGTERM else 30.0)
     if undelivered and mirror.problem:
         print(mirror.problem)
-    command = f"python -m orchestrator.sweep {' '.join(_same_arguments(arguments))}"
+    command = f"python -m orchestrator.sweep {' '.join(_same_arguments(sweep.arguments))}"
     if signal_number:
-        print(f"\ninterrupted; nothing that finished is lost. To go on: {command}")
-        return 128 + signal_number
-    print(
-        f"\n{_headline(report.markdown)}\nreport: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui"
-    )
-    for fault, num in Counter(agenda.unused).items():
-        print(f"not used: {num} slot{'s' if num > 1 else ''} on {fault}")
-    if agenda.closed:
-        print(f"{agenda.closed}; nothing that finished is lost. Still to run: {agenda.num_left()}. To go on: {command}")
-    if agenda.broken:
-        return 1
-    planned = [row for row in rows if row["planned"] and row["kind"] != "teacher"]
+        print(f"\ninterrupted; no finished trial is lost. To go on: {command}")
+    else:
+        print("\n" + "\n".join(report.summary.lines))
+        print(f"report: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui")
+        for fault, num in Counter(scheduler.disabled_reasons).items():
+            print(f"disabled: {num} slot{'s' if num > 1 else ''} on {fault}")
+        if scheduler.closed:
+            left = scheduler.num_left()
+            print(f"{scheduler.closed}; no finished trial is lost. Still to run: {left}. To go on: {command}")
+    code = exit_code(rows, signal_number=signal_number, is_closed=bool(scheduler.closed), is_broken=scheduler.is_broken)
+    if code == 1 and not scheduler.is_broken:
+        for lost in lacking(rows):
+            log = f"{home.uri}/trials/{lost['trial']}/log.txt"
+            print(f"arm {lost['arm']}, seed {lost['seed']} {lost['status']}: {lost['reason']} ({log})")
+    return code
+
+
+def lacking(rows: Iterable[Row]) -> list[Row]:
+    """The planned trials of arms that are over without a result."""
     over = ("failed", "stopped")
-    lacking = [row for row in planned if row["arm"] and row["kind"] == "trial" and row["status"] in over]
-    nothing = not agenda.closed and not any(row["status"] == "ended" for row in planned)
-    if lacking or nothing:
-        for row in lacking:
-            print(
-                f"arm {row['arm']} lacks seed {row['seed']}: {row['reason']} ({home.uri}/trials/{row['trial']}/log.txt)"
-            )
-        return 1
-    return 0
+    return [r for r in rows if r["planned"] and r["arm"] and r["kind"] == "trial" and r["status"] in over]
 
 
-def _headline(markdown: str) -> str:
-    """The verdicts as the report has them."""
-    lines = [
-        line for line in markdown.splitlines() if any(word in line for word in ("supported", "refuted", "undecided"))
-    ]
-    return "\n".join(lines[:6])
+def exit_code(rows: Sequence[Row], *, signal_number: int | None, is_closed: bool, is_broken: bool) -> int:
+    """The exit code of a sweep with these trials; the module's docstring lists the codes."""
+    if signal_number:
+        return 128 + signal_number
+    has_ended = any(r["planned"] and r["kind"] != "teacher" and r["status"] == "ended" for r in rows)
+    return int(is_broken or bool(lacking(rows)) or not (is_closed or has_ended))
 
 
 def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
@@ -278,8 +271,8 @@ def _check_storage(uri: str) -> None:
         raise StudyError(f"--storage {uri}: cannot be written ({detail}); give a folder or URI that can") from None
 
 
-def _keep_study(study: Study, home: Storage, provenance: Row) -> None:
-    """The resolved study, before the first trial; an older, different one is kept under a number."""
+def _keep_study(study: Study, home: Storage, provenance: Mapping[str, str]) -> None:
+    """Writes the resolved study and its provenance; an older study that differs is kept under a number."""
     text = as_json(study.model_dump(mode="json", by_alias=True))
     old = home.read("study.yaml")
     if old is not None and old != text:

@@ -1,15 +1,13 @@
-"""Records and ends of trials -> the three tables. Everything here is derived from plain files and can be made again.
+"""The three tables, built from the records and ends of trials, which remain in plain files.
 
 `results`: one row per number. `trials`: one row per trial. `examples`: one row per answer to an example of test, of the
-trials that a claim or a confirmation compares. The schemas are fixed; others build on them.
+trials that a claim or a confirmation compares. The schemas are fixed; users build on them.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.study.errors import StudyError, has_secret, redact
-from trainables.storage.checkpoints import attempts
-from trainables.storage.files import Storage
+from trainables.storage.files import Storage, attempts
 
 RESULTS = pa.schema(
     [
@@ -68,7 +64,7 @@ TRIALS = pa.schema(
         ("peak_memory", pa.float64()),
     ]
 )
-_WORD = pa.dictionary(pa.int32(), pa.string())  # a million rows hold few different ones
+_WORD = pa.dictionary(pa.int32(), pa.string())  # a million rows have few distinct strings
 EXAMPLES = pa.schema(
     [
         ("trial", _WORD),
@@ -81,29 +77,15 @@ EXAMPLES = pa.schema(
         ("phase", _WORD),  # with its branch, phase[data]
         ("task", _WORD),  # the data set
         ("split", _WORD),  # test
-        ("part", pa.int64()),  # of a test set that has several; 0 in others
+        ("part", pa.int64()),  # of a test set that has several; else 0
         ("example", pa.int64()),
         ("label", pa.float64()),  # class or number; null where the data are a corpus, as `prediction`
         ("prediction", pa.float64()),
         ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
-        ("count", pa.int64()),  # of these positions; 1 of a task
+        ("count", pa.int64()),  # of these positions; 1 for a task
     ]
 )
-RECORD = (
-    "model",
-    "phase",
-    "task",
-    "split",
-    "metric",
-    "step",
-    "progress",
-    "tokens",
-    "seconds",
-    "device_seconds",
-    "flops",
-    "t",
-    "value",
-)
+RECORD = RESULTS.names[RESULTS.names.index("model") :]  # the columns of one record, all of which it must have
 
 
 def no_examples() -> pd.DataFrame:
@@ -121,30 +103,8 @@ class Tables:
     examples: pd.DataFrame = field(default_factory=no_examples)
 
 
-def open_storage(uri: str) -> Storage:
-    """The storage that a person named, as a place that slots find from wherever they run. Raises StudyError where there
-    is no such kind, or no way to it; and where the URI holds a secret: slots, their logs and Ray's files carry it."""
-    if has_secret(uri):
-        kind = re.sub(r"\W", "_", uri.partition("://")[0]).upper()
-        raise StudyError(
-            f"--storage {redact(uri)}: a URI that slots and logs carry takes no password; give it in the environment, "
-            f"as FSSPEC_{kind}_PASSWORD (FSSPEC_<PROTOCOL>_<ARGUMENT>), or in the service's own way (AWS_SECRET_ACCESS_KEY)"
-        )
-    storage = Storage(uri if "://" in uri else os.path.abspath(uri))
-    try:
-        storage.list()
-    except (ValueError, ImportError, OSError) as error:
-        reason = redact(str(error).strip().splitlines()[0])
-        raise StudyError(f"--storage {redact(uri)}: cannot be read ({reason}); give a folder or URI that can") from None
-    return storage
-
-
-def read_records(storage: Storage, trial: str) -> list[dict[str, Any]]:
-    """What the trial's last attempt has written; an attempt begins with what the one before it had kept."""
-    return parse_records(records_file(storage, trial))
-
-
 def records_file(storage: Storage, trial: str) -> bytes:
+    """Reads the records of a trial's last attempt, which begin with those kept from the attempt before."""
     for attempt in reversed(attempts(storage, f"trials/{trial}")):
         text = storage.read(f"{attempt}/records.jsonl")
         if text is not None:
@@ -153,7 +113,7 @@ def records_file(storage: Storage, trial: str) -> bytes:
 
 
 def parse_records(text: bytes) -> list[dict[str, Any]]:
-    """Whole lines only: the last one may have been cut off by a kill."""
+    """Parses whole lines only, since a kill may have cut off the last one."""
     return [json.loads(line) for line in text.split(b"\n")[:-1] if line]
 
 
@@ -163,8 +123,13 @@ def tables(
     records: Mapping[str, list[dict[str, Any]]],
     answers: Callable[[str], pd.DataFrame | None] | None = None,
 ) -> Tables:
-    """`trials`: rows of the trials table; `records`: by trial id; `answers`: those to examples, by a phase's key (None:
-    that phase has none)."""
+    """Builds the tables.
+
+    Args:
+        trials: rows of the trials table.
+        records: by trial id.
+        answers: returns the answers to examples of a phase by its key; None where the phase has none.
+    """
     rows = list(trials)
     trial_rows = [
         {"study": study, **row, "params": json.dumps(row["params"]), "phases": json.dumps(row["phases"])}
@@ -172,20 +137,19 @@ def tables(
     ]
     result_rows = []
     for row in trial_rows:
-        whose = {key: row[key] for key in ("study", "trial", "point", "arm", "seed", "kind", "planned")}
-        result_rows += [{**whose, **{key: record[key] for key in RECORD}} for record in records.get(row["trial"], ())]
+        of_trial = {key: row[key] for key in RESULTS.names if key not in RECORD}
+        result_rows += [of_trial | {key: record[key] for key in RECORD} for record in records.get(row["trial"], ())]
     examples = no_examples() if answers is None else _examples(rows, answers)
     return Tables(_frame(result_rows, RESULTS), _frame(trial_rows, TRIALS), examples)
 
 
 def _frame(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
-    named = [{name: row.get(name) for name in schema.names} for row in rows]
-    frame: pd.DataFrame = pa.Table.from_pylist(named, schema=schema).to_pandas()
+    frame: pd.DataFrame = pa.Table.from_pylist(rows, schema=schema).to_pandas()  # ignores other keys
     return frame
 
 
 def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.DataFrame | None]) -> pd.DataFrame:
-    """Of planned trials of arms and of confirmations; searched points are compared by their records alone, and are many."""
+    """Collects the answers of planned trials of arms and confirmations; the many searched points are compared by records."""
     parts, read = [EXAMPLES.empty_table()], dict[str, pa.Table | None]()
     own = [field for field in EXAMPLES if field.name in ("model", "task", "split", "part", *EXAMPLES.names[11:])]
     for trial in trials:
@@ -197,15 +161,10 @@ def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.D
                 read[key] = _answers_of(key, answers, pa.schema(own))
             if (table := read[key]) is None:
                 continue
-            whose = {
-                **{name: trial[name] for name in ("trial", "point", "arm", "seed", "kind", "planned")},
-                "phase": phase,
-            }
+            about = {**trial, "phase": phase}
             columns = [
-                table[name]
-                if name in table.column_names
-                else _constant(whose[name], len(table), EXAMPLES.field(name).type)
-                for name in EXAMPLES.names
+                table[field.name] if field in own else _constant(about[field.name], len(table), field.type)
+                for field in EXAMPLES
             ]
             parts.append(pa.Table.from_arrays(columns, schema=EXAMPLES))
     frame: pd.DataFrame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
@@ -227,7 +186,7 @@ def _constant(value: Any, length: int, kind: pa.DataType) -> pa.Array:
 
 
 def write(tables: Tables, home: Storage) -> None:
-    """Into a study's folder."""
+    """Writes the tables into a study's folder."""
     for name, schema in TABLES.items():
         buffer = io.BytesIO()
         table = pa.Table.from_pandas(getattr(tables, name), schema=schema, preserve_index=False)
@@ -236,7 +195,7 @@ def write(tables: Tables, home: Storage) -> None:
 
 
 def read(home: Storage) -> Tables | None:
-    """Of a study's folder; None where there are no tables. Those of an older version have no examples."""
+    """Reads the tables of a study's folder; None where there are none. Older tables have no examples."""
     frames = {}
     for name in TABLES:
         content = home.read(f"{name}.parquet")

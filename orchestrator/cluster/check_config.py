@@ -1,10 +1,10 @@
-"""A cluster's file, looked at before it costs money: `make cluster` starts machines only where nothing is amiss.
+"""Validates cluster.yaml before launching paid machines; `make cluster` calls this first.
 
     python -m orchestrator.cluster.check_config cluster.yaml
 
-Exit 0: nothing is amiss; 2: what is, a line each. Ray looks at the file's own keys; this looks at what Ray takes without a
-word: values that are still to be filled in, paths that are not there, a Ray that whoever reaches it can use, and machines
-that anybody can reach or that could start others.
+Exit 0: the file is sound; 2: it is not, with a line per error. Ray checks the keys of the file. This module checks what Ray
+accepts silently: placeholders, missing paths, a Ray without a token, and machines that are open to everyone or that may
+start other machines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from orchestrator.study.errors import StudyError, line_of
 from orchestrator.study.yaml_reader import read_yaml
 
-TO_FILL_IN = "FILL-IN"
-OF_A_MACHINE = {  # what each kind of machine on AWS must say, and what Ray does where it says nothing
+PLACEHOLDER = "FILL-IN"
+AWS_FIELDS = {  # required for each kind of machine, and what happens without the field
     "ImageId": "Ray would take an image of 2022",
     "SecurityGroupIds": "Ray would open port 22 to every address",
-    "IamInstanceProfile": "without one a worker cannot write the storage, and the head gets one of Ray's own",
+    "IamInstanceProfile": "a worker without a profile cannot write the storage, and the head gets a profile made by Ray",
 }
-Path_ = tuple[str, ...]
+Problems = Iterator[tuple[tuple[str, ...], str]]  # (path in the file, what is wrong there)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,75 +31,68 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m orchestrator.cluster.check_config cluster.yaml", file=sys.stderr)
         return 2
     try:
-        value, lines = read_yaml(argv[0])
+        config, lines = read_yaml(argv[0])
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = list(problems(value, Path.home()))
-    for at, what in found:
-        print(f"error: {argv[0]}:{line_of(lines, *at)}: {'.'.join(at)}: {what}", file=sys.stderr)
+    found = list(problems(config, Path.home()))
+    for path, problem in found:
+        print(f"error: {argv[0]}:{line_of(lines, *path)}: {'.'.join(path)}: {problem}", file=sys.stderr)
     return 2 if found else 0
 
 
-def problems(value: Mapping[str, Any], home: Path) -> Iterator[tuple[Path_, str]]:
-    """(path in the file, what is amiss). Relative paths start where the command is given, as Ray has it."""
-    yield from _to_fill_in(value, ())
-    for remote, local in (value.get("file_mounts") or {}).items():
-        if not (path := _local(local, home)).exists():
+def problems(config: Mapping[str, Any], home: Path) -> Problems:
+    """Relative paths start at the working directory, as in Ray."""
+    yield from _placeholders(config, ())
+    for remote, local in (config.get("file_mounts") or {}).items():
+        path = home / local[2:] if local.startswith("~/") else Path(local)
+        if not path.exists():
             hint = ": ray get-auth-token --generate && chmod 600 ~/.ray/auth_token" if path.name == "auth_token" else ""
-            yield ("file_mounts", remote), f"{local} is not here{hint}"
+            yield ("file_mounts", remote), f"{local} does not exist{hint}"
         elif path.name == "auth_token" and path.stat().st_mode & 0o077:
-            yield ("file_mounts", remote), f"others can read {local}: chmod 600 {local}"
-    yield from _open_to_others(value)
-    provider = value.get("provider") or {}
-    if provider.get("type") == "aws":
-        yield from _on_aws(value)
+            yield ("file_mounts", remote), f"other users can read {local}: chmod 600 {local}"
+    yield from _open_ray(config)
+    if (config.get("provider") or {}).get("type") == "aws":
+        yield from _aws(config)
 
 
-def _local(path: str, home: Path) -> Path:
-    return home / path[2:] if path.startswith("~/") else Path(path)
+def _placeholders(value: Any, path: tuple[str, ...]) -> Problems:
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _placeholders(item, (*path, str(key)))
+    elif value is None or (isinstance(value, str) and PLACEHOLDER in value):
+        yield path, "is still to be filled in (docs/cluster.md)"
 
 
-def _to_fill_in(value: Any, at: Path_) -> Iterator[tuple[Path_, str]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _to_fill_in(item, (*at, key))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _to_fill_in(item, (*at, str(number)))
-    elif value is None or (isinstance(value, str) and TO_FILL_IN in value):
-        yield at, "is still to be filled in (docs/cluster.md)"
-
-
-def _open_to_others(value: Mapping[str, Any]) -> Iterator[tuple[Path_, str]]:
+def _open_ray(config: Mapping[str, Any]) -> Problems:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        commands = value.get(key) or []
-        starts = [command for command in commands if "ray start" in command]
+        starts = [command for command in config.get(key) or [] if "ray start" in command]
         if not starts:
             yield (key,), "starts no Ray; Ray's own commands would start one without a token"
         for command in starts:
             if "RAY_AUTH_MODE=token" not in command:
-                yield (key,), "must say `export RAY_AUTH_MODE=token;` before `ray start`: else it may run open"
+                yield (key,), "expected `export RAY_AUTH_MODE=token;` before `ray start`, or Ray may ask for no token"
             if "--head" in command and "--dashboard-host=127.0.0.1" not in command:
-                yield (key,), "must say --dashboard-host=127.0.0.1; `ray dashboard` reaches it there"
+                yield (key,), "expected --dashboard-host=127.0.0.1; `ray dashboard` reaches the dashboard there"
 
 
-def _on_aws(value: Mapping[str, Any]) -> Iterator[tuple[Path_, str]]:
+def _aws(config: Mapping[str, Any]) -> Problems:
     for key in ("max_workers", "idle_timeout_minutes"):
-        if not isinstance(value.get(key), int) or value[key] < 1:
-            yield (key,), "must be a number from 1 on: what a forgotten cluster costs has this bound"
-    head, profiles = value.get("head_node_type"), {}
-    for name, kind in (value.get("available_node_types") or {}).items():
-        at, config = ("available_node_types", name, "node_config"), kind.get("node_config") or {}
-        for key, why in OF_A_MACHINE.items():
-            if not config.get(key):
-                yield (*at, key), f"is missing: {why}"
-        if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
-            yield (*at, "MetadataOptions"), "must say HttpTokens: required: else whatever runs there can be made to give its keys away"  # fmt: skip
-        profiles[name] = config.get("IamInstanceProfile")
-    for name, profile in profiles.items():
-        if name != head and profile and profile == profiles.get(head):
-            yield ("available_node_types", name, "node_config", "IamInstanceProfile"), "is the head's: a worker could start machines"  # fmt: skip
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            yield (key,), "expected a number from 1 on, which bounds the cost of a forgotten cluster"
+    kinds = config.get("available_node_types") or {}
+    nodes = {name: kind.get("node_config") or {} for name, kind in kinds.items()}
+    head = config.get("head_node_type")
+    for name, node in nodes.items():
+        path = ("available_node_types", name, "node_config")
+        for key, reason in AWS_FIELDS.items():
+            if not node.get(key):
+                yield (*path, key), f"is missing: {reason}"
+        if (node.get("MetadataOptions") or {}).get("HttpTokens") != "required":
+            yield (*path, "MetadataOptions"), "expected HttpTokens: required, against theft of the machine's keys"
+        profile = node.get("IamInstanceProfile")
+        if name != head and profile and profile == nodes.get(head, {}).get("IamInstanceProfile"):
+            yield (*path, "IamInstanceProfile"), "is the head's: a worker could start machines"
 
 
 if __name__ == "__main__":

@@ -1,182 +1,219 @@
-"""What a study will cost, as far as its trials can be named: device-hours, from steps timed here, and bytes of weights."""
+"""What a study will cost, for the trials that can be named: device-hours, from steps timed here, and bytes of weights."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from orchestrator.planning.memory import bytes_text, num_slots
 from orchestrator.planning.meta_models import Shapes
-from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.planning.slot_fit import num_slots
+from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
-from trainables.config.phase import Made, RisesWithLoss, Sampled, Stream
-from trainables.config.terms import reads
-from trainables.config.trial import TrialSpec, parse_start
+from orchestrator.study.schema import Study
+from trainables.config.phase import Phase, ReplySource, Sampled, Stream
+from trainables.config.phase_run import PhaseRun
+from trainables.config.schedules import RisesWithLoss
+from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
-from trainables.data.batches import corrupt
-from trainables.data.classification.tasks import Task
-from trainables.data.instructions.exchanges import ExchangeSet
+from trainables.data.instructions.packing import ExchangeBatch
 from trainables.data.prepared import Prepared
+from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.models import build, output_head
-from trainables.storage.files import Storage
+from trainables.storage.files import Storage, bytes_text
 from trainables.storage.phase_store import PhaseStore
-from trainables.training.controllers import fresh_share, share_at, share_start
-from trainables.training.phase_graph import PhaseRun, head_of, longest, num_steps, streams_of
+from trainables.training.phase_graph import head_of, longest, num_steps, streams_of
 
-PROBE_FLOPS = 2e11  # a step beyond that is not timed here: the machine that runs it is another one
-
-
-FEW = 9  # tokens of a reply that are timed
+PROBE_FLOPS = 2e11  # a step beyond these is not timed here: another machine will run the study
+TIMED_TOKENS = 9  # tokens of a reply that are timed
+Rows = Mapping[str, Mapping[str, Any]]  # of the trials table, by trial
 
 
-def cost_lines(
-    agenda: Agenda, trials: list[PlannedTrial], data: Mapping[str, Prepared], shapes: Shapes, slots: int | None
-) -> list[str]:
-    """Device-hours from a step of each kind of phase, timed here and now; what the store has costs nothing."""
-    study = agenda.study
-    todo = _todo(agenda, trials)
-    per_step: dict[str, float | None] = {}
-    seconds, last = 0.0, dict[str, float]()
-    size = largest = 0.0
-    replied, replying = dict[str, float](), False
-    for planned, which in todo.values():
-        name, _, item = parse_start(which)
-        instance, phase = PhaseRun(name, item), planned.spec.phases[name]
-        sizes = [shapes.num_bytes(planned.spec.models[m], longest(planned.spec)) for m in phase.train]
-        size += sum(sizes) * (1 + len(phase.save_at))
-        largest = max(largest, *sizes)
-        read = _of(data, streams_of(planned.spec, instance)[phase.pace].data).train
-        kind = _kind(planned.spec, name, _width(read))
-        if kind not in per_step:
-            per_step[kind] = _time_step(planned.spec, instance, data, shapes)
-        step = per_step[kind]
-        if step is not None:
-            steps = num_steps(phase, length=read.length, num_sequences=len(read))
-            last[which] = step * steps
-            for stream in streams_of(planned.spec, instance).values():
-                if stream.replies is not None:
-                    replying = True
-                    fresh = _share_made(stream.replies, steps * phase.batch, len(_of(data, stream.data).train))
-                    last[which] += fresh * steps * _time_replies(planned.spec, name, stream, data, shapes, replied)
-            seconds += last[which]
-    extra = study.search.points if study.search else 0
-    if study.confirm and not any(p.kind == "confirm" for p in trials):
+def is_over(rows: Rows, trial: PlannedTrial) -> bool:
+    return rows.get(trial.id, {}).get("status") in ("ended", "stopped", "failed")
+
+
+class PhaseCost(NamedTuple):
+    """The cost of training a phase once; seconds on one device, None where a step was too large for this machine."""
+
+    phase: str
+    num_bytes: float  # of weights to be stored
+    largest_model: float  # bytes
+    seconds: float | None
+    has_replies: bool
+
+
+def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: StepTimer) -> list[str]:
+    """Device-hours from a timed step of each kind of phase, and bytes of weights; what the store has costs nothing."""
+    study, storage, rows = scheduler.study, scheduler.storage, scheduler.ledger.rows
+    store = PhaseStore(storage)
+    todo = {
+        key: (planned.spec, phase)
+        for planned in trials
+        if not is_over(rows, planned)
+        for phase, key in planned.keys.items()
+        if store.find(key) is None
+    }
+    costs = [_phase_cost(spec, phase, timer) for spec, phase in todo.values()]
+    extra = study.search.points if study.search else 0  # trials that cannot be named yet
+    if study.confirm and not any(trial.kind == "confirm" for trial in trials):
         extra += 2 * study.confirm.seeds
-    extra -= sum(1 for p in trials if p.arm is None and p.kind == "trial")
-    if extra > 0:
-        seconds += extra * sum(last.values())
-        size += extra * largest
-    lines = []
-    if not todo and extra <= 0:
-        lines.append("nothing to train")
-    elif None in per_step.values():
-        lines.append("too large to be timed on this machine; device-hours show after the first phases")
-    else:
-        num = slots or num_slots(study.slot)
-        lines.append(
-            f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
-            f"{study.slot.workers} x ({study.slot.cpus:g} cpu, {study.slot.gpus:g} gpu) (steps timed here{', with replies as long as they may be' if replying else ''})"
-        )
-    free = shutil.disk_usage(_existing_parent(agenda.storage)).free if agenda.storage.is_local else None
-    lines.append(
-        f"about {bytes_text(size)} of weights to be written"
-        + (f", {bytes_text(free)} free" if free is not None else "")
-    )
+    extra = max(0, extra - sum(trial.arm is None and trial.kind == "trial" for trial in trials))
+    num_bytes = sum(cost.num_bytes for cost in costs) + extra * max((cost.largest_model for cost in costs), default=0)
+    free = f", {bytes_text(shutil.disk_usage(_existing_parent(storage)).free)} free" if storage.is_local else ""
+    lines = [_time_line(study, costs, extra), f"about {bytes_text(num_bytes)} of weights to be written{free}"]
     if study.limits.minutes:
         lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")
     return lines
 
 
-def _todo(agenda: Agenda, trials: list[PlannedTrial]) -> dict[str, tuple[PlannedTrial, str]]:
-    """The phases that no trial has trained yet, by key."""
-    store = PhaseStore(agenda.storage)
-    return {
-        key: (planned, instance)
-        for planned in trials
-        if agenda.rows.get(planned.id, {}).get("status") not in ("ended", "stopped", "failed")
-        for instance, key in planned.keys.items()
-        if store.find(key) is None
-    }
+def _phase_cost(spec: TrialSpec, which: str, timer: StepTimer) -> PhaseCost:
+    run = PhaseRun.parse(which)
+    phase = spec.phases[run.phase]
+    sizes = [timer.shapes.num_bytes(spec.models[model], longest(spec)) for model in phase.train]
+    streams = streams_of(spec, run)
+    read = timer.read(streams[phase.pace].data).train
+    steps, seconds = num_steps(phase, length=read.length, num_sequences=len(read)), timer.step_seconds(spec, run)
+    replied = [stream for stream in streams.values() if stream.replies is not None]
+    if seconds is not None:
+        for stream in replied:
+            assert stream.replies is not None
+            fresh = _share_made(stream.replies, steps * phase.batch, len(timer.read(stream.data).train))
+            seconds += fresh * timer.reply_seconds(spec, phase, stream)
+        seconds *= steps
+    return PhaseCost(which, sum(sizes) * (1 + len(phase.save_at)), max(sizes), seconds, bool(replied))
 
 
-def _kind(spec: TrialSpec, name: str, width: int) -> str:
-    """Phases of one kind take equally long for a step, or nearly: tasks of about the same length do."""
-    phase = spec.phases[name]
-    shapes = {m: spec.models[m].model_dump(mode="json", exclude={"init"}) for m in spec.models_of(name)}
-    what = phase.model_dump(mode="json", include={"train", "batch", "streams"})
-    return digest([what, sorted(phase.terms), shapes, width.bit_length()])
+def _time_line(study: Study, costs: Sequence[PhaseCost], extra: int) -> str:
+    if not costs and not extra:
+        return "nothing to train"
+    if any(cost.seconds is None for cost in costs):
+        return "too large to be timed on this machine; device-hours show after the first phases"
+    of_one_trial = {cost.phase: cost.seconds or 0.0 for cost in costs}
+    seconds = sum(cost.seconds or 0.0 for cost in costs) + extra * sum(of_one_trial.values())
+    slot, num = study.slot, num_slots(study.slot)
+    replies = ", with replies as long as they may be" if any(cost.has_replies for cost in costs) else ""
+    return (
+        f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
+        f"{slot.workers} x ({slot.cpus:g} cpu, {slot.gpus:g} gpu) (steps timed here{replies})"
+    )
 
 
-def _width(read: Any) -> int:
-    """Tokens of a sequence, as a rule: packed ones are equally long, examples of a task are not."""
-    lengths = getattr(read, "lengths", None)
-    return int(read.length if lengths is None else lengths.mean())
+@dataclass
+class StepTimer:
+    """Times a step of each kind of phase, and the replies of each maker, once, on one thread of this machine's CPU."""
+
+    data: Mapping[str, Prepared]
+    shapes: Shapes
+    _steps: dict[str, float | None] = field(default_factory=dict)
+    _replies: dict[str, float] = field(default_factory=dict)
+
+    def read(self, name: str) -> Prepared:
+        return self.data.get(name) or next(iter(self.data.values()))
+
+    def step_seconds(self, spec: TrialSpec, run: PhaseRun) -> float | None:
+        """Seconds of one step, with fresh weights; None where a step is too large to try."""
+        phase = spec.phases[run.phase]
+        tokens = _tokens(self.read(streams_of(spec, run)[phase.pace].data).train)
+        # phases of one kind take nearly equally long for a step: tasks of about the same length do
+        models = {m: spec.models[m].model_dump(mode="json", exclude={"init"}) for m in spec.models_of(run.phase)}
+        own = phase.model_dump(mode="json", include={"train", "batch", "streams"})
+        kind = digest([own, sorted(phase.terms), models, tokens.bit_length()])
+        if kind not in self._steps:
+            self._steps[kind] = self._time_step(spec, run, tokens)
+        return self._steps[kind]
+
+    def _time_step(self, spec: TrialSpec, run: PhaseRun, tokens: int) -> float | None:
+        phase, streams = spec.phases[run.phase], streams_of(spec, run)
+        stream = streams[phase.pace]
+        read = self.read(stream.data)
+        used = dict.fromkeys(model for term in phase.terms.values() for model in term.reads)
+        makers = {name for own in streams.values() for name in own.reply_models}
+        passes = [*((model, 3 if model in phase.train else 1) for model in used), *((maker, 1) for maker in makers)]
+        flops = sum(2 * num * self.shapes.num_parameters(spec.models[model], longest(spec)) for model, num in passes)
+        if flops * phase.batch * tokens > PROBE_FLOPS:
+            return None
+        rows = torch.arange(min(phase.batch, len(read.train)))
+        nets = {}
+        for model in used:
+            head = head_of(spec, run, model)
+            config = self.shapes.config(spec.models[model], longest(spec))
+            nets[model] = build.from_config(config, head.num_labels if head is not None else None)
+        torch.set_num_threads(1)
+
+        def step() -> None:
+            for model, net in nets.items():
+                with torch.set_grad_enabled(model in phase.train):
+                    loss = _loss(net, read.batch(rows, stream.corruption, seed=0), is_task=read.num_labels is not None)
+                if model in phase.train:
+                    loss.backward()  # type: ignore[no-untyped-call]
+
+        step()  # warms up
+        started = time.monotonic()
+        step()
+        return time.monotonic() - started
+
+    def reply_seconds(self, spec: TrialSpec, phase: Phase, stream: Stream) -> float:
+        """Seconds of the replies of a step, each as long as it may be: for each maker a pass over the prompts, and a pass
+        for each further token, timed on a few. (A teacher that verifies a draft's blocks takes less.)"""
+        made, read = stream.replies, self.read(stream.data)
+        assert made is not None
+        seconds = 0.0
+        for maker in made.models:
+            shape = spec.models[maker].model_dump(mode="json", exclude={"init"})
+            kind = digest([shape, made.model_dump(mode="json"), phase.batch, stream.data])
+            if kind not in self._replies:
+                net = build.from_config(self.shapes.config(spec.models[maker], longest(spec)))
+                self._replies[kind] = _time_replies(net, made, read, phase.batch)
+            seconds += self._replies[kind]
+        return seconds
 
 
-def _of(data: Mapping[str, Prepared], name: str) -> Prepared:
-    return data.get(name) or next(iter(data.values()))
+def _loss(net: Any, batch: Any, *, is_task: bool) -> torch.Tensor:
+    """A loss whose step takes as long as those of training."""
+    batch = batch.to("cpu")
+    if is_task:
+        return output_head.class_logits(net, batch.ids_BT, batch.mask_BT, batch.types_BT).square().mean()
+    position_ids_BT = getattr(batch, "position_ids_BT", None)
+    logits = output_head.logits_at(net, batch.ids_BT, batch.positions_N, position_ids_BT=position_ids_BT)
+    return torch.nn.functional.cross_entropy(logits, batch.labels_N)
 
 
-def _time_step(spec: TrialSpec, instance: PhaseRun, data: Mapping[str, Prepared], shapes: Shapes) -> float | None:
-    """Seconds of one step of a phase on this machine, with fresh weights; None where it is too large to try."""
-    phase = spec.phases[instance.phase]
-    stream = streams_of(spec, instance)[phase.pace]
-    read = _of(data, stream.data)
-    used = dict.fromkeys(model for term in phase.terms.values() for model in reads(term))
-    flops = 0
-    for model in used:
-        per_token = 2 * shapes.num_parameters(spec.models[model], longest(spec)) * (3 if model in phase.train else 1)
-        flops += per_token * phase.batch * _width(read.train)
-    for maker in {name for one in streams_of(spec, instance).values() if one.replies for name in one.replies.makers}:
-        flops += 2 * shapes.num_parameters(spec.models[maker], longest(spec)) * phase.batch * _width(read.train)
-    if flops > PROBE_FLOPS:
-        return None
-    rows = range(min(phase.batch, len(read.train)))
-    built = {}
-    for model in used:
-        head = head_of(spec, instance, model)
-        config = shapes.config(spec.models[model], longest(spec))
-        built[model] = build.from_config(config, head.num_labels if head is not None else None)
-    torch.set_num_threads(1)
-
-    def step() -> None:
-        for model, net in built.items():
-            with torch.set_grad_enabled(model in phase.train):
-                if isinstance(read, Task):
-                    part = read.train.rows(rows)
-                    loss = output_head.class_logits(net, part.ids_BT, part.mask_BT, part.types_BT).square().mean()
-                elif isinstance(read, ExchangeSet):
-                    packed = read.train.rows(rows).to("cpu")
-                    logits = output_head.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
-                    loss = torch.nn.functional.cross_entropy(logits, packed.labels_N)
-                else:
-                    batch = corrupt(read.train.rows(rows), read, stream.corruption, seed=0)
-                    logits = output_head.logits_at(net, batch.ids_BT, batch.positions_N)
-                    loss = torch.nn.functional.cross_entropy(logits, batch.labels_N)
-            if model in phase.train:
-                loss.backward()  # type: ignore[no-untyped-call]
-
-    step()  # warms up
-    started = time.monotonic()
-    step()
-    return time.monotonic() - started
+def _time_replies(net: Any, made: ReplySource, read: Prepared, num: int) -> float:
+    batch = read.batch(torch.arange(min(num, len(read.train))), None, seed=0)
+    assert isinstance(batch, ExchangeBatch)
+    took = {}
+    for tokens in dict.fromkeys((1, min(TIMED_TOKENS, made.max_tokens))):
+        how = made.model_copy(update={"max_tokens": tokens})
+        started = time.monotonic()
+        sample(net, batch.prompts, how, GenerationContext(-1, batch.pad_id, read.vocab_size, "cpu"), seed=0)  # fmt: skip
+        took[tokens] = time.monotonic() - started
+    most = max(took)
+    return took[1] + (made.max_tokens - 1) * max(0.0, took[most] - took[1]) / max(1, most - 1)
 
 
-def _share_made(made: Made, num_read: int, num_prompts: int) -> float:
-    """Of the steps, those that make fresh replies; where that rises with the loss, which nobody knows yet, all of them."""
-    at = [(i + 0.5) / 8 for i in range(8)]
+def _tokens(train: Any) -> int:
+    """Tokens of a sequence: packed ones are equally long; of a task's examples, the mean."""
+    lengths = getattr(train, "lengths", None)
+    return int(train.length if lengths is None else lengths.mean())
+
+
+def _share_made(made: ReplySource, num_read: int, num_prompts: int) -> float:
+    """Share of the steps that make fresh replies; all where the share rises with the loss, which is not known yet."""
+    fractions = [(i + 0.5) / 8 for i in range(8)]
     if isinstance(made.share, RisesWithLoss):
-        shares = [1.0] * len(at)
+        shares = [1.0] * len(fractions)
     else:
-        shares = [share_at(made.share, share_start(made.share), progress) for progress in at]
+        shares = [made.share.value_at(progress) for progress in fractions]
     if made.replay is not None:
         rest = max(0.0, 1 - made.replay.size / max(1, num_read))  # of the budget, from when it is full
-        fresh = [1 - rest + rest * fresh_share(made.replay, progress) for progress in at]
+        fresh = [1 - rest + rest * made.replay.fresh_share(progress) for progress in fractions]
         shares = [share * one for share, one in zip(shares, fresh, strict=True)]
     mean = sum(shares) / len(shares)
     if isinstance(made, Sampled) and made.once:
@@ -184,39 +221,9 @@ def _share_made(made: Made, num_read: int, num_prompts: int) -> float:
     return mean
 
 
-def _time_replies(
-    spec: TrialSpec, name: str, stream: Stream, data: Mapping[str, Prepared], shapes: Shapes, known: dict[str, float]
-) -> float:
-    """Seconds of the replies of a step on this machine, none of which ends before it must: each maker's pass over the
-    prompts, and a pass for each further token, from a few. (A teacher that looks over a draft's blocks takes less.)"""
-    made, read = stream.replies, _of(data, stream.data)
-    assert made is not None and isinstance(read, ExchangeSet)
-    phase, seconds = spec.phases[name], 0.0
-    batch = read.train.rows(range(min(phase.batch, len(read.train))))
-    for maker in made.makers:
-        model = spec.models[maker]
-        shape = model.model_dump(mode="json", exclude={"init"})
-        key = digest([shape, made.model_dump(mode="json"), phase.batch, stream.data])
-        if key not in known:
-            net = build.from_config(shapes.config(model, longest(spec)))
-            took = {}
-            for num in dict.fromkeys((1, min(FEW, made.max_tokens))):
-                how = made.model_copy(update={"max_tokens": num})
-                started = time.monotonic()
-                sample(net, batch.prompts, how, end_id=-1, pad_id=batch.pad_id, vocab_size=read.vocab_size, seed=0, device="cpu")  # fmt: skip
-                took[num] = time.monotonic() - started
-            few = max(took)
-            each = max(0.0, took[few] - took[1]) / max(1, few - 1)
-            known[key] = took[1] + (made.max_tokens - 1) * each
-        seconds += known[key]
-    return seconds
-
-
-def _existing_parent(storage: Storage) -> str:
+def _existing_parent(storage: Storage) -> Path:
     path = storage.path()
-    while not path.exists():
-        path = path.parent
-    return str(path)
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _minutes(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a report is made of, before it is HTML or Markdown: blocks, and numbers as text. Knows no table and no study."""
+"""Blocks of a report before they are HTML or Markdown, and numbers as text. Knows no results and no study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from orchestrator.analysis.statistics import paired_t
+STRUCTURE = ("models", "phases", "terms", "optimizer", "budget")  # parts of a path that `short_names` leaves out
+PREFIXES = "kMGTPEZY"
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,6 @@ class Section:
     blocks: Sequence[Block]
 
 
-# ----------------------------------------------------------------------------------------------------------- numbers
-
-
 def fixed(value: float | None, decimals: int, *, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "–"
@@ -60,6 +58,10 @@ def decimals_for(half: float | None, value: float = math.nan) -> int:
     if value and math.isfinite(value):
         return min(8, max(0, 2 - math.floor(math.log10(abs(value)))))
     return 3
+
+
+def decimals_beside(interval: tuple[float, float] | None, value: float = math.nan) -> int:
+    return decimals_for((interval[1] - interval[0]) / 2 if interval else None, value)
 
 
 def span(interval: tuple[float, float] | None, decimals: int) -> str:
@@ -85,42 +87,35 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half width of its 95 % t interval; NaN for what so few values cannot say."""
-    finite = [v for v in values if math.isfinite(v)]
-    if len(finite) < 2:
-        return (finite[0] if finite else math.nan), math.nan
-    test = paired_t(finite)
-    return float(test.mean), float(test.half)
-
-
-def mean_text(values: Sequence[float]) -> str:
-    mean, half = mean_and_half(values)
+def mean_text(mean: float, half: float) -> str:
+    """A mean and the half width of its interval, which may be NaN."""
     places = decimals_for(half, mean)
     return fixed(mean, places) + (f" ± {fixed(half, places)}" if math.isfinite(half) else "")
 
 
-STRUCTURE = ("models", "phases", "terms", "optimizer", "budget")  # words of a path that a reader can do without
+def si(value: float, unit: str = "") -> str:
+    """At most three digits and an SI prefix: 1234567 -> '1.23 M'; 0.00021 -> '2.1e−4'."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    size, sign, power = abs(value), "−" if value < 0 else "", 0
+    while size >= 999.5 and power < len(PREFIXES):
+        size, power = size / 1000, power + 1
+    digits = f"{size:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+", "e")
+    prefix = PREFIXES[power - 1] if power else ""
+    return f"{sign}{digits}" + (f"\u202f{prefix}{unit}" if prefix or unit else "")
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> its telling parts: `phases.teach.budget.steps` is read as `teach steps`; the whole path where two collide."""
+    """Shortens paths: `phases.teach.budget.steps` to `teach steps`; keeps the whole path where two short names are equal."""
     names = {path: " ".join(part for part in path.split(".") if part not in STRUCTURE) for path in paths}
     return {path: name if list(names.values()).count(name) == 1 else path for path, name in names.items()}
 
 
 def setting(value: Any) -> str:
     """The value of a varied factor."""
-    return (
-        f"{value:#.3g}".rstrip(".")
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- Markdown
+    if isinstance(value, float):
+        return f"{value:#.3g}".rstrip(".")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def as_markdown(block: Block) -> str:
@@ -139,6 +134,6 @@ def as_markdown(block: Block) -> str:
 
 
 def escape(text: str) -> str:
-    """Text of other people cannot become markup: no tags, links, code, images or columns of a table."""
+    """Keeps text from a study or a log from becoming markup: tags, links, code, images, columns of a table."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{c}" if c in "\\`*[]|" else c for c in text)

@@ -1,7 +1,7 @@
-"""Numbers -> inline SVG. Pure and deterministic; knows no table, no study and no HTML.
+"""Draws numbers as inline SVG. Deterministic; knows no results, no study and no HTML.
 
-Lengths are CSS pixels. Colours are stand-ins, replaced by the page's CSS variables, so that one drawing serves light,
-dark and paper. Text stays text: it can be selected, and is set in the page's own face.
+Lengths are CSS pixels. Colours are placeholders that become the page's CSS variables, so that a drawing serves light, dark
+and print. Text stays text: selectable, and in the page's font.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from orchestrator.reporting.document import si
+
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0400{i:02x}" for i in range(8))
 MARKERS = "osD^vPX*"
@@ -25,7 +27,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {colour: f"s{i}" for i
 _STYLE = {
     "svg.hashsalt": "codistill",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # labels are other people's text: a dollar sign is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a label from a study starts no formula
     "font.size": 11,
     "axes.edgecolor": RULE,
     "axes.labelcolor": MUTED,
@@ -45,23 +47,22 @@ _STYLE = {
     "axes.unicode_minus": True,
 }
 _LINE = 14  # px between lines of text
-_PREFIXES = "kMGTPEZY"
-_CHAR = 6.4  # px of one character at this size, rather too many than too few
+_CHAR = 6.4  # px per character at this size, an upper estimate
 
 
 class Series(NamedTuple):
-    """One named colour: lines with a band, single points, or both."""
+    """A named line with a band, single points, or both."""
 
     name: str
-    style: int  # which colour and marker
+    style: int  # index of colour and marker
     x: Sequence[float] = ()
     y: Sequence[float] = ()
-    half: Sequence[float] = ()  # of the band around y; NaN where there is none
+    half: Sequence[float] = ()  # half width of the band around y; NaN where there is none
     points: Sequence[tuple[float, float]] = ()
 
 
 class Pair(NamedTuple):
-    """Seeds of two arms, joined."""
+    """The values of two arms, joined by seed."""
 
     title: str  # the number of the claim
     left: str
@@ -73,7 +74,7 @@ class Pair(NamedTuple):
 
 
 class Group(NamedTuple):
-    """All that shares one y axis on the first screen."""
+    """Pairs and costs that share one y axis on the first screen."""
 
     label: str
     pairs: Sequence[Pair]
@@ -82,7 +83,7 @@ class Group(NamedTuple):
 
 
 def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int = 300) -> str:
-    """A row per group: its pairs, seed by seed, and beside them the same numbers against what was spent."""
+    """A row per group: the pairs by seed, and beside them the same values against cost."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(width, height * len(groups))
         for row, group in enumerate(groups):
@@ -96,12 +97,12 @@ def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int 
             each = min(150.0, room / max(1, len(group.pairs)))
             compute += room - each * len(group.pairs)
             for i, pair in enumerate(group.pairs):
-                axes = _axes(figure, 52 + i * each, top, each - 14, bottom - top)
+                axes = _axes(figure, (52 + i * each, top, each - 14, bottom - top))
                 _pair(axes, pair, each - 14, limits, first=i == 0)
                 if i == 0:
                     figure.text(0, 1 - (top - 28) / figure.bbox.height, group.label, color=MUTED, va="top")
             left = 52 + each * len(group.pairs) + 20
-            axes = _axes(figure, left, top, compute, bottom - top)
+            axes = _axes(figure, (left, top, compute, bottom - top))
             axes.set_ylim(*limits)
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.tick_params(labelleft=False)
@@ -129,24 +130,24 @@ def _pair(axes: Axes, pair: Pair, width: float, limits: tuple[float, float], *, 
         f"claim {pair.title}" if width > 9 * _CHAR else pair.title, fontsize=11, color=INK, pad=6, fontweight="bold"
     )
     fits = int(width / _CHAR)
-    if fits < 6:  # too narrow for names: markers and colours say whose they are
+    if fits < 6:  # too narrow for names: markers and colours identify the arms
         return
     left, right = _short(pair.left, fits), _short(pair.right, fits)
-    below = 0 if len(left) + len(right) + 2 <= fits else _LINE  # names too long for one line stand on two
+    below = 0 if len(left) + len(right) + 2 <= fits else _LINE  # names too long for one line take two
     for end, name, align, down in ((0.0, left, "left", 0), (1.0, right, "right", below)):
         axes.annotate(name, (end, 0), (0, -7 - down), ("axes fraction", "axes fraction"), "offset points", ha=align,
                       va="top", color=INK, annotation_clip=False)  # fmt: skip
 
 
 def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width: int = 1000, height: int = 300) -> str:
-    """Panels with one y axis, lines with bands; `label` names the y axis."""
+    """Panels of lines with bands; `label` names the common y axis."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(width, height)
         names = max([_CHAR * len(_short(s.name, 24)) for s in panels[0][1]], default=0.0) + 18
         each = (width - 52 - names - 24 * len(panels)) / len(panels)
         values = [y for _, series in panels for s in series for y in s.y]
         for i, (title, series) in enumerate(panels):
-            axes = _axes(figure, 52 + i * (each + 24), 30, each, height - 74)
+            axes = _axes(figure, (52 + i * (each + 24), 30, each, height - 74))
             axes.set_ylim(*_limits(values))
             axes.yaxis.set_major_locator(MaxNLocator(6))
             axes.tick_params(labelleft=i == 0)
@@ -160,7 +161,7 @@ def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width:
 
 
 class Effect(NamedTuple):
-    """One varied factor. `labels` of a choice (x is then an index into them), none for a range."""
+    """One varied factor: a choice with `labels`, into which x is an index, or a range without labels."""
 
     name: str
     labels: Sequence[str]
@@ -170,7 +171,7 @@ class Effect(NamedTuple):
 
 
 def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: int = 230) -> str:
-    """Small multiples, three to a row: each completed trial a point, each label's mean with its interval."""
+    """Small multiples, three per row: a point per completed trial, and each label's mean with its interval."""
     with matplotlib.rc_context(_STYLE):
         rows = math.ceil(len(panels) / 3)
         figure = _figure(width, height * rows + 16)
@@ -178,7 +179,7 @@ def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: 
         each = (width - 52 - names - 24 * 3) / 3
         limits = _limits([y for p in panels for s in p.series for _, y in s.points])
         for i, panel in enumerate(panels):
-            axes = _axes(figure, 52 + i % 3 * (each + 24), 44 + height * (i // 3), each, height - 64)
+            axes = _axes(figure, (52 + i % 3 * (each + 24), 44 + height * (i // 3), each, height - 64))
             axes.set_ylim(*limits)
             axes.tick_params(labelleft=i % 3 == 0)
             axes.set_title(_short(panel.name, int(each / _CHAR)), fontsize=11, loc="left", pad=6)
@@ -210,8 +211,9 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def _axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
     w, h = figure.bbox.width, figure.bbox.height
+    left, top, width, height = box
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
@@ -238,7 +240,7 @@ def _lines(axes: Axes, series: Sequence[Series]) -> None:
 
 
 def _names(axes: Axes, series: Sequence[Series], height: float, most: int) -> None:
-    """Names with their markers right of the axes, at the height of their last value, pushed apart."""
+    """Writes names with their markers right of the axes, at the height of the last value, without overlap."""
     low, high = axes.get_ylim()
 
     def end(s: Series) -> float:
@@ -251,14 +253,14 @@ def _names(axes: Axes, series: Sequence[Series], height: float, most: int) -> No
         place = min(max(end(s), places[-1] + _LINE if places else 0), height - _LINE * (len(ordered) - 1 - i))
         places.append(max(place, places[-1] + _LINE) if places else place)
     for s, place in zip(ordered, places, strict=True):
-        at: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
         x = 8 / axes.bbox.width
-        axes.plot([1 + x], [place / height], MARKERS[s.style % 8], color=SERIES[s.style % 8], markersize=5, **at)
-        axes.text(1 + 2 * x, place / height, _short(s.name, most), va="center_baseline", color=INK, **at)
+        axes.plot([1 + x], [place / height], MARKERS[s.style % 8], color=SERIES[s.style % 8], markersize=5, **outside)
+        axes.text(1 + 2 * x, place / height, _short(s.name, most), va="center_baseline", color=INK, **outside)
 
 
 def _number_axis(axes: Axes, values: Sequence[float], *, log: bool | None = None) -> None:
-    """SI prefixes; logarithmic where asked for, or where the values span more than a factor of six."""
+    """Formats x with SI prefixes; logarithmic if `log`, by default where values span more than a factor of six."""
     finite = [v for v in values if math.isfinite(v)]
     if log is None:
         log = bool(finite) and min(finite) > 0 and max(finite) > 6 * min(finite)
@@ -275,24 +277,12 @@ def _number_axis(axes: Axes, values: Sequence[float], *, log: bool | None = None
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: si(x)))
 
 
-def si(value: float, unit: str = "") -> str:
-    """At most three digits and an SI prefix: 1234567 -> '1.23 M'; 0.00021 -> '2.1e−4'."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "–"
-    size, sign, power = abs(value), "−" if value < 0 else "", 0
-    while size >= 999.5 and power < len(_PREFIXES):
-        size, power = size / 1000, power + 1
-    digits = f"{size:.3g}".replace("e-0", "e−").replace("e-", "e−").replace("e+", "e")
-    prefix = _PREFIXES[power - 1] if power else ""
-    return f"{sign}{digits}" + (f"\u202f{prefix}{unit}" if prefix or unit else "")
-
-
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: max(1, most - 1)] + "…"
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The bare <svg> element: no prolog, no date, ids that are its own on a page of several figures."""
+    """Renders a bare <svg> element: no prolog, no date, and ids that are unique on a page of several figures."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

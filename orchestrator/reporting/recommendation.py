@@ -1,37 +1,40 @@
-"""What to use, in words, how sure that is, what it costs, and the command that exports it. Pure.
+"""The recommendation: what to use, how sure that is, what it costs, and the command that exports it.
 
-Chosen on dev alone, and confirmed on fresh seeds where the study says so: `test` is read, never chosen by.
+Selected on dev alone and, where the study says so, confirmed on fresh seeds: `test` is reported, never selected by.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from orchestrator.analysis.arm_values import parsed
-from orchestrator.analysis.curves import (
-    baseline_of,
-    baseline_scores,
-    completed,
-    costs,
-    ended,
-    match,
-    objective_reading,
-    planned,
-    task_facts,
-    values_of,  # fmt: skip
-)
+from orchestrator.analysis import curves
+from orchestrator.analysis.costs import costs
+from orchestrator.analysis.curves import ended, objective_reading, values_of
+from orchestrator.analysis.queries import parsed
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Confirmation, Verdict, confirm_verdict
-from orchestrator.reporting.document import decimals_for, duration, fixed, plural, setting, short_names, span
-from orchestrator.reporting.figures import si
+from orchestrator.reporting.commands import DEFAULT_STORAGE, export_command
+from orchestrator.reporting.document import (
+    decimals_beside,
+    decimals_for,
+    duration,
+    fixed,
+    plural,
+    setting,
+    short_names,
+    si,
+    span,
+)
+from orchestrator.reporting.notes import note_text
 from orchestrator.study.schema import Study
+
+Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -44,171 +47,148 @@ class Advice:
     command: str = ""
 
 
-def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequence[Verdict]) -> Advice:
-    """`points` as point_scores gives them."""
+def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequence[Verdict], *,
+           storage: str = DEFAULT_STORAGE) -> Advice:  # fmt: skip
+    """`points` as `point_scores` returns them."""
     if study.search is None:
-        return _best_arm(study, tables, verdicts)
-    title, done, trials = "Recommended recipe", completed(points), planned(tables.trials)
-    confirming = trials[(trials["kind"] == "confirm") & trials["arm"].isna()]
+        return _best_arm(study, tables, verdicts, storage)
+    title, done, trials = "Recommended recipe", curves.completed(points), curves.planned(tables.trials)
     if done.empty:
         return Advice(title, "None yet: no point of the search has ended.")
+    confirming = trials[(trials["kind"] == "confirm") & trials["arm"].isna()]
     best = done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True]).iloc[0]
     winner = str(confirming["point"].iloc[0] if len(confirming) else best["point"])
     own = trials[(trials["point"] == winner) & trials["arm"].isna()]
     params, names = parsed(own["params"].iloc[0]), short_names(tuple(study.vary))
-    recipe = [(names[axis], setting(params[axis])) for axis in study.vary if params.get(axis) is not None]
+    recipe = [(names[path], setting(params[path])) for path in study.vary if params.get(path) is not None]
     score = float(done.loc[done["point"] == winner, "score"].mean())
     fresh = own[(own["kind"] == "confirm") & (own["status"] == "ended")]
     runs = fresh if len(fresh) else own[own["status"] == "ended"]
-    run = _best_on_dev(study, tables, runs)
-    shown = fixed(score, decimals_for(None, score), sign=study.objective.minus is not None)
-    paired = f" minus {study.objective.minus}" if study.objective.minus else ""
-    facts = [("search", f"{shown} on dev{paired}: optimistic, best of {len(done)}")]
-    command = export_command(study, f"--trial {run}") if run else ""
+    on_dev = values_of(tables, objective_reading(study), runs)
+    command = export_command(study, f"--trial {_best(study, dict(sorted(on_dev.items())))}", storage) if on_dev else ""
+    minus = study.objective.minus
+    shown = fixed(score, decimals_for(None, score), sign=minus is not None) + (f" against {minus}" if minus else "")
+    selected = f"{shown}: best of {len(done)}"
     if study.confirm is None or confirming.empty:
-        why = "confirm has not run yet" if study.confirm else "the study asks for no confirm"
+        why = "confirm has not run yet" if study.confirm else "the study has no `confirm`"
         lead = f"{winner} is the best so far, not confirmed on fresh seeds: {why}."
-        return Advice(title, lead, "", recipe, [*facts, ("cost", _cost(study, tables, runs))], command)
+        facts = [("selected on dev", f"{selected}, optimistic"), ("cost", _cost(study, tables, runs))]
+        return Advice(title, lead, "", recipe, facts, command)
     base = study.confirm.against
-    difference = _search_difference(study, tables, base, params, done[done["point"] == winner])
-    found = confirm_verdict(
-        tables.results, tables.trials, winner, base, objective_reading(study, "test"),
+    difference = _search_difference(study, tables, base, params, winner=done[done["point"] == winner])
+    confirmation = confirm_verdict(
+        tables.results, tables.trials, (winner, base), objective_reading(study, "test"),
         search_difference=difference if math.isfinite(difference) else None, num_seeds=study.confirm.seeds,
-        examples=tables.examples, tasks=task_facts(study),
+        examples=tables.examples, tasks=curves.task_facts(study),
     )  # fmt: skip
     lead = {
         "supported": f"Use {winner}: better than {base} on fresh seeds.",
         "refuted": f"Stay with {base}: the search’s best, {winner}, was worse on fresh seeds.",
         "undecided": f"{winner} is the search’s best, not shown to be better than {base}.",
-    }[found.verdict]
-    if found.verdict == "refuted":
-        command = export_command(study, f"--arm {shlex.quote(base)}")
-    facts += _shrinkage(study, tables, found, difference, score, fresh)
-    facts[0] = (facts[0][0], f"{facts[0][1]}, {base}’s of {max(1, _num_tuned(study, tables, base, params))}")
+    }[confirmation.verdict]
+    if confirmation.verdict == "refuted":
+        command = export_command(study, f"--arm {shlex.quote(base)}", storage)
+    again = list(values_of(tables, objective_reading(study), fresh).values()) if minus is None else []
     confirmed = ended(tables, "confirm")
-    cost = ("cost", _cost(study, tables, runs, (base, confirmed[confirmed["point"] == base])))
-    return Advice(title, lead, found.verdict, recipe, [*_confirmed(study, found, base), *facts, cost], command)
+    facts = [
+        *_confirmed(study, confirmation, base),
+        ("selected on dev", f"{selected} ({base}: best of {_num_tuned(study, tables, base, params)}), optimistic"),
+        *_shrinkage(confirmation, difference, score, again),
+        ("cost", _cost(study, tables, runs, (base, confirmed[confirmed["point"] == base]))),
+    ]
+    return Advice(title, lead, confirmation.verdict, recipe, facts, command)
 
 
-def _shrinkage(study: Study, tables: Tables, found: Confirmation, difference: float, score: float,
-               fresh: pd.DataFrame) -> list[tuple[str, str]]:  # fmt: skip
-    """Of the difference to the baseline; where the search saw no pair for it, of the score itself on dev."""
-    if found.shrinkage is not None and found.comparison is not None:
-        three = (difference, found.comparison.effect, found.shrinkage)
-        places = decimals_for(None, found.comparison.effect)
-        before, now, less = (fixed(value, places, sign=True) for value in three)
+def _best(study: Study, scores: Mapping[str, float]) -> str:
+    return (min if study.objective.mode == "min" else max)(scores, key=scores.__getitem__)
+
+
+def _shrinkage(confirmation: Confirmation, difference: float, score: float, again: Sequence[float]) -> Facts:
+    """Shrinkage of the difference to the baseline; without one in the search, of the score itself on dev."""
+    if confirmation.shrinkage is not None and confirmation.comparison is not None:
+        effect = confirmation.comparison.effect
+        values = (difference, effect, confirmation.shrinkage)
+        before, now, less = (fixed(value, decimals_for(None, effect), sign=True) for value in values)
         return [("shrinkage", f"{less}: from {before} in the search (dev) to {now} (test)")]
-    again = list(values_of(tables, objective_reading(study), fresh).values())
-    if study.objective.minus is not None or not again:
+    if not again:
         return []
     mean, places = sum(again) / len(again), decimals_for(None, score)
-    less = fixed(score - mean, places, sign=True)
-    return [
-        (
-            "shrinkage",
-            f"{less}: from {fixed(score, places)} in the search to {fixed(mean, places)} on fresh seeds (dev)",
-        )
-    ]
+    less, before, now = fixed(score - mean, places, sign=True), fixed(score, places), fixed(mean, places)
+    return [("shrinkage", f"{less}: from {before} in the search to {now} on fresh seeds (dev)")]
 
 
-def _num_tuned(study: Study, tables: Tables, base: str, params: dict[str, Any]) -> int:
-    """How many trials the other side was chosen from: the search's best is the best of more."""
-    sizes = match(study, 0, params)
-    return sum(match(study, 0, parsed(cell)) == sizes for cell in ended(tables, "tune", base)["params"])
+def _num_tuned(study: Study, tables: Tables, base: str, params: Mapping[str, Any]) -> int:
+    """How many trials the baseline was selected from."""
+    sizes = curves.match(study, 0, params)
+    return max(1, sum(curves.match(study, 0, parsed(cell)) == sizes for cell in ended(tables, "tune", base)["params"]))
 
 
-def _search_difference(study: Study, tables: Tables, base: str, params: dict[str, Any], winner: pd.DataFrame) -> float:
-    """Winner minus `base` on dev, as the search saw them; NaN where it did not."""
+def _search_difference(
+    study: Study, tables: Tables, base: str, params: Mapping[str, Any], *, winner: pd.DataFrame
+) -> float:
+    """Winner minus `base` on dev in the search; NaN where the search has no such pair."""
     if winner.empty:
         return math.nan
     score, minus = float(winner["score"].mean()), study.objective.minus
     if minus == base:
         return score
-    same = match(study, int(winner["seed"].iloc[0]), params)
+    pair = curves.match(study, int(winner["seed"].iloc[0]), params)
     if minus is not None:
-        score += baseline_scores(study, tables, minus).get(same, math.nan)
-    return score - baseline_scores(study, tables, base).get(same, math.nan)
+        score += curves.baseline_scores(study, tables, minus).get(pair, math.nan)
+    return score - curves.baseline_scores(study, tables, base).get(pair, math.nan)
 
 
-def _confirmed(study: Study, found: Confirmation, base: str) -> list[tuple[str, str]]:
-    c = found.comparison
+def _confirmed(study: Study, confirmation: Confirmation, base: str) -> Facts:
+    c = confirmation.comparison
     if c is None:
-        return [("confirmed", "; ".join(found.notes) or "no pair of fresh seeds has ended")]
-    places = decimals_for((c.interval[1] - c.interval[0]) / 2 if c.interval else None, c.effect)
-    metric, arm, against = study.objective.metric, fixed(c.mean_arm, places), fixed(c.mean_against, places)
-    return [
-        (metric, f"{arm} against {against} of {base}, on test"),
-        ("difference", f"{fixed(c.effect, places, sign=True)} {span(c.interval, places)}, n = {c.n}"),
-        *([("new data as well", span(c.new_data, places))] if c.new_data else []),
-    ]
+        return [("confirmed", "; ".join(map(note_text, confirmation.notes)) or "no pair of fresh seeds has ended")]
+    places = decimals_beside(c.interval, c.effect)
+    means = f"{fixed(c.mean_arm, places)} against {fixed(c.mean_against, places)} of {base}, on test"
+    difference = f"{fixed(c.effect, places, sign=True)} {span(c.interval, places)}, n = {c.n}"
+    new_data = [("new data as well", span(c.new_data, places))] if c.new_data else []
+    return [(study.objective.metric, means), ("difference", difference), *new_data]
 
 
-def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Advice:
-    """Without a search: the arm that is best on dev; whether that means anything is the claims' to say."""
-    at, title = objective_reading(study), "Recommended arm"
-    scores = {arm: list(values_of(tables, at, ended(tables, "trial", arm)).values()) for arm in study.arms}
-    means = {arm: sum(found) / len(found) for arm, found in scores.items() if found}
+def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict], storage: str) -> Advice:
+    """Without a search, the arm that is best on dev; the claims say whether the arm is better."""
+    query, title = objective_reading(study), "Recommended arm"
+    scores = {arm: list(values_of(tables, query, ended(tables, "trial", arm)).values()) for arm in study.arms}
+    means = {arm: sum(values) / len(values) for arm, values in scores.items() if values}
     if not means:
         return Advice(title, "None yet: no trial of an arm has ended.")
-    best = (min if study.objective.mode == "min" else max)(means, key=means.__getitem__)
-    held = [(i, v) for i, v in enumerate(verdicts, 1) if v.claim.arm == best and v.verdict == "supported"]
-    shown = ", ".join(str(i) for i, v in held if v.claim.margin >= 0)
-    level = ", ".join(f"{i} ({v.claim.stated()})" for i, v in held if v.claim.margin < 0)
-    if shown:
-        lead, verdict = f"Use {best}: claim {shown}.", "supported"
-    elif level:
-        lead, verdict = f"{best} has the best mean on dev; no claim shows that it is better, but claim {level}.", ""
-    else:
-        lead, verdict = f"{best} has the best mean on dev; no claim shows that it is better.", ""
+    best = _best(study, means)
+    supported = [(i, v.claim) for i, v in enumerate(verdicts, 1) if v.verdict == "supported"]
+    better = ", ".join(str(i) for i, claim in supported if claim.arm == best and claim.margin >= 0)
+    level = ", ".join(f"{i} ({c.stated()})" for i, c in supported if c.arm == best and c.margin < 0)
+    lead = f"{best} has the best mean on dev; no claim shows an advantage{f', but claim {level}' if level else ''}."
     places = decimals_for(None, means[best])
     facts = [
-        (arm, f"{fixed(means[arm], places)} {at.metric} on dev, mean of {plural(len(scores[arm]), 'seed')}")
-        for arm in (best, baseline_of(study, best))
+        (arm, f"{fixed(means[arm], places)} {query.metric} on dev, mean of {plural(len(scores[arm]), 'seed')}")
+        for arm in (best, curves.baseline_of(study, best))
         if arm in means
     ]
-    facts += [
-        ("cheaper", f"claim {i}: {v.claim.stated()}")
-        for i, v in enumerate(verdicts, 1)
-        if v.verdict == "supported" and v.claim.less and best in v.claim.rivals
-    ]
-    facts += [("chosen", f"the best of {len(means)} arms on dev: optimistic")] if len(means) > 1 else []
+    facts += [("cheaper", f"claim {i}: {c.stated()}") for i, c in supported if c.less and best in c.rivals]
+    facts += [("selected on dev", f"best of {len(means)} arms, optimistic")] if len(means) > 1 else []
     facts.append(("cost", _cost(study, tables, ended(tables, "trial", best))))
-    return Advice(title, lead, verdict, (), facts, export_command(study, f"--arm {shlex.quote(best)}"))
-
-
-def _best_on_dev(study: Study, tables: Tables, trials: pd.DataFrame) -> str | None:
-    values = values_of(tables, objective_reading(study), trials)
-    ordered = sorted(values)
-    return (min if study.objective.mode == "min" else max)(ordered, key=values.__getitem__) if ordered else None
+    command = export_command(study, f"--arm {shlex.quote(best)}", storage)
+    if better:
+        return Advice(title, f"Use {best}: claim {better}.", "supported", (), facts, command)
+    return Advice(title, lead, "", (), facts, command)
 
 
 def _cost(study: Study, tables: Tables, trials: pd.DataFrame, beside: tuple[str, pd.DataFrame] | None = None) -> str:
-    """Mean of a trial, its teacher included; and over that of an arm beside it, since no axis holds the two equal."""
-    at = objective_reading(study)
-    cost = costs(tables, trials[trials["status"] == "ended"], at)
+    """The mean cost of a trial, teacher included; and its ratio to the cost of an arm beside it."""
+    query = objective_reading(study)
+    cost = costs(tables, trials[trials["status"] == "ended"], query)
     if cost.empty:
         return "not known yet"
-    flops, seconds = _spent(cost)
-    text = f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time a trial, teacher included"
-    if beside is None or (other := costs(tables, beside[1], at)).empty:
+    flops, seconds = _total(cost, "flops"), _total(cost, "device_seconds")
+    text = f"{si(flops, 'FLOPs')}, {duration(seconds)} of device time per trial, teacher included"
+    if beside is None or (other := costs(tables, beside[1], query)).empty or not _total(other, "flops"):
         return text
-    less, _ = _spent(other)
-    return f"{text}: ×{flops / less:.2f} {beside[0]}’s FLOPs" if less else text
+    return f"{text}: ×{flops / _total(other, 'flops'):.2f} the FLOPs of {beside[0]}"
 
 
-def _spent(cost: pd.DataFrame) -> tuple[float, float]:
+def _total(cost: pd.DataFrame, what: str) -> float:
     mean = cost.drop(columns="trial").mean()
-    flops, seconds = (float(mean[f"own_{what}"] + mean[f"before_{what}"]) for what in ("flops", "device_seconds"))
-    return flops, seconds
-
-
-def arguments(study: Study) -> str:
-    """What a command needs, beside the file, to mean this study."""
-    profile = "" if study.is_default_profile else f" --profile {shlex.quote(str(study.profile))}"
-    sets = (shlex.quote(f"trial.{path}={json.dumps(value)}") for path, value in study.fixed.items())
-    return profile + "".join(f" --set {given}" for given in sets)
-
-
-def export_command(study: Study, what: str) -> str:
-    model = f"--model {study.objective.model}"
-    return f"python -m orchestrator.export {shlex.quote(study.file)} --to best {what} {model}{arguments(study)}"
+    return float(mean[f"own_{what}"] + mean[f"before_{what}"])

@@ -1,7 +1,7 @@
-"""Where points come from: Optuna, asked and told. The only importer of optuna; knows no Ray and no storage.
+"""The points of a search, from Optuna. The only importer of optuna; knows no Ray and no storage.
 
-The study in memory is derived: it is rebuilt from the trials' ends at each start. Each question is asked with a sampler
-seeded by (study seed, number), so that an answer depends only on what was known when it was asked.
+Optuna's study is in memory, and rebuilt from the trials' ends at each start. Each question is put to a sampler seeded by
+(study seed, number), so that an answer depends only on what was known when the question was put.
 """
 
 from __future__ import annotations
@@ -9,35 +9,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from orchestrator.study.schema import Choice, FloatRange, Study
+from orchestrator.study.schema import Axis, Choice, FloatRange, Study
 from trainables.config.value import digest, random_stream
+from trainables.runtime.outcome import Status
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-State = Literal["running", "ended", "stopped", "failed"]
 STATES = {
-    "running": TrialState.RUNNING,
-    "ended": TrialState.COMPLETE,
-    "stopped": TrialState.PRUNED,  # never COMPLETE: its last score is no final one
-    "failed": TrialState.FAIL,
+    Status.RUNNING: TrialState.RUNNING,
+    Status.ENDED: TrialState.COMPLETE,
+    Status.STOPPED: TrialState.PRUNED,  # not COMPLETE: its last score is no final score
+    Status.FAILED: TrialState.FAIL,
 }
 TRIES = 50  # questions before a space counts as used up
-INSISTS = 10  # questions after which TPE, whose favourite may be excluded, is replaced by a random draw
-LISTED = 10_000  # combinations: of so few, those that a sampler does not come upon are taken from a list
+RANDOM_AFTER = 10  # questions after which random draws replace TPE, whose favourite may be excluded
+LISTED = 10_000  # combinations: in a space of at most so many, points that the sampler misses come from a list
 
 
-def space_of(study: Study) -> dict[str, BaseDistribution]:
-    return {name: _distribution(axis) for name, axis in study.vary.items()}
-
-
-def _distribution(axis: Any) -> BaseDistribution:
+def _distribution(axis: Axis) -> BaseDistribution:
     match axis:
         case Choice():
             return CategoricalDistribution(list(axis.choice))
@@ -47,7 +42,7 @@ def _distribution(axis: Any) -> BaseDistribution:
             return IntDistribution(*axis.int_, log=axis.log, step=axis.step)
 
 
-def _suggest(trial: optuna.Trial, name: str, axis: Any) -> Any:
+def _suggest(trial: optuna.Trial, name: str, axis: Axis) -> Any:
     match axis:
         case Choice():
             return trial.suggest_categorical(name, list(axis.choice))
@@ -57,94 +52,88 @@ def _suggest(trial: optuna.Trial, name: str, axis: Any) -> Any:
             return trial.suggest_int(name, *axis.int_, log=axis.log, step=axis.step)
 
 
-@dataclass
 class Sampler:
     """Asks for points one by one. `is_new` refuses points that the study excludes or already has."""
 
-    study: Study
-    _optuna: optuna.Study = field(init=False)
-    _numbers: dict[int, int] = field(default_factory=dict)  # our number -> Optuna's
-    _space: dict[str, BaseDistribution] = field(init=False)
-    _left: list[dict[str, Any]] | None = None  # of all combinations, those not asked yet
-
-    def __post_init__(self) -> None:
-        self._space = space_of(self.study)
-        direction = "minimize" if self.study.objective.mode == "min" else "maximize"
+    def __init__(self, study: Study) -> None:
+        assert study.search is not None
+        self._study, self._search = study, study.search
+        self._space = {name: _distribution(axis) for name, axis in study.vary.items()}
+        direction = "minimize" if study.objective.mode == "min" else "maximize"
         self._optuna = optuna.create_study(direction=direction)
+        self._numbers: dict[int, int] = {}  # number of a point -> Optuna's
+        self._left: list[dict[str, Any]] | None = None  # of all combinations, those not asked yet
 
-    def add(self, number: int, params: Mapping[str, Any], state: State, score: float | None) -> None:
-        """A point of an earlier run, or one that is running."""
+    def add(self, number: int, params: Mapping[str, Any], status: Status, score: float | None) -> None:
+        """Adds a point that Optuna has not drawn: of an earlier start, or from the list of combinations."""
         self._numbers[number] = len(self._optuna.get_trials(deepcopy=False))
         distributions = {name: self._space[name] for name in params}
-        value = score if state == "ended" else None
+        value = score if status == Status.ENDED else None
         self._optuna.add_trial(
-            create_trial(state=STATES[state], params=dict(params), distributions=distributions, value=value)
+            create_trial(state=STATES[status], params=dict(params), distributions=distributions, value=value)
         )
 
-    def tell(self, number: int, state: State, score: float | None) -> None:
-        self._optuna.tell(self._numbers[number], score if state == "ended" else None, state=STATES[state])
+    def tell(self, number: int, status: Status, score: float | None) -> None:
+        self._optuna.tell(self._numbers[number], score if status == Status.ENDED else None, state=STATES[status])
 
     def ask(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
-        """The point's params (labels for choices), or None where the space holds nothing new."""
-        assert self.study.search is not None
-        if self.study.search.sampler == "grid":
-            return self._of_the_list(number, is_new)
+        """The point's params (labels for choices), or None where the space holds no new point.
+
+        `is_new` is called last with the params that are returned.
+        """
+        if self._search.sampler == "grid":
+            return self._next_listed(number, is_new)
         for attempt in range(TRIES):
             self._optuna.sampler = self._sampler(number, attempt)
             trial = self._optuna.ask()
             params: dict[str, Any] = {}
-            for name, axis in self.study.vary.items():
-                if self.study.is_active(name, params):
+            for name, axis in self._study.vary.items():
+                if self._study.is_active(name, params):
                     params[name] = _suggest(trial, name, axis)
-            if not self.study.is_excluded(params) and is_new(params):
+            if not self._study.is_excluded(params) and is_new(params):
                 self._numbers[number] = trial.number
                 return params
             self._optuna.tell(trial, state=TrialState.FAIL)
-        is_list = all(isinstance(axis, Choice) for axis in self.study.vary.values())
-        return self._of_the_list(number, is_new) if is_list and self._size() <= LISTED else None
+        axes = self._study.vary.values()
+        is_list = all(isinstance(axis, Choice) for axis in axes) and math.prod(len(a.ends()) for a in axes) <= LISTED
+        return self._next_listed(number, is_new) if is_list else None
 
-    def _of_the_list(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
-        """The next of all combinations. What is refused once is refused for good."""
+    def _next_listed(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
+        """The next of all combinations. A combination that is refused once is refused for good."""
         if self._left is None:
             self._left = self._grid()
         while self._left:
-            if is_new(self._left[0]):
-                params = self._left.pop(0)
-                self.add(number, params, "running", None)
+            params = self._left.pop(0)
+            if is_new(params):
+                self.add(number, params, Status.RUNNING, None)
                 return params
-            self._left.pop(0)
         return None
 
-    def _size(self) -> int:
-        return math.prod(len(axis.ends()) for axis in self.study.vary.values())
-
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
-        assert self.study.search is not None
-        seed = random_stream(self.study.search.seed, "search", number, attempt) % 2**32
-        if self.study.search.sampler == "random" or attempt >= INSISTS:
+        seed = random_stream(self._search.seed, "search", number, attempt) % 2**32
+        if self._search.sampler == "random" or attempt >= RANDOM_AFTER:
             return optuna.samplers.RandomSampler(seed=seed)
-        startup = min(10, max(4, self.study.search.points // 3))
+        startup = min(10, max(4, self._search.points // 3))
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
     def _grid(self) -> list[dict[str, Any]]:
         """Every combination of choices, conditions respected, in an order drawn once."""
-        found: dict[str, dict[str, Any]] = {}
-        for combination in itertools.product(*(axis.ends() for axis in self.study.vary.values())):
+        combinations: dict[str, dict[str, Any]] = {}
+        for labels in itertools.product(*(axis.ends() for axis in self._study.vary.values())):
             params: dict[str, Any] = {}
-            for name, label in zip(self.study.vary, combination, strict=True):
-                if self.study.is_active(name, params):
+            for name, label in zip(self._study.vary, labels, strict=True):
+                if self._study.is_active(name, params):
                     params[name] = label
-            if not self.study.is_excluded(params):
-                found[digest([self.study.search and self.study.search.seed, params])] = params
-        return [found[key] for key in sorted(found)]
+            if not self._study.is_excluded(params):
+                combinations[digest([self._search.seed, params])] = params
+        return [combinations[key] for key in sorted(combinations)]
 
     def importance(self) -> tuple[str, dict[str, float]] | None:
-        """(evaluator, importance by axis) over completed points, or None where Optuna can say nothing."""
+        """(evaluator, importance by axis) over completed points, or None where Optuna has too few."""
         if sum(trial.state == TrialState.COMPLETE for trial in self._optuna.get_trials(deepcopy=False)) < 2:
             return None
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         try:
-            found = optuna.importance.get_param_importances(self._optuna, evaluator=evaluator)
+            return "PED-ANOVA", dict(optuna.importance.get_param_importances(self._optuna, evaluator=evaluator))
         except (ValueError, RuntimeError):
             return None
-        return "PED-ANOVA", dict(found)

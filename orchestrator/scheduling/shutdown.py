@@ -1,7 +1,7 @@
-"""What ends a sweep before its time: a signal, `--hours`, the study's own limit, `--drain`, and `--stop` for one trial.
+"""What ends a sweep early: a signal, `--hours`, the study's time limit, `--drain`, and `--stop` for one trial.
 
-Whatever it is, what runs is asked to write its checkpoint and leave (or is let to its end), nothing new is started, and
-the tables and the report are made from what there is. A second signal ends everything at once.
+In each case running trials write a checkpoint and stop (or run to their end), nothing new is started, and the tables and
+the report are made from what there is. A second signal ends everything at once.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from orchestrator.scheduling import trial_files
-from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.study.errors import StudyError
 from trainables.storage.files import Storage
 from trainables.training.stop_signals import LOOK_SECONDS
 
 DRAIN = "drain"  # a file in the study's folder: nothing new is started
-PATIENCE = 20.0  # seconds for checkpoints after a signal: whoever sent it kills after 30 (Slurm, Kubernetes) or more
+PATIENCE = 20.0  # seconds for checkpoints after a signal: Slurm and Kubernetes kill after 30 s or more
 
 
 @dataclass
 class Ending:
-    """Looked at once a turn. As a context it listens to SIGINT and SIGTERM."""
+    """Checks the reasons to end, once a turn of the driver. As a context it handles SIGINT and SIGTERM."""
 
-    agenda: Agenda
+    scheduler: Scheduler
     hours: float | None  # since `started`
     say: Callable[[str], None]
     started: float = field(default_factory=lambda: time.monotonic())
-    signal: int | None = None  # that came, if one did
-    _home: Storage = field(init=False)
-    _asked: float | None = None  # when what runs was asked to leave
-    _told: set[str] = field(default_factory=set)
+    signal: int | None = None  # that was received
+    _asked: float | None = None  # when running trials were asked to leave
+    _reached: set[str] = field(default_factory=set)  # trials whose request is written
     _looked: float = -1e9
     _tried: float = -1e9
-    _before: dict[int, Any] = field(default_factory=dict)
+    _handlers: dict[int, Any] = field(default_factory=dict)  # of before
 
     def __post_init__(self) -> None:
-        self._home = self.agenda.storage.sub(self.agenda.study.folder)
+        self._home = self.scheduler.ledger.home
 
     def __enter__(self) -> Ending:
         self._home.delete(DRAIN)
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -59,27 +59,30 @@ class Ending:
         self.signal = number
 
     def tick(self) -> None:
-        """Raises KeyboardInterrupt where what runs did not leave in time after a signal."""
-        now, limit = time.monotonic(), self.agenda.study.limits.minutes
+        """Raises KeyboardInterrupt where running trials do not leave in time after a signal."""
+        scheduler, limit = self.scheduler, self.scheduler.study.limits.minutes
+        now, look_seconds = time.monotonic(), LOOK_SECONDS[self._home.is_local]
         if self.signal is not None and self._asked is None:
             name = signal.Signals(self.signal).name
-            self._leave(f"{name}: what runs writes its checkpoint and leaves (once more: at once)")
+            self._leave(f"{name}: running trials write a checkpoint and stop (a second signal ends them at once)")
         elif self.hours is not None and self._asked is None and now - self.started > 3600 * self.hours:
-            self._leave(f"--hours {self.hours:g} are over: what ran was left at a checkpoint")
-        elif limit and not self.agenda.closed and now - self.started > 60 * limit:
-            self._close(f"the limit of {limit:g} minutes came: nothing new was started")
-        if not self.agenda.closed and now - self._looked > LOOK_SECONDS[self._home.is_local]:
+            self._leave(f"--hours {self.hours:g} have passed: running trials were suspended at a checkpoint")
+        elif limit and not scheduler.closed and now - self.started > 60 * limit:
+            self._close(f"the limit of {limit:g} minutes has passed: nothing new was started")
+        if not scheduler.closed and now - self._looked > look_seconds:
             self._looked = now
-            with contextlib.suppress(OSError):  # the next look asks again
+            with contextlib.suppress(OSError):  # the next turn reads again
                 if self._home.read(DRAIN) is not None:
                     self._close("drained: nothing new was started")
                     self._home.delete(DRAIN)
-        if self._asked is not None and now - self._tried > LOOK_SECONDS[self._home.is_local] / 2:
+        if self._asked is not None and now - self._tried > look_seconds / 2:
             self._tried = now
-            for trial in self.agenda.running.keys() - self._told:
-                with contextlib.suppress(OSError):  # asked again soon; after a signal they may go without a checkpoint
+            for trial in scheduler.ledger.running.keys() - self._reached:
+                with contextlib.suppress(
+                    OSError
+                ):  # written again soon; after a signal, trials may end without checkpoint
                     trial_files.ask(self._home, trial, "leave")
-                    self._told.add(trial)
+                    self._reached.add(trial)
             if self.signal is not None and now - self._asked > PATIENCE:
                 raise KeyboardInterrupt
 
@@ -88,14 +91,14 @@ class Ending:
         self._close(why)
 
     def _close(self, why: str) -> None:
-        self.agenda.closed = why
+        self.scheduler.close(why)
         self.say(why)
 
 
 @contextlib.contextmanager
-def _alone(home: Storage) -> Iterator[bool | None]:
-    """Whether no other driver has the study; nobody gets it meanwhile. None: elsewhere than on local storage one cannot
-    know. The lock dies with its process, so nobody waits for a stale one."""
+def _lock(home: Storage) -> Iterator[bool | None]:
+    """Whether this process alone drives the study, and keeps others from driving meanwhile. None: storage that is not
+    local has no locks. The lock ends with its process, so none is ever stale."""
     if not home.is_local:
         yield None
         return
@@ -111,25 +114,27 @@ def _alone(home: Storage) -> Iterator[bool | None]:
 
 @contextlib.contextmanager
 def only_driver(home: Storage) -> Iterator[None]:
-    """One driver to a study. Raises StudyError where there is another."""
-    with _alone(home) as alone:
-        if alone is False:
+    """Makes this process the only driver of a study. Raises StudyError where there is another."""
+    with _lock(home) as is_alone:
+        if is_alone is False:
             raise StudyError(f"{home.uri}: another sweep of this study is running; wait for it or end it")
         yield
 
 
 def request(home: Storage, *, drain: bool, stop: str | None) -> str:
-    """Asks the sweep that runs to drain, or to stop one trial for good. Returns what to tell. Raises StudyError."""
-    with _alone(home) as alone:
-        if alone:
+    """Asks the running sweep to drain, or to stop one trial for good. Returns a confirmation. Raises StudyError."""
+    with _lock(home) as is_alone:
+        if is_alone:
             raise StudyError(f"{home.uri}: no sweep of this study is running, so there is nothing to drain or stop")
     if drain:
         home.write(DRAIN, b"")
-        return "asked: what runs is finished, nothing new is started"
-    running = [trial for trial in home.list("trials") if trial_files.is_running(home, trial)]
-    found = [trial for trial in running if stop and trial.startswith(stop)]
-    if len(found) != 1:
-        what = "is no running trial" if not found else f"is the beginning of {len(found)} running trials"
+        return "requested: running trials finish, and nothing new is started"
+    trials = home.list("trials")
+    is_running = trial_files.side_by_side(partial(trial_files.is_running, home), trials)
+    running = [trial for trial, runs in zip(trials, is_running, strict=True) if runs]
+    matching = [trial for trial in running if stop and trial.startswith(stop)]
+    if len(matching) != 1:
+        what = f"{len(matching)} running trials begin so" if matching else "no running trial begins so"
         raise StudyError(f"--stop {stop}: {what}; running: {', '.join(running) or 'none'}")
-    trial_files.ask(home, found[0], "stop")
-    return f"asked: trial {found[0]} stops at its next step"
+    trial_files.ask(home, matching[0], "stop")
+    return f"requested: trial {matching[0]} stops at its next step"

@@ -1,7 +1,7 @@
-"""A trial's own files as the driver writes and reads them: how it began, how it ended, who asked it to leave.
+"""The driver's files of a trial: how the trial began, how it ended, and the request to stop it.
 
-`trial.json` stands before a trial runs, `end.json` after it; what an end says is checked against its checksum, and the
-records against theirs, so that a damaged file counts as none: the trial runs again, and finds its phases in the store.
+`trial.json` is written before a trial runs, `end.json` after it. An end is checked against its checksum, and the records
+against theirs; where one of them is damaged the trial runs again, and finds its phases in the store.
 """
 
 from __future__ import annotations
@@ -9,26 +9,51 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 from orchestrator.analysis.tables import parse_records, records_file
-from trainables.storage.checkpoints import attempts, drop_checkpoints
-from trainables.storage.files import Storage, as_json, verify_checksum, with_checksum
+from trainables.storage.checkpoints import drop_checkpoints
+from trainables.storage.files import Storage, as_json, attempts, verify_checksum, with_checksum
 from trainables.training.stop_signals import LEAVE
 
 log = logging.getLogger("codistill")
 Row = dict[str, Any]  # a row of the trials table
 Records = list[dict[str, Any]]
+READERS = 32  # requests at a time: object storage takes about as long for one as for many
+T = TypeVar("T")
+
+
+def side_by_side(read: Callable[[str], T], trials: Iterable[str]) -> Iterator[T]:
+    """Reads of many trials at a time; yields the results in the order of the trials."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(read, trials)
+
+
+def read_all(home: Storage) -> dict[str, tuple[Row, Records | None]]:
+    """Reads each trial that has begun: its row, and its records once it has ended."""
+    trials = home.list("trials")
+    rows = side_by_side(partial(_read, home), trials)
+    return {trial: row for trial, row in zip(trials, rows, strict=True) if row is not None}
+
+
+def _read(home: Storage, trial: str) -> tuple[Row, Records | None] | None:
+    end = read_end(home, trial)
+    if end is not None:
+        return end
+    start = read_start(home, trial)
+    return None if start is None else (start, None)
 
 
 def write_start(home: Storage, trial: str, start: Mapping[str, Any]) -> None:
-    home.delete(f"trials/{trial}/{LEAVE}")  # was for the attempt before
+    home.delete(f"trials/{trial}/{LEAVE}")  # a request to the attempt before
     home.write(f"trials/{trial}/trial.json", as_json(start))
 
 
 def read_start(home: Storage, trial: str) -> Row | None:
-    """None where there is none, or none that can be read."""
+    """Reads `trial.json`; None where it is missing or damaged."""
     try:
         start: Row | None = json.loads(home.read(f"trials/{trial}/trial.json") or b"null")
     except ValueError:
@@ -37,30 +62,34 @@ def read_start(home: Storage, trial: str) -> Row | None:
 
 
 def write_end(home: Storage, trial: str, row: Mapping[str, Any]) -> Records:
-    """The one file that makes a trial over. Returns its records."""
+    """Writes the file that ends a trial. Returns the trial's records."""
     text = records_file(home, trial)
     home.write(f"trials/{trial}/end.json", with_checksum({**row, "records": hashlib.sha256(text).hexdigest()}))
     return parse_records(text)
 
 
 def read_end(home: Storage, trial: str) -> tuple[Row, Records] | None:
-    """None where there is none, or none that can be trusted."""
+    """Reads `end.json` and the records; None where the end is missing or one of them is damaged."""
     text = home.read(f"trials/{trial}/end.json")
     if text is None:
         return None
     try:
         row = verify_checksum(text)
-        records = records_file(home, trial)
-        if hashlib.sha256(records).hexdigest() != row.pop("records"):
-            raise ValueError("records.jsonl is not what it says")
+        checksum = row.pop("records")
+        # the last attempt is nearly always the one of the end, which saves a listing
+        records = home.read(f"trials/{trial}/attempt-{row.get('attempts')}/records.jsonl") or b""
+        if hashlib.sha256(records).hexdigest() != checksum:
+            records = records_file(home, trial)
+        if hashlib.sha256(records).hexdigest() != checksum:
+            raise ValueError("records.jsonl differs from its checksum")
         return row, parse_records(records)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("trial %s: end.json is damaged (%s); the trial runs again from what the store has", trial, error)
+        log.warning("trial %s: end.json is damaged (%s); the trial runs again from the stored phases", trial, error)
         return None
 
 
 def is_running(home: Storage, trial: str) -> bool:
-    """Whether it began and has no end, or an attempt after its end: what failed, or was stopped early, may run again."""
+    """Whether a trial has begun and has no end, or has begun an attempt after its end (a retry, or an audit)."""
     if read_start(home, trial) is None:
         return False
     end = read_end(home, trial)
@@ -69,12 +98,12 @@ def is_running(home: Storage, trial: str) -> bool:
 
 
 def ask(home: Storage, trial: str, what: str) -> None:
-    """Asks a running trial to `stop` for good, or to `leave` for now: it writes its checkpoint and goes."""
+    """Requests that a running trial writes its checkpoint and stops: for good (`stop`), or for now (`leave`)."""
     home.write(f"trials/{trial}/{LEAVE}", what.encode())
 
 
 def forget_checkpoints(home: Storage, trial: str) -> None:
-    """Of a trial that will not go on."""
+    """Deletes the checkpoints of a trial that will not resume."""
     for folder in attempts(home, f"trials/{trial}"):
         drop_checkpoints(home, folder)
 

@@ -1,4 +1,4 @@
-"""What a study will run: trials with their identities, strata, and what each costs. Trains nothing, starts nothing."""
+"""The trials of a study with their identities, and the model sizes that a search can meet. Trains and starts nothing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from orchestrator.study.schema import Choice, Study
 from trainables.config import errors
 from trainables.config.data import Data
 from trainables.config.errors import DataError
+from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec, trial_id
 from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.models import build
 from trainables.training.phase_graph import phase_key, phase_runs
 
 SEARCH_SEED = 1000  # of tuning and search: disjoint from the arms' seeds 0, 1, 2 …
-CONFIRM_SEED = 2000  # the first of the fresh seeds
+CONFIRM_SEED = 2000  # the first seed of the confirmation
 
 Kind = Literal["trial", "tune", "teacher", "confirm"]
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A trial to run, and the place it has in the study."""
+    """A trial to run, and its place in the study."""
 
     id: str
     spec: TrialSpec  # pruned
@@ -33,86 +34,139 @@ class PlannedTrial:
     point: str
     arm: str | None
     params: Mapping[str, Any]
-    keys: Mapping[str, str]  # phase instance -> key, in the order in which they run
+    keys: Mapping[str, str]  # phase run -> key, in the order in which the phases run
+    fingerprints: Mapping[str, str]  # of the spec's data and pretrained weights
 
     @property
     def seed(self) -> int:
         return self.spec.seed
 
     @property
+    def is_point(self) -> bool:
+        return self.kind == "trial" and self.arm is None
+
+    @property
     def upstream(self) -> tuple[str, ...]:
-        """The instances that other phases of this trial start from or read."""
+        """The phase runs that other phases of this trial start from or read."""
         read = {up for name in self.spec.phases for up in self.spec.upto(name).phases if up != name}
-        return tuple(name for name in self.keys if name.partition("[")[0] in read)
+        return tuple(name for name in self.keys if PhaseRun.parse(name).phase in read)
 
 
 @dataclass
 class Fingerprints:
-    """Fingerprints of data and pretrained weights, each computed once; prepares data where asked to."""
+    """Fingerprints of data and pretrained weights, each computed once; prepares the data if it has a folder."""
 
-    data_folder: str | None  # None: read only, nothing is written
-    _data: dict[tuple[Data, Data | None], str] = field(default_factory=dict)  # with what lends it its tokenizer
+    data_folder: str | None  # None: nothing is written
+    _data: dict[tuple[Data, Data | None], str] = field(default_factory=dict)  # key: data, data with its tokenizer
     _weights: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def of(self, spec: TrialSpec) -> dict[str, str]:
-        found = {}
+        """`data:<name>` and `model:<name>` -> fingerprint. Raises StudyError naming the data or the model."""
+        prints = {}
         for name, data in spec.data.items():
             try:
-                which = (data, lender(data, spec.data))
-                if which not in self._data:
-                    folder, others = self.data_folder, spec.data
-                    self._data[which] = (
-                        fingerprint(data, others) if folder is None else prepare(data, folder, others).fingerprint
-                    )
+                prints[f"data:{name}"] = self._of_data(data, spec.data)
             except DataError as error:
                 raise StudyError(f"data.{name}: {error}") from None
-            found[f"data:{name}"] = self._data[which]
         for name, model in spec.models.items():
             if model.pretrained is not None:
-                where = (model.pretrained, model.revision)
-                if where not in self._weights:
+                source = (model.pretrained, model.revision)
+                if source not in self._weights:
                     try:
-                        self._weights[where] = build.weights_fingerprint(*where)
+                        self._weights[source] = build.weights_fingerprint(*source)
                     except errors.ModelError as error:
                         raise StudyError(f"models.{name}: {error}") from None
-                found[f"model:{name}"] = self._weights[where]
-        return found
+                prints[f"model:{name}"] = self._weights[source]
+        return prints
+
+    def _of_data(self, data: Data, others: Mapping[str, Data]) -> str:
+        source = (data, lender(data, others))
+        if source not in self._data:
+            folder = self.data_folder
+            self._data[source] = (
+                fingerprint(data, others) if folder is None else prepare(data, folder, others).fingerprint
+            )
+        return self._data[source]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the trials of a study."""
+
+    study: Study
+    fingerprints: Fingerprints
+    _untuned: dict[str, list[PlannedTrial]] = field(default_factory=dict)
+
+    def arm(self, arm: str, tuned: Mapping[str, Any]) -> list[PlannedTrial]:
+        """Plans an arm at the reporting seeds."""
+        specs = (self.study.spec(arm=arm, seed=seed, tuned=tuned) for seed in range(self.study.seeds))
+        return [self.plan(spec, "trial", arm, arm=arm, params=tuned) for spec in specs]
+
+    def untuned(self, arm: str) -> list[PlannedTrial]:
+        """Plans an arm without its tuned value: as many trials, which need the same phases unless a grid changes them."""
+        if arm not in self._untuned:
+            self._untuned[arm] = self.arm(arm, {})
+        return self._untuned[arm]
+
+    def tuning(self, arm: str, sizes: Mapping[str, str], value: Mapping[str, Any]) -> PlannedTrial:
+        """Plans the trial of one value of an arm's grid at one combination of sizes."""
+        spec = self.study.spec(arm=arm, point=sizes, seed=SEARCH_SEED, tuned=value)
+        return self.plan(spec, "tune", arm, arm=arm, params=value)
+
+    def point(self, name: str, params: Mapping[str, Any]) -> PlannedTrial:
+        """Plans a searched point. Raises StudyError where its parameters make no valid trial."""
+        return self.plan(self.study.spec(point=params, seed=SEARCH_SEED), "trial", name, params=params)
+
+    def confirmation(self, name: str, params: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[PlannedTrial]:
+        """Plans the best point and the tuned baseline of its sizes, in pairs, at fresh seeds."""
+        assert self.study.confirm is not None
+        against, planned = self.study.confirm.against, []
+        for seed in range(CONFIRM_SEED, CONFIRM_SEED + self.study.confirm.seeds):
+            planned.append(self.plan(self.study.spec(point=params, seed=seed), "confirm", name, params=params))
+            spec = self.study.spec(arm=against, point=self.sizes_of(params), seed=seed, tuned=tuned)
+            planned.append(self.plan(spec, "confirm", against, arm=against, params=tuned))
+        return planned
+
+    def teacher(self, planned: PlannedTrial, phase_run: str) -> PlannedTrial:
+        """Plans the trial that trains one phase for all trials that need it."""
+        phase = PhaseRun.parse(phase_run).phase
+        params = strata_of(self.study, planned.spec)
+        return self._planned(planned.spec.upto(phase), "teacher", phase, arm=None, params=params)
+
+    def sizes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a point's parameters that sets model sizes."""
+        return {axis: params[axis] for axis in self.study.size_axes()}
 
     def plan(
-        self, study: Study, spec: TrialSpec, kind: Kind, point: str, arm: str | None, params: Mapping[str, Any]
+        self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None = None, params: Mapping[str, Any]
     ) -> PlannedTrial:
-        """What is only searched or tuned ends with the phase that the objective looks at."""
-        chosen_by_objective = kind == "tune" or (kind == "trial" and arm is None)
-        lean = (spec.upto(study.objective.phase) if chosen_by_objective else spec).pruned()
-        found = self.of(lean)
-        keys = {str(instance): phase_key(lean, instance, found) for instance in phase_runs(lean)}
-        params = {**strata_of(study, spec), **params}
-        return PlannedTrial(trial_id(lean, found), lean, kind, point, arm, params, keys)
+        """A trial that is only searched or tuned ends with the phase of the objective."""
+        is_chosen_by_objective = kind == "tune" or (kind == "trial" and arm is None)
+        lean = (spec.upto(self.study.objective.phase) if is_chosen_by_objective else spec).pruned()
+        return self._planned(lean, kind, point, arm=arm, params={**strata_of(self.study, spec), **params})
 
-    def teacher(self, study: Study, planned: PlannedTrial, instance: str) -> PlannedTrial:
-        """The trial that makes one phase for all that need it."""
-        phase = instance.partition("[")[0]
-        spec = planned.spec.upto(phase)
-        found = self.of(spec)
-        keys = {str(i): phase_key(spec, i, found) for i in phase_runs(spec)}
-        return PlannedTrial(
-            trial_id(spec, found), spec, "teacher", phase, None, dict(strata_of(study, planned.spec)), keys
-        )
+    def _planned(
+        self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None, params: Mapping[str, Any]
+    ) -> PlannedTrial:
+        prints = self.fingerprints.of(spec)
+        keys = {str(run): phase_key(spec, run, prints) for run in phase_runs(spec)}
+        return PlannedTrial(trial_id(spec, prints), spec, kind, point, arm, params, keys, prints)
 
 
 def strata_of(study: Study, spec: TrialSpec) -> dict[str, Any]:
-    """The labels of the size axes that a trial has, whoever set them."""
-    found = {}
-    dumped = spec.model_dump(mode="json")
-    for axis in study.size_axes():
+    """The labels of the size axes that a trial has, whether a point or an arm set the sizes."""
+    labels: dict[str, Any] = {}
+    axes = study.size_axes()
+    dumped = spec.model_dump(mode="json") if axes else {}
+    for axis in axes:
         choice = study.vary[axis]
         if isinstance(choice, Choice):
             for label, value in choice.choice.items():
                 wanted = value.items() if study.is_zip(axis) else [(axis, value)]
                 if all(_at(dumped, path) == part for path, part in wanted):
-                    found[axis] = label
+                    labels[axis] = label
                     break
-    return found
+    return labels
 
 
 def _at(value: Any, path: str) -> Any:
@@ -122,7 +176,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 def strata(study: Study) -> Iterator[dict[str, str]]:
-    """Every combination of sizes that a search can meet."""
+    """Yields every combination of sizes that a search can meet."""
     axes = study.size_axes()
     labels = []
     for axis in axes:
@@ -134,11 +188,3 @@ def strata(study: Study) -> Iterator[dict[str, str]]:
         point = dict(zip(axes, combination, strict=True))
         if not study.is_excluded(point):
             yield point
-
-
-def arm_trials(study: Study, identity: Fingerprints, arm: str, tuned: Mapping[str, Any]) -> list[PlannedTrial]:
-    """An arm at the reporting seeds 0 … seeds - 1."""
-    return [
-        identity.plan(study, study.spec(arm=arm, seed=seed, tuned=tuned), "trial", arm, arm, dict(tuned))
-        for seed in range(study.seeds)
-    ]

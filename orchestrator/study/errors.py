@@ -1,4 +1,4 @@
-"""What is wrong with a study, said once and well: the file, the line, the path, and what would be valid."""
+"""Error messages about a study: the file, the line, the path, the fault, and what is expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 Lines = Mapping[tuple[str, ...], int]  # path in the file -> line
 
@@ -28,11 +28,11 @@ RENAMED = {  # fields of a study as earlier versions called them
 
 
 class StudyError(ValueError):
-    """A file or an argument that cannot be run; the message says what, where, and what would be valid."""
+    """A study file or an argument is wrong; the message says what, where, and what is expected."""
 
 
 def redact(text: str) -> str:
-    """A URI, or a message with some in it, without user, password, query and fragment."""
+    """Removes user, password, query and fragment from each URI in a text."""
     text = re.sub(r"(://[^\s/?#@:]+(?:(?::\d+)?/[^\s?#@]*)?)[?#]\S*", r"\1?***", text)  # no user: an @ is the query's
     text = re.sub(r"://.*@([^\s?#]*)([?#]\S*)?", lambda m: f"://***@{m[1]}{'?***' if m[2] else ''}", text)
     return re.sub(r"(?<=\S)[?#][^\s?#]*=\S*", "?***", text)  # a message may name the path alone
@@ -47,36 +47,34 @@ _KEY = re.compile(
 
 
 def has_secret(text: str) -> bool:
-    """Whether there is a URI in it with a password or a token."""
+    """Whether the text holds a URI with a password or a token."""
     return "://" in text and bool(_PASSWORD.search(text) or _KEY.search(text))
 
 
 def set_path(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Sets a dotted path in nested mappings, in place. Names on the way must exist or be optional mappings."""
+    """Sets a dotted path in nested mappings, in place; models, phases, terms and arms on the path must exist."""
     *parents, last = path.split(".")
-    at: Any = raw
-    for i, key in enumerate(parents):
-        if not isinstance(at, dict):
+    mapping: Any = raw
+    for i, key in enumerate([*parents, last]):
+        if not isinstance(mapping, dict):
             raise StudyError(f"{where}: {path}: {'.'.join(parents[:i])} has no parts")
-        if key not in at:
-            if i and parents[i - 1] in ("models", "phases", "terms", "arms"):
-                raise StudyError(
-                    f"{where}: no {path!r}: there is no {key!r}{nearest(key, at)}; expected {', '.join(at)}"
-                )
-            at[key] = {}
-        at = at[key]
-    if not isinstance(at, dict):
-        raise StudyError(f"{where}: {path}: {'.'.join(parents)} has no parts")
-    at[last] = copy.deepcopy(value)
+        if i == len(parents):
+            mapping[last] = copy.deepcopy(value)
+        elif key not in mapping and i and parents[i - 1] in ("models", "phases", "terms", "arms"):
+            expected = f"{nearest(key, mapping)}; expected {', '.join(mapping)}"
+            raise StudyError(f"{where}: no {path!r}: there is no {key!r}{expected}")
+        else:
+            mapping = mapping.setdefault(key, {})
 
 
 def nearest(word: str, among: Iterable[str]) -> str:
+    """Asks "did you mean" the nearest of the names; empty where none is near."""
     close = difflib.get_close_matches(word, list(among), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def line_of(lines: Lines, *path: str) -> int:
-    """The line of a path, or of the nearest part of it that the file has."""
+    """The line of the path, or of its longest part that the file has."""
     for i in range(len(path), 0, -1):
         if path[:i] in lines:
             return lines[path[:i]]
@@ -84,62 +82,81 @@ def line_of(lines: Lines, *path: str) -> int:
 
 
 def without_place(error: StudyError) -> str:
-    """The message without the name of the arm or point before it."""
+    """The message without its first part, the arm or the point."""
     return str(error).split(": ", 1)[-1]
 
 
-def explain(error: ValidationError, cls: type[BaseModel], file: str, root: str, lines: Lines) -> str:
-    """The first error as one sentence: file, line, path, what is wrong, what would be valid."""
-    errors = error.errors(include_url=False)
-    problem = min(errors, key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
+def explain(
+    error: ValidationError, cls: type[BaseModel], place: str, *, root: str = "", lines: Lines | None = None
+) -> str:
+    """Describes the first error in one sentence: place, line, path, the fault, and what is expected."""
+    problem = min(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
     loc = tuple(str(part) for part in problem["loc"])
     path, fields = _walk(cls, loc)
     full = tuple(filter(None, (root, *path)))
-    at = f"{file}:{line_of(lines, *full)}: " if lines else f"{file}: "
-    where = f"{'.'.join(full)}: " if full else ""
+    where = f"{place}:{line_of(lines, *full)}: " if lines else f"{place}: "
+    where += f"{'.'.join(full)}: " if full else ""
     if problem["type"] == "extra_forbidden":
         key = loc[-1]
         if RENAMED.get(key) in fields:
-            return f"{at}{where}{key!r} is now called {RENAMED[key]!r}"
-        return f"{at}{where}unknown key {key!r}{nearest(key, fields)}; expected {', '.join(fields)}"
+            return f"{where}{key!r} is now called {RENAMED[key]!r}"
+        return f"{where}unknown key {key!r}{nearest(key, fields)}; expected {', '.join(fields)}"
     if problem["type"] == "missing":
-        return f"{at}{where}is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{where}is missing"
+    message, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
     message = message[0].lower() + message[1:]
-    given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-    return f"{at}{where}{message}{shown}"
+    guess = nearest(str(given), re.findall("'([^']*)'", message)) if problem["type"] == "literal_error" else ""
+    return f"{where}{message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "") + guess
+
+
+def renamed_part(path: str, cls: type[BaseModel]) -> str | None:
+    """Names the part of a dotted path below `cls` that is a field's former name, and its name now; None where there is none."""
+    options: list[Any] = [cls]
+    for part in path.split("."):
+        fields = {f.alias or n: f for model in _models(options) for n, f in model.model_fields.items()}
+        if part in fields:
+            options = list(_members(fields[part].annotation))
+            if any(isinstance(validator, BeforeValidator) for validator in fields[part].metadata):
+                options += _values(options)  # one value may stand for the mapping, e.g. `optimizer.lr`
+        elif RENAMED.get(part) in fields:
+            return f"{part!r} is now called {RENAMED[part]!r}"
+        else:
+            options = _values(options)
+    return None
 
 
 def _walk(cls: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Pydantic's location without the names of union members, and the keys that are valid where it ends."""
+    """Splits pydantic's location: the path in the file, without names of union members, and the keys valid at its end."""
     path: list[str] = []
-    current: Any = cls
     fields: tuple[str, ...] = ()
+    options = [cls]
     for part in loc:
-        options = list(_members(current))
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        by_tag = [
-            m
-            for m in models
-            if part in (_tag(m), *(f.alias or n for n, f in m.model_fields.items() if f.is_required()))
-        ]
-        if len(models) > 1 and by_tag:
-            current = by_tag[0]
+        models = _models(options)
+        tagged = [m for m in models if part == _tag(m) or part in _required(m)]
+        if len(models) > 1 and tagged:
+            options = [tagged[0]]
             continue
         if len(options) > 1 and part in ("number", "schedule", "words", "average"):
             continue
         path.append(part)
         field = next((f for m in models for n, f in m.model_fields.items() if part in (n, f.alias)), None)
         fields = tuple(f.alias or n for m in models[:1] for n, f in m.model_fields.items())
-        if field is not None:
-            current = field.annotation
-        else:
-            mapping = next((o for o in options if typing.get_origin(o) in (dict, tuple)), None)
-            current = (
-                typing.get_args(mapping)[-1] if mapping is not None and typing.get_origin(mapping) is dict else Any
-            )
+        mapping = next((o for o in options if typing.get_origin(o) is dict), None)
+        options = list(_members(field.annotation if field else typing.get_args(mapping)[-1] if mapping else Any))
     return tuple(part for part in path if not part.startswith(("function-", "dict[", "tuple[", "constrained"))), fields
+
+
+def _values(options: Iterable[Any]) -> list[Any]:
+    """The types of the values of the mappings among the options."""
+    return [m for o in options if typing.get_origin(o) is dict for m in _members(typing.get_args(o)[-1])]
+
+
+def _models(options: Iterable[Any]) -> list[type[BaseModel]]:
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _required(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items() if field.is_required()]
 
 
 def _members(annotation: Any) -> Iterator[Any]:

@@ -1,12 +1,8 @@
-"""Reading a study file and saying what is wrong with it: file, line, path, and what would be valid.
-
-Everything that can be wrong is found here, before any device is asked for: each end of each range is put into the trial
-and validated while the file loads.
-"""
+"""Loads a study file and checks everything that can be wrong with a study before a device is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from orchestrator.study.errors import (
     line_of,
     nearest,
     redact,
+    renamed_part,
     set_path,
 )
 from orchestrator.study.schema import Study, label_of, labelled
@@ -39,80 +36,110 @@ def load_study(
     points: int | None = None,
     seeds: int | None = None,
 ) -> Study:
-    """Reads, checks and resolves a study. `overrides` are `path=value` with paths that start at the file."""
+    """Reads a study file, applies the profile and the overrides (`path=value`, paths from the top of the file), and
+    validates the study. Raises StudyError."""
     file = str(file)
     raw, lines = read_yaml(file)
-    for key in raw:
-        if key not in KEYS:
-            raise StudyError(
-                f"{file}:{lines[(key,)]}: unknown key {key!r}{nearest(key, KEYS)}; expected {', '.join(KEYS)}"
-            )
+    _check_names(raw, file, lines)
     profiles = raw.pop("profiles", None) or {}
-    if not isinstance(profiles, dict) or not all(isinstance(v, dict) for v in profiles.values()):
-        raise StudyError(f"{file}:{lines.get(('profiles',), 1)}: profiles: must map a name to `path: value`")
     default = next(iter(profiles), None)
-    if profile is not None and profile not in profiles:
-        raise StudyError(
-            f"{file}: no profile {profile!r}{nearest(profile, profiles)}; expected {', '.join(profiles) or 'none'}"
-        )
     profile = profile or default
-    for path, value in (profiles.get(profile) or {}).items() if profile else ():
-        _set_in_file(raw, path, value, f"{file}:{line_of(lines, 'profiles', str(profile), path)}: profile {profile!r}")
-    fixed: dict[str, Any] = {}
-    for override in overrides:
-        path, _, text = override.partition("=")
-        if not path or "=" not in override:
-            raise StudyError(f"--set {override!r}: must be path=value, e.g. trial.phases.distil.budget.steps=200")
-        value = parse_value(text, override)
-        if path.startswith("trial."):
-            fixed[path.removeprefix("trial.")] = value
-            _take_out(raw, path.removeprefix("trial."), lambda choice, given=value: choice == given)  # type: ignore[misc]
-        _set_in_file(raw, path, value, f"--set {path}")
-    _refuse_secrets(raw, (), file, lines)
+    if profile is not None:
+        _apply_profile(raw, profiles, profile, file=file, lines=lines)
+    fixed = _apply_overrides(raw, overrides)
+    _refuse_secrets(raw, file, lines)
     if seeds is not None:
         raw["seeds"] = seeds
     if points is not None:
         if not isinstance(raw.get("search"), dict):
             raise StudyError(f"{file}: --points needs a `search` in the file")
         raw["search"] = {**raw["search"], "points": points}
-    stem = Path(file).stem
+    about = {"name": Path(file).stem, "file": file, "profile": profile, "is_default_profile": profile == default}
     try:
-        study = Study.model_validate(
-            {
-                **raw,
-                "name": stem,
-                "file": file,
-                "profile": profile,
-                "is_default_profile": profile == default,
-                "fixed": fixed,
-            }
-        )
+        study = Study.model_validate({**raw, **about, "fixed": fixed})
         if "seed" in study.trial:
-            raise StudyError(
-                f"{file}:{line_of(lines, 'trial', 'seed')}: trial.seed: is not for a file; expected seeds: N"
-            )
+            line = line_of(lines, "trial", "seed")
+            raise StudyError(f"{file}:{line}: trial.seed: a study file sets no seed of a trial; expected seeds: N")
         TrialSpec.model_validate({**study.trial, "seed": 0})
     except ValidationError as error:
-        cls = Study if error.title == "Study" else TrialSpec
-        raise StudyError(explain(error, cls, file, "trial" if cls is TrialSpec else "", lines)) from None
+        if error.title == "Study":
+            raise StudyError(explain(error, Study, file, lines=lines)) from None
+        raise StudyError(explain(error, TrialSpec, file, root="trial", lines=lines)) from None
     check_study(study, lines)
     return study
 
 
-def _refuse_secrets(value: Any, at: tuple[str, ...], file: str, lines: Lines) -> None:
-    """What a study says stands in its tables, in MLflow and in its report."""
+def _check_names(raw: dict[str, Any], file: str, lines: Lines) -> None:
+    """Refuses an empty file, unknown top-level keys, malformed profiles, and former names of fields in dotted paths."""
+    if not raw:
+        raise StudyError(f"{file}: is empty; a study needs at least question, trial and objective")
+    for key in raw:
+        if key not in KEYS:
+            where = f"{file}:{lines[(key,)]}"
+            raise StudyError(f"{where}: unknown key {key!r}{nearest(key, KEYS)}; expected {', '.join(KEYS)}")
+    profiles = raw.get("profiles") or {}
+    if not isinstance(profiles, dict) or not all(isinstance(paths, dict) for paths in profiles.values()):
+        raise StudyError(f"{file}:{line_of(lines, 'profiles')}: profiles: must map a name to `path: value`")
+    for path, _ in _items(raw, ()):
+        _refuse_former_names(path[-1], f"{file}:{line_of(lines, *path)}: {'.'.join(path[:-1])}")
+
+
+def _items(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each entry of nested mappings and lists, with its path."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        _refuse_secrets(item, (*at, str(key)), file, lines)
-    if isinstance(value, str) and has_secret(value):
-        raise StudyError(
-            f"{file}:{line_of(lines, *at)}: {'.'.join(at)}: {redact(value)!r} holds a password or token, which tables and "
-            f"MLflow would show; give it in the environment (FSSPEC_<PROTOCOL>_PASSWORD, AWS_SECRET_ACCESS_KEY, HF_TOKEN)"
-        )
+        yield (*path, str(key)), item
+        yield from _items(item, (*path, str(key)))
+
+
+def _refuse_former_names(path: str, where: str) -> None:
+    """Refuses a dotted path into the trial, wherever one stands, that uses a field's former name."""
+    top, _, rest = path.partition(".")
+    if top in ("trial", "vary", "arms", "tune"):
+        path = rest.partition(".")[2] if top in ("arms", "tune") else rest
+    if (renamed := renamed_part(path, TrialSpec)) is not None:
+        raise StudyError(f"{where}: {path}: {renamed}")
+
+
+def _apply_profile(
+    raw: dict[str, Any], profiles: dict[str, dict[str, Any]], name: str, *, file: str, lines: Lines
+) -> None:
+    if name not in profiles:
+        expected = f"{nearest(name, profiles)}; expected {', '.join(profiles) or 'none'}"
+        raise StudyError(f"{file}: no profile {name!r}{expected}")
+    for path, value in profiles[name].items():
+        _set_in_file(raw, path, value, f"{file}:{line_of(lines, 'profiles', name, path)}: profile {name!r}")
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Applies each `path=value`; returns the values given to paths of the trial."""
+    fixed: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not path or not equals:
+            raise StudyError(f"--set {override!r}: must be path=value, e.g. trial.phases.distil.budget.steps=200")
+        value = parse_value(text, override)
+        _refuse_former_names(path, "--set")
+        if path.startswith("trial."):
+            in_trial = path.removeprefix("trial.")
+            fixed[in_trial] = value
+            _take_out(raw, in_trial, lambda choice, given=value: choice == given)  # type: ignore[misc]
+        _set_in_file(raw, path, value, f"--set {path}")
+    return fixed
+
+
+def _refuse_secrets(raw: dict[str, Any], file: str, lines: Lines) -> None:
+    """Refuses passwords and tokens: tables, MLflow and the report show the study."""
+    for path, value in _items(raw, ()):
+        if isinstance(value, str) and has_secret(value):
+            raise StudyError(
+                f"{file}:{line_of(lines, *path)}: {'.'.join(path)}: {redact(value)!r} holds a password or token, which tables and "
+                f"MLflow would show; give it in the environment (FSSPEC_<PROTOCOL>_PASSWORD, AWS_SECRET_ACCESS_KEY, HF_TOKEN)"
+            )
 
 
 def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Sets a path that starts at the file. Axes and the entries of an arm are named by paths themselves; null takes an
-    axis, an arm or a claim away."""
+    """Sets a path from the top of the file. Keys of `vary` and of an arm are dotted paths themselves; null removes a varied
+    path, an arm or a claim."""
     top, _, rest = path.partition(".")
     if top not in KEYS:
         raise StudyError(f"{where}: {path}: paths start at the file{nearest(top, KEYS)}; expected {', '.join(KEYS)}")
@@ -133,30 +160,29 @@ def _set_in_file(raw: dict[str, Any], path: str, value: Any, where: str) -> None
         entries[name] = value
 
 
-def _take_out(raw: dict[str, Any], path: str, is_it: Callable[[Any], bool]) -> None:
-    """Takes a varied path whose value is now given out of `vary`, and decides what was said about its choices:
-    conditions that hold fall away, those that do not take their axis along, and exclusions likewise."""
+def _take_out(raw: dict[str, Any], path: str, is_given: Callable[[Any], bool]) -> None:
+    """Removes a path that now has a fixed value from `vary`, and from the conditions and exclusions that name its choices.
+
+    A condition that holds is dropped; one that does not hold removes its own path as well. Exclusions likewise.
+    """
     vary = raw.get("vary")
     if not isinstance(vary, dict) or path not in vary:
         return
-    axis = vary.pop(path)
-    choices = labelled(axis.get("choice")) if isinstance(axis, dict) else None
-    labels = {label for label, choice in choices.items() if is_it(choice)} if isinstance(choices, dict) else set()
-    gone = []
+    rule = vary.pop(path)
+    choices = labelled(rule.get("choice")) if isinstance(rule, dict) else None
+    labels = {label for label, choice in choices.items() if is_given(choice)} if isinstance(choices, dict) else set()
+    inactive = []
     for name, other in vary.items():
         when = other.get("when") if isinstance(other, dict) else None
         if isinstance(when, dict) and path in when:
             wanted = when.pop(path)
-            if not labels & {label_of(one) for one in (wanted if isinstance(wanted, list) else [wanted])}:
-                gone.append(name)
-    for name in gone:
+            if not labels & {label_of(value) for value in (wanted if isinstance(wanted, list) else [wanted])}:
+                inactive.append(name)
+    for name in inactive:
         _take_out(raw, name, lambda _: False)
-    rules = raw.get("exclude")
-    if isinstance(rules, list):
+    if isinstance(rules := raw.get("exclude"), list):
         raw["exclude"] = [
-            rule for rule in rules if not isinstance(rule, dict) or (_still_holds(rule, path, labels) and rule)
+            entry
+            for entry in rules
+            if not isinstance(entry, dict) or ((path not in entry or label_of(entry.pop(path)) in labels) and entry)
         ]
-
-
-def _still_holds(rule: dict[str, Any], path: str, labels: set[str]) -> bool:
-    return path not in rule or label_of(rule.pop(path)) in labels

@@ -1,4 +1,4 @@
-"""A study: one question as one typed value. Knows the trial's schema; no YAML, no Ray, no storage, no tracker."""
+"""A study: one question as one typed value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -24,13 +24,11 @@ from orchestrator.study.errors import StudyError, explain, set_path
 from trainables.config.data import GlueTask
 from trainables.config.trial import TrialSpec
 from trainables.config.value import Name, Positive, Value, by_key
-from trainables.metrics.task_scores import METRICS
-
-# --------------------------------------------------------------------------------------------------------- its values
+from trainables.metrics.known import OF_SCORES, metric_named
 
 
 def labelled(value: Any) -> Any:
-    """A list of choices becomes label -> value; a label is what the report prints."""
+    """Turns a list of choices into label -> value; reports print the label."""
     if isinstance(value, list):
         return {label_of(v): v for v in value}
     if isinstance(value, Mapping):
@@ -45,17 +43,16 @@ def label_of(value: Any) -> str:
 Label = Annotated[str, BeforeValidator(label_of)]
 
 
+def _labels(value: Any) -> list[str]:
+    return [label_of(label) for label in (value if isinstance(value, list) else [value])]
+
+
 class _Axis(Value):
-    when: dict[
-        str,
-        Annotated[
-            tuple[str, ...], BeforeValidator(lambda v: [label_of(x) for x in (v if isinstance(v, list) else [v])])
-        ],
-    ] = {}
+    when: dict[str, Annotated[tuple[str, ...], BeforeValidator(_labels)]] = {}
 
 
 class Choice(_Axis):
-    """One of several labelled values. Where the axis is no path of the trial, each value is a mapping path -> value."""
+    """One of several labelled values. Where the axis is not a path of the trial, each value maps paths to values."""
 
     choice: Annotated[dict[str, Any], BeforeValidator(labelled), Field(min_length=1)]
 
@@ -63,38 +60,35 @@ class Choice(_Axis):
         return tuple(self.choice)
 
 
-class FloatRange(_Axis):
-    float_: tuple[float, float] = Field(alias="float")
+class _Range(_Axis):
     log: bool = False
 
     @model_validator(mode="after")
-    def _the_range_rises(self) -> FloatRange:
-        _check_rising(*self.float_, log=self.log)
+    def _the_range_rises(self) -> Self:
+        low, high = self.ends()
+        if not low < high:
+            raise ValueError(f"the range must rise; got [{low}, {high}]")
+        if self.log and low <= 0:
+            raise ValueError(f"a logarithmic range must lie above 0; got [{low}, {high}]")
         return self
+
+    def ends(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+
+class FloatRange(_Range):
+    float_: tuple[float, float] = Field(alias="float")
 
     def ends(self) -> tuple[Any, ...]:
         return self.float_
 
 
-class IntRange(_Axis):
+class IntRange(_Range):
     int_: tuple[int, int] = Field(alias="int")
-    log: bool = False
     step: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _the_range_rises(self) -> IntRange:
-        _check_rising(*self.int_, log=self.log)
-        return self
 
     def ends(self) -> tuple[Any, ...]:
         return self.int_
-
-
-def _check_rising(low: float, high: float, *, log: bool) -> None:
-    if not low < high:
-        raise ValueError(f"the range must rise; got [{low}, {high}]")
-    if log and low <= 0:
-        raise ValueError(f"a logarithmic range must lie above 0; got [{low}, {high}]")
 
 
 Axis = Annotated[
@@ -109,13 +103,12 @@ def _differ(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-# Over which data sets a number is a mean: one, several, or (by default) all those of its phase.
+# the data sets over which a number is a mean: one, several, or by default all of its phase
 Task = str | Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_differ)]
-PARTS = {metric for metrics in METRICS.values() for metric in metrics}  # of a score; not every task has each
 
 
 class Objective(Value):
-    """What a search sees: always dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
+    """The score of a search: on dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
 
     phase: Name
     model: Name
@@ -126,7 +119,7 @@ class Objective(Value):
 
 
 class StopEarly(Value):
-    """ASHA: from `first` (of the budget) on, only the best 1/`reduction` of the points seen at a rung go on."""
+    """ASHA: from the fraction `first` of the budget on, the best 1/`reduction` of the points at a rung continue."""
 
     kind: Literal["asha"]
     first: float = Field(0.5, ge=0.5, lt=1)
@@ -141,14 +134,14 @@ class Search(Value):
 
 
 class Tune(Value):
-    """The same grid for every arm: each takes the value best on dev, at seeds that no claim uses."""
+    """One grid for all arms: each takes the value that is best on dev, at seeds that no claim uses."""
 
     grid: dict[str, Annotated[tuple[Positive, ...], Field(min_length=3)]] = Field(min_length=1, max_length=1)
-    extend: int = Field(2, ge=0)  # a winner at an edge extends the grid by one step, at most so often
+    extend: int = Field(2, ge=0)  # how often a winner at an edge may extend the grid by one step
 
 
 class Confirm(Value):
-    """The winner of the search against an arm of the same student, on fresh seeds, on test."""
+    """Compares the winner of the search with an arm of the same student, on fresh seeds, on test."""
 
     against: Name
     seeds: int = Field(5, ge=2)
@@ -163,8 +156,8 @@ AXIS_WORDS: Mapping[CostAxis, str] = {
 
 
 class Figure(Value):
-    """What a paper found, as an effect in our units: an average over these tasks of GLUE, comparable with one over
-    exactly those. `glue`: its 8, or 9 with WNLI, whichever these are."""
+    """A paper's effect in our units: an average over these tasks of GLUE, comparable with an average over the same tasks
+    only. `glue`: the 8 tasks, or 9 with WNLI."""
 
     figure: float
     over: Annotated[tuple[GlueTask, ...], Field(min_length=1), AfterValidator(_differ)] | Literal["glue"]
@@ -177,11 +170,11 @@ Paper = Annotated[
 
 
 class Claim(Value):
-    """A sentence that the report judges: `arm` is better than `against` (than each, where several) by more than `margin`.
+    """A statement that the report judges: `arm` is better than `against` (each of them) by more than `margin`.
 
-    A margin below 0 claims that it is no worse by more than that. `at: equal` reads each pair of seeds at what the cheaper
-    side spent of `axis`: the dearer one at its last look within that, on its way. `less` claims besides that the arm takes
-    less of an axis, what both sides share left out.
+    A margin below 0 claims non-inferiority within it. `at: equal` compares each pair of seeds at the cheaper arm's total
+    cost on `axis`: the dearer arm at its last evaluation within that cost. `less` claims in addition a lower cost on an
+    axis, phases that both arms share left out.
     """
 
     says: str | None = None
@@ -211,7 +204,7 @@ class Claim(Value):
     def _what_is_equal_is_not_less(self) -> Claim:
         if self.at == "equal" and self.less is not None:
             raise ValueError(
-                "`at: equal` reads both sides at equal cost, which leaves no cost to be `less`; give one of the two"
+                "`at: equal` compares both arms at equal cost, so no cost can be `less`; give one of the two"
             )
         return self
 
@@ -221,18 +214,18 @@ class Claim(Value):
 
     @property
     def figure(self) -> float | None:
-        """The paper's, where it is a number."""
+        """The paper's effect, where it is a number."""
         if isinstance(self.paper, Figure):
             return self.paper.figure
         return None if isinstance(self.paper, str) else self.paper
 
     @property
     def is_of_time(self) -> bool:
-        """Whether what it says hangs on measured times."""
+        """Whether the claim depends on measured times."""
         return "device_seconds" in (self.axis, self.less)
 
     def stated(self) -> str:
-        """What is judged, whatever `says` says."""
+        """Returns the judged statement, which `says` may word otherwise."""
         others = " and ".join(self.rivals)
         text = f"{self.arm} is no worse than {others}" if self.margin < 0 else f"{self.arm} is better than {others}"
         text += f" by more than {abs(self.margin):g}" if self.margin else ""
@@ -241,26 +234,27 @@ class Claim(Value):
 
 
 def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:
-    """The data sets that must all be there for a value; (): those that there are. `each`: over what the phase fans out."""
+    """Returns the data sets that a value needs; (): all that are recorded. The phase fans out over those in `each`."""
     if what.task is not None:
         return (what.task,) if isinstance(what.task, str) else tuple(what.task)
-    return () if what.metric.partition("_")[0] in PARTS else tuple(each)
+    # a task records only the metrics of its own score
+    return () if metric_named(what.metric) in OF_SCORES else tuple(each)
 
 
 class Limits(Value):
-    """What a sweep may take; nothing here changes a number in the results."""
+    """Limits of a sweep, which change no number in the results."""
 
-    minutes: Positive | None = None  # then nothing new is started; what runs is finished
+    minutes: Positive | None = None  # after which no trial is started; running trials finish
     checkpoint_seconds: Positive = 20  # between two checkpoints of a phase
-    checkpoint_gb: Positive | None = None  # of all checkpoints together; one that does not fit is not written
-    hang_minutes: Positive = 15  # without a step, an evaluation or a record: the process is ended and the trial goes on
+    checkpoint_gb: Positive | None = None  # of all checkpoints together; a checkpoint that does not fit is not written
+    hang_minutes: Positive = 15  # without a step, an evaluation or a record the process is killed; the trial resumes
 
 
 class Slot(Value):
-    """What one trial gets: `workers` processes that share each batch, each with so many CPUs and GPUs.
+    """The resources of one trial: `workers` processes that share each batch, each with these CPUs and GPUs.
 
-    `memory_gb`: memory of one worker, of its GPU where it has one, in 10^9 bytes. The plan asks this machine; it is to be
-    stated where another one trains.
+    `memory_gb`: memory of one worker, of its GPU where it has one, in 10^9 bytes; by default this machine's. State it where
+    another machine trains.
     """
 
     workers: PositiveInt = 1
@@ -278,7 +272,7 @@ class Slot(Value):
 
 
 class Study(Value):
-    """A question and all that it takes to answer it. `trial` is the raw trial, with the profile applied."""
+    """A question, and the experiments that answer it. `trial` is the raw trial, with the profile applied."""
 
     name: str
     file: str
@@ -301,11 +295,11 @@ class Study(Value):
 
     @property
     def folder(self) -> str:
-        """Its folder in the storage."""
+        """The study's folder in the storage."""
         return self.name if self.is_default_profile else f"{self.name}-{self.profile}"
 
     def each_of(self, phase: str) -> tuple[str, ...]:
-        """The data sets over which a phase fans out; none where it does not."""
+        """Returns the data sets over which a phase fans out; () where it does not."""
         path = f"phases.{phase}.for_each_dataset"
         return tuple(self.fixed.get(path, self.trial.get("phases", {}).get(phase, {}).get("for_each_dataset", ())))
 
@@ -317,36 +311,29 @@ class Study(Value):
         seed: int,
         tuned: Mapping[str, Any] | None = None,
     ) -> TrialSpec:
-        """The trial of an arm, of a point, or of an arm put over a point (the paired baseline of that point).
+        """Builds the trial of an arm, of a point, or of an arm put over a point (the paired baseline of the point).
 
-        Precedence: trial < tuned < point < arm, and --set over all. An arm over a point keeps the point's sizes and
-        undoes what the arm is about. Raises StudyError naming the arm or point.
+        Precedence: trial < tuned < point < arm < --set. Raises StudyError naming the arm or point.
         """
         raw = copy.deepcopy(self.trial)
-        where = (
-            " ".join(filter(None, (f"arm {arm!r}" if arm else "", f"point {dict(point)}" if point else ""))) or "trial"
-        )
-        for path, value in (tuned or {}).items():
-            set_path(raw, path, value, where)
+        named = [f"arm {arm!r}"] * bool(arm) + [f"point {dict(point or {})}"] * bool(point)
+        where = " ".join(named) or "trial"
+        changes = [(path, value, where) for path, value in (tuned or {}).items()]
         for name, value in (point or {}).items():
             axis = self.vary[name]
-            if isinstance(axis, Choice):
-                value = axis.choice[value]
-            if self.is_zip(name):
-                for path, part in value.items():
-                    set_path(raw, path, part, f"{where} {name}")
-            else:
-                set_path(raw, name, value, where)
-        for path, value in (self.arms[arm] if arm else {}).items():
-            set_path(raw, path, value, where)
-        for path, value in self.fixed.items():
-            set_path(raw, path, value, f"--set trial.{path}")
+            chosen = axis.choice[value] if isinstance(axis, Choice) else value
+            parts = chosen.items() if self.is_zip(name) else [(name, chosen)]
+            changes += [(path, part, f"{where} {name}" if self.is_zip(name) else where) for path, part in parts]
+        changes += [(path, value, where) for path, value in (self.arms[arm] if arm else {}).items()]
+        changes += [(path, value, f"--set trial.{path}") for path, value in self.fixed.items()]
+        for path, value, blamed in changes:
+            set_path(raw, path, value, blamed)
         if "seed" in raw:
             raise StudyError(f"{where}: seed: belongs to no trial, arm or axis; expected seeds: N")
         try:
             return TrialSpec.model_validate({**raw, "seed": seed})
         except ValidationError as error:
-            raise StudyError(explain(error, TrialSpec, where, "trial", {})) from None
+            raise StudyError(explain(error, TrialSpec, where, root="trial")) from None
 
     def is_zip(self, axis: str) -> bool:
         return "." not in axis and axis not in TrialSpec.model_fields
@@ -355,7 +342,7 @@ class Study(Value):
         return all(point.get(other) in labels for other, labels in self.vary[axis].when.items())
 
     def point_at(self, name: str, end: Any) -> dict[str, Any]:
-        """A point that holds this end of an axis, and what the axis' conditions ask for."""
+        """Returns a point with this end of an axis, and the choices that make the axis active."""
         wanted, todo = {name: end}, [name]
         while todo:
             for other, labels in self.vary[todo.pop()].when.items():
@@ -367,7 +354,7 @@ class Study(Value):
         return any(all(point.get(axis) == label for axis, label in rule.items()) for rule in self.exclude)
 
     def size_axes(self) -> tuple[str, ...]:
-        """The axes that change a model's shape: strata of the report."""
+        """Returns the axes that change a model's shape: strata of the report."""
 
         def resizes(path: str) -> bool:
             whose, _, what = path.partition(".")[2].partition(".")
@@ -377,7 +364,7 @@ class Study(Value):
         return tuple(name for name in self.vary if any(resizes(path) for path in self.paths(name)))
 
     def paths(self, axis: str) -> tuple[str, ...]:
-        """The paths of the trial that an axis sets."""
+        """Returns the paths of the trial that an axis sets."""
         if not self.is_zip(axis):
             return (axis,)
         return tuple(dict.fromkeys(path for value in self.vary[axis].choice.values() for path in value))  # type: ignore[union-attr]

@@ -1,269 +1,267 @@
-"""TODO."""
+"""Checks a study beyond the types of its fields, before any device is used: every message says where and what is expected."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from orchestrator.study.errors import (
-    Lines,
-    StudyError,
-    line_of,
-    nearest,
-    without_place,
-)
+from orchestrator.study.errors import Lines, StudyError, line_of, nearest, without_place
 from orchestrator.study.schema import Choice, Claim, Objective, Study
-from trainables.config.data import Instructions, Tasks
-from trainables.config.phase import Phase
-from trainables.config.terms import Flow
+from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
-from trainables.metrics.task_scores import EXCHANGE_METRICS, part_names, rule_of, score_names
+from trainables.metrics.known import OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
+from trainables.metrics.language import LM_ACCURACY, LM_LOSS, MLM_ACCURACY, MLM_LOSS, TASK_LOSS
+from trainables.metrics.task_scores import score_names
 from trainables.training.phase_graph import phase_runs, streams_of
 
 
 def check_study(study: Study, lines: Lines) -> None:
-    _every_condition_names_a_choice(study, lines)
-    _every_end_of_every_range_is_a_valid_trial(study, lines)
-    for arm in study.arms:
-        with _blamed_on(f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r}"):
-            _learns(study, spec := study.spec(arm=arm, seed=0))
-            what = study.objective
-            if study.tune and what.model not in spec.pruned().phases[what.phase].train:
-                raise StudyError(f"does not train {what.model!r} in phase {what.phase!r}, by which `tune` chooses")
-    for size in study.size_axes():
-        if study.vary[size].when:
-            raise StudyError(
-                f"{study.file}:{line_of(lines, 'vary', size)}: vary.{size}: sizes cannot hang on a condition"
-            )
-    for path in study.tune.grid if study.tune else ():
-        for value in study.tune.grid[path]:  # type: ignore[union-attr]
-            with _blamed_on(f"{study.file}:{line_of(lines, 'tune', 'grid', path)}: tune.grid at {value!r}"):
-                _learns(study, study.spec(seed=0, tuned={path: value}))
-    _no_arm_is_there_twice(study, lines)
-    base = TrialSpec.model_validate({**study.trial, "seed": 0})
-    _measurable(study, base, study.objective, f"{study.file}:{line_of(lines, 'objective')}: objective")
-    for name, claim in study.claims.items():
-        at = f"{study.file}:{line_of(lines, 'claims', name)}: claims.{name}"
-        _measurable(study, base, claim, at)
-        for arm in (claim.arm, *claim.rivals):
-            _known_arm(study, arm, at)
-        if claim.arm in claim.rivals:
-            raise StudyError(f"{at}: arm {claim.arm!r} is compared with itself")
-        _recorded(study, base, claim, at)
-    if study.objective.minus is not None:
-        _known_arm(
-            study, study.objective.minus, f"{study.file}:{line_of(lines, 'objective', 'minus')}: objective.minus"
-        )
-    if study.confirm is not None:
-        _known_arm(study, study.confirm.against, f"{study.file}:{line_of(lines, 'confirm')}: confirm.against")
-    if bool(study.search) != bool(study.vary):
-        raise StudyError(f"{study.file}: `search` and `vary` need each other")
-    if study.confirm and not study.search:
-        raise StudyError(f"{study.file}:{line_of(lines, 'confirm')}: confirm needs a search whose winner it confirms")
-    if not study.search and not study.arms:
-        raise StudyError(f"{study.file}: nothing to run: give arms, or vary and search")
-    if study.size_axes() and study.objective.minus is None:
-        raise StudyError(
-            f"{study.file}:{line_of(lines, 'objective')}: {study.size_axes()[0]} varies sizes, so the biggest model would win: "
-            f"add `minus: ARM` to the objective; expected {', '.join(study.arms) or 'an arm of its own'}"
-        )
-    _early_stopping_only_where_curves_keep_their_shape(study, lines)
-    if study.search and study.search.sampler == "grid":
+    """Raises StudyError for the first thing that is wrong."""
+    checker = _Checker(study, lines)
+    checker.vary()
+    checker.arms()
+    checker.objective_and_claims()
+    checker.search()
+
+
+@dataclass(frozen=True)
+class _Checker:
+    study: Study
+    lines: Lines
+
+    def place(self, *path: str) -> str:
+        return f"{self.study.file}:{line_of(self.lines, *path)}"
+
+    @contextmanager
+    def blamed_on(self, place: str) -> Iterator[None]:
+        """Puts the place in the file that makes a trial invalid before the message about the trial."""
+        try:
+            yield
+        except StudyError as error:
+            raise StudyError(f"{place}: {without_place(error)}") from None
+
+    def known(self, kind: str, name: str, among: Iterable[str], where: str) -> None:
+        if name not in (among := tuple(among)):
+            expected = ", ".join(among) or "none"
+            raise StudyError(f"{where}: no {kind} {name!r}{nearest(name, among)}; expected {expected}")
+
+    # ------------------------------------------------------------------------------------------------------- vary
+
+    def vary(self) -> None:
+        """Checks conditions and exclusions; then that the ends of all ranges are valid trials, alone and together."""
+        study = self.study
+        for i, name in enumerate(study.vary):
+            self.axis(name, list(study.vary)[:i])
+        for i, rule in enumerate(study.exclude):
+            for name, label in rule.items():
+                axis = study.vary.get(name)
+                if not isinstance(axis, Choice) or label not in axis.choice:
+                    raise StudyError(
+                        f"{self.place('exclude', str(i))}: exclude: no choice {label!r} of {name!r} in vary"
+                    )
         for name, axis in study.vary.items():
-            if not isinstance(axis, Choice):
-                raise StudyError(
-                    f"{study.file}:{line_of(lines, 'vary', name)}: a grid needs choices; {name} is a range"
-                )
+            for end in axis.ends():
+                with self.blamed_on(f"{self.place('vary', name)}: vary.{name} at {end!r}"):
+                    self.trains_objective(point=study.point_at(name, end))
+        ends = ([(name, end) for end in axis.ends()] for name, axis in study.vary.items())
+        for combination in itertools.islice(itertools.product(*ends), 512):
+            point: dict[str, Any] = {}
+            for name, end in combination:
+                point |= {name: end} if study.is_active(name, point) else {}
+            if not study.is_excluded(point):
+                try:
+                    self.trains_objective(point=point)
+                except StudyError as error:
+                    raise StudyError(f"{self.place('vary')}: vary: {error}; exclude it") from None
+        for size in study.size_axes():
+            if study.vary[size].when:
+                raise StudyError(f"{self.place('vary', size)}: vary.{size}: sizes cannot depend on a condition")
 
-
-@contextmanager
-def _blamed_on(place: str) -> Iterator[None]:
-    """What is wrong with a trial is said of the place in the file that brought it about."""
-    try:
-        yield
-    except StudyError as error:
-        raise StudyError(f"{place}: {without_place(error)}") from None
-
-
-def _no_arm_is_there_twice(study: Study, lines: Lines) -> None:
-    """Equal arms have the same trials, which the tables can give to one of them only. With --set, which may make them equal
-    for a quick look, that is so and no fault."""
-    if study.fixed:
-        return
-    tuned = [{path: value} for path, grid in (study.tune.grid.items() if study.tune else ()) for value in grid] or [{}]
-    seen: list[tuple[str, list[TrialSpec]]] = []
-    for arm in study.arms:
-        specs = [study.spec(arm=arm, seed=0, tuned=value).pruned() for value in tuned]
-        for other, others in seen:
-            if specs == others:
-                raise StudyError(
-                    f"{study.file}:{line_of(lines, 'arms', arm)}: arm {arm!r} trains the same as arm {other!r}; expected one of "
-                    f"them, or a difference in what is trained"
-                )
-        seen.append((arm, specs))
-
-
-def _every_condition_names_a_choice(study: Study, lines: Lines) -> None:
-    seen: list[str] = []
-    for name, axis in study.vary.items():
-        at = f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name}"
+    def axis(self, name: str, before: Sequence[str]) -> None:
+        study, axis, where = self.study, self.study.vary[name], f"{self.place('vary', name)}: vary.{name}"
         for other, labels in axis.when.items():
             if other not in study.vary:
-                raise StudyError(f"{at}: condition on unknown parameter {other!r}{nearest(other, study.vary)}")
-            if other not in seen:
-                raise StudyError(f"{at}: condition on {other!r}, which must stand before it")
+                raise StudyError(f"{where}: condition on unknown parameter {other!r}{nearest(other, study.vary)}")
+            if other not in before:
+                raise StudyError(f"{where}: condition on {other!r}, which must stand before it")
             choice = study.vary[other]
             for label in labels:
                 if not isinstance(choice, Choice) or label not in choice.choice:
-                    valid = ", ".join(choice.choice) if isinstance(choice, Choice) else "none: it is a range"
-                    raise StudyError(f"{at}: {other} has no choice {label!r}; expected {valid}")
+                    expected = ", ".join(choice.choice) if isinstance(choice, Choice) else "none: it is a range"
+                    raise StudyError(f"{where}: {other} has no choice {label!r}; expected {expected}")
         if study.is_zip(name) and not (
-            isinstance(axis, Choice) and all(isinstance(v, dict) for v in axis.choice.values())
+            isinstance(axis, Choice) and all(isinstance(value, dict) for value in axis.choice.values())
         ):
             raise StudyError(
-                f"{at}: is no path of the trial, so each choice must map paths to values{nearest(name, TrialSpec.model_fields)}"
+                f"{where}: is no path of the trial, so each choice must map paths to values"
+                f"{nearest(name, TrialSpec.model_fields)}"
             )
-        seen.append(name)
-    for i, rule in enumerate(study.exclude):
-        for name, label in rule.items():
-            excluded = study.vary.get(name)
-            if not isinstance(excluded, Choice) or label not in excluded.choice:
-                raise StudyError(
-                    f"{study.file}:{line_of(lines, 'exclude', str(i))}: exclude: no choice {label!r} of {name!r} in vary"
-                )
 
+    def trains_objective(self, **how: Any) -> TrialSpec:
+        """Builds a trial, and checks that it trains something in the objective's phase."""
+        spec, phase = self.study.spec(seed=0, **how), self.study.objective.phase
+        if phase in spec.phases and phase not in spec.pruned().phases:
+            raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
+        return spec
 
-def _learns(study: Study, spec: TrialSpec) -> None:
-    if (phase := study.objective.phase) in spec.phases and phase not in spec.pruned().phases:
-        raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
+    # ------------------------------------------------------------------------------------------------------- arms
 
+    def arms(self) -> None:
+        study, objective = self.study, self.study.objective
+        for arm in study.arms:
+            with self.blamed_on(f"{self.place('arms', arm)}: arm {arm!r}"):
+                spec = self.trains_objective(arm=arm)
+                if study.tune and objective.model not in spec.pruned().phases[objective.phase].train:
+                    raise StudyError(
+                        f"does not train {objective.model!r} in phase {objective.phase!r}, by which `tune` chooses"
+                    )
+        grid = [(path, value) for path, values in (study.tune.grid if study.tune else {}).items() for value in values]
+        for path, value in grid:
+            with self.blamed_on(f"{self.place('tune', 'grid', path)}: tune.grid at {value!r}"):
+                self.trains_objective(tuned={path: value})
+        if study.fixed:  # --set may make arms equal for a quick look
+            return
+        seen: dict[str, list[TrialSpec]] = {}
+        for arm in study.arms:
+            tuned = [{path: value} for path, value in grid] or [{}]
+            specs = [study.spec(arm=arm, seed=0, tuned=values).pruned() for values in tuned]
+            for other, others in seen.items():
+                if specs == others:  # they would have the same trials, which the tables can give to one arm only
+                    raise StudyError(
+                        f"{self.place('arms', arm)}: arm {arm!r} trains the same as arm {other!r}; expected one of them, "
+                        "or a difference in what is trained"
+                    )
+            seen[arm] = specs
 
-def _every_end_of_every_range_is_a_valid_trial(study: Study, lines: Lines) -> None:
-    for name in study.vary:
-        for end in study.vary[name].ends():
-            point = study.point_at(name, end)
-            with _blamed_on(f"{study.file}:{line_of(lines, 'vary', name)}: vary.{name} at {end!r}"):
-                _learns(study, study.spec(point=point, seed=0))
-    combinations = itertools.product(*([(name, end) for end in axis.ends()] for name, axis in study.vary.items()))
-    for combination in itertools.islice(combinations, 512):
-        point = {}
-        for name, end in combination:
-            if study.is_active(name, point):
-                point[name] = end
-        if not study.is_excluded(point):
-            try:
-                _learns(study, study.spec(point=point, seed=0))
-            except StudyError as error:
-                raise StudyError(f"{study.file}:{line_of(lines, 'vary')}: vary: {error}; exclude it") from None
+    # ------------------------------------------------------------------------------------------ objective and claims
 
+    def objective_and_claims(self) -> None:
+        study, base = self.study, TrialSpec.model_validate({**self.study.trial, "seed": 0})
+        self.measured(base, study.objective, f"{self.place('objective')}: objective")
+        for name, claim in study.claims.items():
+            where = f"{self.place('claims', name)}: claims.{name}"
+            self.measured(base, claim, where)
+            for arm in (claim.arm, *claim.rivals):
+                self.known("arm", arm, study.arms, where)
+            if claim.arm in claim.rivals:
+                raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
+            self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
 
-def _early_stopping_only_where_curves_keep_their_shape(study: Study, lines: Lines) -> None:
-    if not (study.search and study.search.stop_early):
-        return
-    phase = study.objective.phase
-    harmless = (f"phases.{phase}.optimizer.", f"phases.{phase}.batch")
-    for name in study.vary:
-        for path in study.paths(name):
+    def measured(self, base: TrialSpec, what: Objective | Claim, where: str) -> None:
+        """Checks that the metric is measured of the model, on the data sets, in the phase."""
+        name = what.phase or self.study.objective.phase
+        self.known("phase", name, base.phases, where)
+        phase = base.phases[name]
+        rival = what.against_model if isinstance(what, Claim) else None
+        for model in (what.model,) if rival is None else (what.model, rival):
+            self.known("model", model, base.models, where)
+            if model not in phase.train:
+                raise StudyError(f"{where}: phase {name!r} does not train {model!r}; expected {', '.join(phase.train)}")
+        tasks = _trained_on(phase)
+        if isinstance(what, Claim):
+            tasks = (*tasks, *phase.eval_only)
+        elif phase.eval_only and what.task is None:
+            raise StudyError(
+                f"{where}: {', '.join(phase.eval_only)} (of eval_only) is scored on test only, so a mean over all data sets "
+                f"would not be the same on dev; name a data set that is scored on both: `task: {tasks[0]}`"
+            )
+        wanted = _as_tuple(what.task)
+        for task in wanted:
+            self.known("task", task, tasks, where)
+        expected = metrics_of(base, name, wanted or tasks)
+        if what.metric not in expected:
+            of = f" of {', '.join(wanted)}" if wanted else ""
+            close = nearest(what.metric, expected)
+            raise StudyError(f"{where}: no metric {what.metric!r}{of}{close}; expected {', '.join(expected)}")
+
+    def evaluated(self, phase: Phase, claim: Claim, where: str) -> None:
+        """Checks that there is an evaluation at the progress that the claim compares."""
+        if claim.at == 1:
+            return
+        fractions = ", ".join(f"{fraction:g}" for fraction in phase.evaluate)
+        if claim.at != "equal" and claim.at not in phase.evaluate:
+            raise StudyError(f"{where}: nothing is recorded at {claim.at:g}; expected {fractions}")
+        how = f"at equal {claim.axis}" if claim.at == "equal" else f"at {claim.at:g}"
+        if claim.at == "equal" and len(phase.evaluate) == 1:
+            name = claim.phase or self.study.objective.phase
+            raise StudyError(
+                f"{where}: {how} the dearer arm is compared before its end, where phase {name!r} records nothing; give "
+                f"phases.{name}.evaluate fractions before the end, e.g. [0.25, 0.5, 0.75, 1]"
+            )
+        wanted = _as_tuple(claim.task)
+        late = [task for task in phase.eval_only if task in (wanted or phase.eval_only)]
+        of_replies = [metric.name for metric in OF_REPLIES]
+        if late and (wanted or (claim.at == "equal" and claim.metric in of_replies)):
+            raise StudyError(
+                f"{where}: {', '.join(late)} (of eval_only) is scored at the end only, and not {how}; name a task that is "
+                f"scored before the end: {', '.join(_trained_on(phase))}"
+            )
+
+    # ----------------------------------------------------------------------------------------------------- search
+
+    def search(self) -> None:
+        study, objective, confirm = self.study, self.study.objective, self.study.confirm
+        if objective.minus is not None:
+            self.known("arm", objective.minus, study.arms, f"{self.place('objective', 'minus')}: objective.minus")
+        if confirm is not None:
+            self.known("arm", confirm.against, study.arms, f"{self.place('confirm')}: confirm.against")
+        if bool(study.search) != bool(study.vary):
+            raise StudyError(f"{study.file}: `search` and `vary` need each other")
+        if confirm and not study.search:
+            raise StudyError(f"{self.place('confirm')}: confirm needs a search whose winner it confirms")
+        if not study.search and not study.arms:
+            raise StudyError(f"{study.file}: nothing to run: give arms, or vary and search")
+        if study.size_axes() and objective.minus is None:
+            raise StudyError(
+                f"{self.place('objective')}: {study.size_axes()[0]} varies sizes, so the biggest model would win: add "
+                f"`minus: ARM` to the objective; expected {', '.join(study.arms) or 'an arm of its own'}"
+            )
+        harmless = (f"phases.{objective.phase}.optimizer.", f"phases.{objective.phase}.batch")
+        varied = [path for name in study.vary for path in study.paths(name)]
+        for path in varied if study.search and study.search.stop_early else ():
             if not path.startswith(harmless) and not (path.startswith("models.") and path.endswith(".dropout")):
                 raise StudyError(
-                    f"{study.file}:{line_of(lines, 'search', 'stop_early')}: stop_early with {path} varied would stop curves that "
-                    f"cross; early stopping is allowed where only {harmless[0]}*, {harmless[1]} or dropout vary"
+                    f"{self.place('search', 'stop_early')}: stop_early with {path} varied would stop curves that cross; early "
+                    f"stopping is allowed where only {harmless[0]}*, {harmless[1]} or dropout vary"
                 )
+        for name, axis in study.vary.items():
+            if study.search and study.search.sampler == "grid" and not isinstance(axis, Choice):
+                raise StudyError(f"{self.place('vary', name)}: a grid needs choices; {name} is a range")
 
 
-def _measurable(study: Study, base: TrialSpec, what: Objective | Claim, at: str) -> None:
-    phase_name = what.phase or study.objective.phase
-    if phase_name not in base.phases:
-        raise StudyError(
-            f"{at}: no phase {phase_name!r}{nearest(phase_name, base.phases)}; expected {', '.join(base.phases)}"
-        )
-    phase = base.phases[phase_name]
-    rival = what.against_model if isinstance(what, Claim) else None
-    for model in (what.model,) if rival is None else (what.model, rival):
-        if model not in base.models:
-            raise StudyError(
-                f"{at}: no model {model!r}{nearest(model, base.models)}; expected {', '.join(base.models)}"
-            )
-        if model not in phase.train:
-            raise StudyError(f"{at}: phase {phase_name!r} does not train {model!r}; expected {', '.join(phase.train)}")
-    tasks = phase.for_each_dataset or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
-    if isinstance(what, Claim):  # what is only scored is scored on test
-        tasks = (*tasks, *phase.eval_only)
-    elif phase.eval_only and what.task is None:
-        raise StudyError(
-            f"{at}: {', '.join(phase.eval_only)} (of eval_only) is scored on test alone, so that a mean over all data would be "
-            f"another one there than on dev; name what counts on both: `task: {tasks[0]}`"
-        )
-    wanted = (what.task,) if isinstance(what.task, str) else what.task
-    for task in wanted or ():
-        if task not in tasks:
-            raise StudyError(f"{at}: no task {task!r}{nearest(task, tasks)}; expected {', '.join(tasks)}")
-    valid = metrics_of(base, phase_name, wanted or tasks)
-    if what.metric not in valid:
-        of = f" of {', '.join(wanted)}" if wanted else ""
-        raise StudyError(
-            f"{at}: no metric {what.metric!r}{of}{nearest(what.metric, valid)}; expected {', '.join(valid)}"
-        )
+def _as_tuple(task: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (task,) if isinstance(task, str) else tuple(task or ())
 
 
-def _recorded(study: Study, base: TrialSpec, claim: Claim, at: str) -> None:
-    """Something is recorded where the claim is read: on the way, too, where it may be read there."""
-    name = claim.phase or study.objective.phase
-    phase = base.phases[name]
-    looks = ", ".join(f"{fraction:g}" for fraction in phase.evaluate)
-    if claim.at == 1:
-        return
-    if claim.at != "equal" and claim.at not in phase.evaluate:
-        raise StudyError(f"{at}: nothing is recorded at {claim.at:g}; expected {looks}")
-    how = f"at equal {claim.axis}" if claim.at == "equal" else f"at {claim.at:g}"
-    if claim.at == "equal" and len(phase.evaluate) == 1:
-        raise StudyError(
-            f"{at}: {how} the dearer side is read on its way, where phase {name!r} records nothing; give "
-            f"phases.{name}.evaluate fractions before the end, e.g. [0.25, 0.5, 0.75, 1]"
-        )
-    wanted = (claim.task,) if isinstance(claim.task, str) else claim.task
-    late = [task for task in phase.eval_only if task in (wanted or phase.eval_only)]
-    if late and (wanted or (claim.at == "equal" and claim.metric in EXCHANGE_METRICS)):
-        own = dict.fromkeys(phase.for_each_dataset or (stream.data for stream in phase.streams.values()))
-        raise StudyError(
-            f"{at}: {', '.join(late)} (of eval_only) is scored at the end alone, and cannot be read {how}; "
-            f"name a task that is scored on the way: {', '.join(own)}"
-        )
+def _trained_on(phase: Phase) -> tuple[str, ...]:
+    return phase.for_each_dataset or tuple(dict.fromkeys(stream.data for stream in phase.streams.values()))
 
 
 def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, ...]:
-    """What is measured of a model in each of these data sets, or of language in any of them."""
-    further = set(tasks) & set(spec.phases[phase].eval_only)
-    found: dict[str, int] = dict.fromkeys(EXCHANGE_METRICS, len(further)) if further else {}
-    for instance in phase_runs(spec.upto(phase)):
-        for stream in streams_of(spec, instance).values() if instance.phase == phase else ():
-            data = spec.data[stream.data]
-            if stream.data not in tasks:
-                continue
-            if not isinstance(data, Tasks):
-                kind = "lm" if stream.corruption is None else "mlm"
-                names: tuple[str, ...] = (f"{kind}_loss", f"{kind}_accuracy")
-                if isinstance(data, Instructions):
-                    names = (*EXCHANGE_METRICS, *_agreements(spec.phases[phase], stream.data))
-            else:
-                rule = "accuracy" if stream.labels else rule_of(data)
-                names = ("task_loss", *score_names(rule, part_names(data)))
-            for name in names:
-                found[name] = found.get(name, 0) + 1
-    language = {name for name in found if name.startswith(("lm_", "mlm_"))}
-    return tuple(name for name, count in found.items() if name in language or count == len(set(tasks)))
+    """Returns the metrics that are measured in each of these data sets; of tokens, those measured in any of them."""
+    of_tasks: Mapping[str, list[str]] = {task: [] for task in tasks}
+    for task in set(tasks) & set(spec.phases[phase].eval_only):
+        of_tasks[task].extend(metric.name for metric in OF_REPLIES)
+    for run in phase_runs(spec.upto(phase)):
+        for stream in streams_of(spec, run).values() if run.phase == phase else ():
+            if stream.data in of_tasks:
+                of_tasks[stream.data].extend(_metrics_of_stream(spec, spec.phases[phase], stream))
+    of_tokens = {metric.name for metric in OF_TOKENS}
+    names = dict.fromkeys(name for of_task in of_tasks.values() for name in of_task)
+    return tuple(n for n in names if n in of_tokens or all(n in of_task for of_task in of_tasks.values()))
 
 
-def _agreements(phase: Phase, data: str) -> tuple[str, ...]:
-    """How near who learns on these exchanges is to each that it learns from, and to what that one was before."""
-    terms = (term for term in phase.terms.values() if isinstance(term, Flow) and phase.streams[term.on].data == data)
-    others = []
-    for term in terms:
-        others += [term.from_] if phase.train.get(term.from_) == "full" else [term.from_, f"{term.from_}_original"]
-    return tuple(f"{other}_{metric}" for other in dict.fromkeys(others) for metric in ("agreement", "kl"))
-
-
-def _known_arm(study: Study, arm: str, at: str) -> None:
-    if arm not in study.arms:
-        raise StudyError(f"{at}: no arm {arm!r}{nearest(arm, study.arms)}; expected {', '.join(study.arms) or 'none'}")
+def _metrics_of_stream(spec: TrialSpec, phase: Phase, stream: Stream) -> list[str]:
+    data = spec.data[stream.data]
+    if data.rule is not None:
+        return [TASK_LOSS.name, *score_names("accuracy" if stream.labels else data.rule, data.part_names)]
+    if data.scoring is None:
+        return [m.name for m in ((LM_LOSS, LM_ACCURACY) if stream.corruption is None else (MLM_LOSS, MLM_ACCURACY))]
+    terms = [t for t in phase.terms.values() if t.inputs == "logits" and phase.streams[t.on].data == stream.data]
+    sources = dict.fromkeys(term.source for term in terms if term.source is not None)
+    # a source that is not trained in full can be compared as it was before, too
+    others = [o for s in sources for o in ((s,) if phase.train.get(s) == "full" else (s, f"{s}_original"))]
+    return [m.name for m in OF_REPLIES] + [f"{other}_{m.name}" for other in others for m in OF_OTHER_MODELS]

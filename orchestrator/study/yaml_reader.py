@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reads YAML 1.2 files as plain data, with the line of each key; refuses tags, anchors and duplicate keys."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from orchestrator.study.errors import (
-    StudyError,
-)
+from orchestrator.study.errors import StudyError
 
 
 def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """YAML 1.2 as plain values, and the line of each path. Refuses tags, anchors, duplicate keys, binary files."""
+    """Returns the file's mapping, empty for an empty file, and the line of each path. Raises StudyError."""
     try:
         text = Path(file).read_bytes().decode()
     except FileNotFoundError:
         raise StudyError(f"{file}: no such file") from None
     except IsADirectoryError:
-        raise StudyError(f"{file}: is a folder; give a study file, e.g. search_spaces/smoke.yaml") from None
+        raise StudyError(f"{file}: is a folder; expected a YAML file, e.g. search_spaces/smoke.yaml") from None
     except UnicodeDecodeError:
         raise StudyError(f"{file}: not a text file (UTF-8 YAML is expected)") from None
     except OSError as error:
         raise StudyError(f"{file}: {error.strerror}") from None
     try:
-        refused = _not_plain(text)
-        if refused is not None:
+        if (refused := _not_plain(text)) is not None:
             raise StudyError(f"{file}:{refused[0]}: {refused[1]}")
         value = _yaml().load(text)
     except MarkedYAMLError as error:
@@ -40,20 +37,28 @@ def read_yaml(file: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise StudyError(f"{file}: malformed YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise StudyError(f"{file}: malformed YAML: nested too deeply") from None
-    if value is None:
-        raise StudyError(f"{file}: is empty; a study needs at least question, trial and objective")
-    if not isinstance(value, dict):
-        raise StudyError(f"{file}:1: a study is a mapping; found {type(value).__name__}")
+    if not isinstance(value, dict | None):
+        raise StudyError(f"{file}:1: expected a mapping (`key: value`); found {type(value).__name__}")
     lines: dict[tuple[str, ...], int] = {}
-    return _plain(value, (), lines), lines
+    return _plain(value or {}, (), lines), lines
+
+
+def parse_value(text: str, override: str) -> Any:
+    """Parses the value of a `--set` argument. Raises StudyError."""
+    try:
+        if (refused := _not_plain(text)) is not None:
+            raise StudyError(f"--set {override!r}: {refused[1]}")
+        return _plain(_yaml().load(text), (), {})
+    except (YAMLError, RecursionError):
+        raise StudyError(f"--set {override!r}: the value is not YAML") from None
 
 
 def _not_plain(text: str) -> tuple[int, str] | None:
-    """The first line that asks for more than plain data, and what it asks for. Looks at the text; makes nothing of it."""
+    """The first line that is more than plain data, and why the line is refused. Parses the text; constructs nothing."""
     for event in _yaml().parse(io.StringIO(text)):
         line = event.start_mark.line + 1
         if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):
-            return line, f"tag {str(event.tag)!r} refused; a study is plain data"
+            return line, f"tag {str(event.tag)!r} refused; only plain data is read"
         if getattr(event, "anchor", None) is not None:
             return line, "anchors and aliases are refused; use profiles, arms or vary"
         if getattr(event, "value", None) == "<<":
@@ -62,7 +67,7 @@ def _not_plain(text: str) -> tuple[int, str] | None:
 
 
 class _Constructor(RoundTripConstructor):  # type: ignore[misc]
-    """Dates stay text: a study has none, and one that does not exist would raise."""
+    """Keeps dates as text: a study has no dates, and an impossible date would raise."""
 
 
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", RoundTripConstructor.construct_scalar)
@@ -74,24 +79,14 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _plain(value: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
+def _plain(value: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
     if isinstance(value, dict):
         for key in value:
-            lines[(*at, str(key))] = value.lc.key(key)[0] + 1  # type: ignore[attr-defined]
-        return {str(key): _plain(item, (*at, str(key)), lines) for key, item in value.items()}
+            lines[(*path, str(key))] = value.lc.key(key)[0] + 1  # type: ignore[attr-defined]
+        return {str(key): _plain(item, (*path, str(key)), lines) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item, (*at, str(i)), lines) for i, item in enumerate(value)]
-    for kind in (bool, int, float):  # ruamel's scalars remember their spelling; ours do not
+        return [_plain(item, (*path, str(i)), lines) for i, item in enumerate(value)]
+    for kind in (bool, int, float):  # ruamel's own number types keep the spelling; plain numbers do not
         if isinstance(value, kind):
             return kind(value)
     return None if value is None else str(value)
-
-
-def parse_value(text: str, override: str) -> Any:
-    try:
-        refused = _not_plain(text)
-        if refused is not None:
-            raise StudyError(f"--set {override!r}: {refused[1]}")
-        return _plain(_yaml().load(text), (), {})
-    except (YAMLError, RecursionError):
-        raise StudyError(f"--set {override!r}: the value is not YAML") from None

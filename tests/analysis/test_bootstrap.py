@@ -9,14 +9,20 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.analysis.bootstrap import Answers, Missing, crossed, new_data, score, seed_of
-from trainables.metrics.task_scores import scores
+from orchestrator.analysis.bootstrap import Answers, Missing, Runs, crossed, interval_of, seed_of
+from orchestrator.analysis.notes import Kind, note
+from orchestrator.analysis.queries import TaskFacts
+from trainables.metrics.language import LM_LOSS
+from trainables.metrics.metric import Examples
+from trainables.metrics.rouge import ROUGE_L
+from trainables.metrics.task_scores import score_metric
 
 
 def answers(rule: Any = "accuracy", *, seeds: int = 3, parts: tuple[int, ...] = (40,), seed: int = 0) -> Answers:
     """The arm is right more often, and closer to the numbers, than what it is compared with."""
     draw, num = np.random.default_rng(seed), sum(parts)
-    parts_E = np.repeat(np.arange(len(parts)), parts)
+    part_E = np.repeat(np.arange(len(parts)), parts)
+    metric = {"loss": LM_LOSS, "mean": ROUGE_L}.get(rule) or score_metric(rule)
     if rule in ("loss", "mean", "pearson_and_spearman"):
         labels = draw.integers(0, 11, num) / 2
         values = np.abs(labels + draw.normal(0, [[[0.5]], [[1.0]]], (2, seeds, num)))
@@ -24,20 +30,20 @@ def answers(rule: Any = "accuracy", *, seeds: int = 3, parts: tuple[int, ...] = 
         labels = draw.integers(0, 2, num)
         right = draw.random((2, seeds, num)) < np.array([0.8, 0.6])[:, None, None]
         values = np.where(right, labels, 1 - labels)
-    return Answers(
-        rule, parts_E, labels.astype(float), values.astype(float), draw.integers(1, 5, values.shape).astype(float)
-    )
+    counts = draw.integers(1, 5, values.shape).astype(float)
+    label_E = labels.astype(float)
+    runs = [
+        [Examples(part_E, label_E, v_E.astype(float), v_E.astype(float), c_E) for v_E, c_E in zip(*arm, strict=True)]
+        for arm in zip(values, counts, strict=True)
+    ]
+    return Answers(metric, runs)
 
 
 def plainly(found: Answers, run: tuple[int, int], drawn_E: np.ndarray) -> float:
-    """The score of one run on examples that are written out as often as they were drawn."""
-    values, counts = found.values_ASE[run][drawn_E], found.counts_ASE[run][drawn_E]
-    if found.rule == "loss":
-        return float(values.sum() / counts.sum())
-    if found.rule == "mean":
-        return float(values.mean())
-    parts = found.parts_E[drawn_E]
-    return scores(found.rule, values, found.labels_E[drawn_E], parts if parts.any() else None)["score"]
+    """The metric of one run on examples that are written out as often as they were drawn."""
+    examples = found.runs[run[0]][run[1]]
+    assert found.metric.value is not None
+    return found.metric.value(Examples(**{name: column[drawn_E] for name, column in vars(examples).items()}))
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
@@ -50,7 +56,7 @@ def test_a_resample_is_what_writing_it_out_gives(seeds: int) -> None:
     values = np.zeros((len(data), R))
     for t, found in enumerate(data):
         draw = np.random.default_rng([9, t + 1])
-        members = [np.flatnonzero(found.parts_E == part) for part in np.unique(found.parts_E)]
+        members = [np.flatnonzero(found.part_E == part) for part in np.unique(found.part_E)]
         of_part = [
             inside[draw.integers(0, len(inside), (R, len(inside)))] for inside in members
         ]  # as many of each part
@@ -74,8 +80,10 @@ def test_large_data_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 def _losses(d_SE: np.ndarray) -> Answers:
     """Losses of two arms that differ by d_SE."""
     S, E = d_SE.shape
+    part_E, label_E, count_E = np.zeros(E, np.int64), np.full(E, np.nan), np.ones(E)
+    losses_ASE = np.stack([d_SE, np.zeros((S, E))])
     return Answers(
-        "loss", np.zeros(E, np.int64), np.full(E, np.nan), np.stack([d_SE, np.zeros((S, E))]), np.ones((2, S, E))
+        LM_LOSS, [[Examples(part_E, label_E, label_E, loss_E, count_E) for loss_E in arm] for arm in losses_ASE]
     )
 
 
@@ -113,21 +121,23 @@ def test_where_examples_do_not_matter_it_is_as_wide_as_students() -> None:
 def table(found: Answers, task: str = "rte") -> pd.DataFrame:
     rows = []
     for a, side in enumerate(("good", "alone")):
-        for s in range(found.values_ASE.shape[1]):
-            values = found.values_ASE[a, s]
+        for s, run in enumerate(found.runs[a]):
             columns = {
-                "part": found.parts_E,
-                "example": np.arange(len(values)),
-                "label": found.labels_E,
-                "prediction": values,
+                "part": run.part_E,
+                "example": np.arange(len(run.part_E)),
+                "label": run.label_E,
+                "prediction": run.prediction_E,
             }
-            rows.append(pd.DataFrame({"side": side, "seed": 7 + s, "task": task, "loss": 0.5, "count": 1, **columns}))
+            rows.append(
+                pd.DataFrame({"arm_name": side, "seed": 7 + s, "task": task, "loss": 0.5, "count": 1, **columns})
+            )
     return pd.concat(rows[::-1]).sample(frac=1, random_state=0)
 
 
 def drawn(rows: pd.DataFrame, found: Answers, metric: str = "score", **more: Any) -> Any:
-    how: dict[str, Any] = {"recorded": {"rte": score(found)}, "rules": {"rte": "accuracy"}, **more}
-    return new_data(rows, ("good", "alone"), (7, 8, 9), how["recorded"], metric, how["rules"], seed=3)
+    how: dict[str, Any] = {"recorded": {"rte": found.score()}, "rules": {"rte": "accuracy"}, **more}
+    facts = TaskFacts(scores={task: score_metric(rule) for task, rule in how["rules"].items()})
+    return interval_of(rows, Runs(("good", "alone"), (7, 8, 9), how["recorded"]), metric, facts, seed=3)
 
 
 def test_rows_in_any_order_give_the_arrays() -> None:
@@ -137,14 +147,16 @@ def test_rows_in_any_order_give_the_arrays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
-    [("none", "none are stored"), ("seed", "not stored for 'alone' at seed 9"), ("other", "same examples of rte"),
-     ("label", "same examples of rte"), ("twice", "several runs"), ("value", "not give the value that was recorded")],
+    ("what", "why"),
+    [("none", note(Kind.NOT_STORED)), ("seed", note(Kind.RUN_NOT_STORED, task="rte", arm="alone", seed=9)),
+     ("other", note(Kind.OTHER_EXAMPLES, task="rte", arm="alone", seed=9)),
+     ("label", note(Kind.OTHER_EXAMPLES, task="rte", arm="alone", seed=9)),
+     ("twice", note(Kind.SEVERAL_RUNS, arm="good", seed=7)), ("value", note(Kind.OTHER_VALUE, task="rte"))],
 )  # fmt: skip
-def test_what_cannot_be_compared_says_why(what: str, said: str) -> None:
+def test_what_cannot_be_compared_says_why(what: str, why: Any) -> None:
     found = answers()
-    rows, recorded = table(found), {"rte": score(found)}
-    last = (rows["side"] == "alone") & (rows["seed"] == 9)
+    rows, recorded = table(found), {"rte": found.score()}
+    last = (rows["arm_name"] == "alone") & (rows["seed"] == 9)
     match what:
         case "none":
             rows = rows.head(0)
@@ -157,28 +169,31 @@ def test_what_cannot_be_compared_says_why(what: str, said: str) -> None:
         case "twice":
             rows = pd.concat([rows, rows])
         case "value":
-            recorded = {"rte": score(found) + 1.0}
-    with pytest.raises(Missing, match=said):
+            recorded = {"rte": found.score() + 1.0}
+    with pytest.raises(Missing) as missing:
         drawn(rows, found, recorded=recorded)
+    assert missing.value.note == why
 
 
 def test_a_metric_that_is_no_score_of_examples_says_so() -> None:
     found = answers()
-    for metric, rules in (("mlm_accuracy", {}), ("score", {}), ("spearman", {"rte": "pearson_and_spearman"})):
-        with pytest.raises(Missing, match=f"{metric} of rte is not scored by example"):
-            drawn(table(found), found, metric, rules=rules)
+    for metric in ("mlm_accuracy", "score", "accuracy_matched", "teacher_agreement"):
+        with pytest.raises(Missing) as missing:
+            drawn(table(found), found, metric, rules={})
+        assert missing.value.note == note(Kind.NOT_BY_EXAMPLE, metric=metric, task="rte")
     assert drawn(table(found), found, "accuracy", rules={"rte": "accuracy_and_f1"}).mean[0] < 40
 
 
 def test_replies_are_scored_each_by_itself_and_have_no_label() -> None:
     found = answers("mean")
     rows = table(found, "ask").assign(label=None)
-    how = {"recorded": {"ask": score(found)}, "rules": {}}
-    assert score(found) == pytest.approx(found.values_ASE.mean(-1))
+    how = {"recorded": {"ask": found.score()}, "rules": {}}
+    assert found.score() == pytest.approx(np.array([[run.prediction_E.mean() for run in arm] for arm in found.runs]))
     assert drawn(rows, found, "rougeL", **how) == crossed([found], seed=3)
     for metric in ("greedy_rougeL", "unfinished", "lm_accuracy"):  # of which no example has one
-        with pytest.raises(Missing, match=f"{metric} of ask is not scored by example"):
+        with pytest.raises(Missing) as missing:
             drawn(rows, found, metric, **how)
+        assert missing.value.note == note(Kind.NOT_BY_EXAMPLE, metric=metric, task="ask")
 
 
 def test_a_claim_draws_the_same_whatever_stands_beside_it() -> None:

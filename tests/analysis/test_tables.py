@@ -36,8 +36,8 @@ def test_the_records_of_the_furthest_attempt_count(tmp_path: Path) -> None:
         record = {**RECORD, "value": value}
         storage.write(f"trials/abc/attempt-{attempt}/records.jsonl", json.dumps(record).encode() + b"\n")
     storage.write("trials/abc/attempt-11/attempt.json", b"{}")  # it died before it wrote a number
-    assert [record["value"] for record in tables.read_records(storage, "abc")] == [10.0]
-    assert tables.read_records(storage, "unknown") == []
+    assert [record["value"] for record in tables.parse_records(tables.records_file(storage, "abc"))] == [10.0]
+    assert tables.parse_records(tables.records_file(storage, "unknown")) == []
 
 
 def test_tables_have_the_columns_that_others_build_on_and_survive_parquet(tmp_path: Path) -> None:

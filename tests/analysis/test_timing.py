@@ -16,15 +16,18 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.analysis.arm_values import MetricQuery
 from orchestrator.analysis.curves import point_scores
+from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.notes import Scope
+from orchestrator.analysis.queries import MetricQuery, Records
 from orchestrator.analysis.statistics import censored_median, compare_costs
 from orchestrator.analysis.tables import RESULTS, TRIALS, Tables
-from orchestrator.analysis.timing import Reached, conditions, time_to_equal_quality
-from orchestrator.analysis.verdicts import BY_COST, NEW_DATA, THIS_SET, Verdict, judge
+from orchestrator.analysis.timing import ReachTime, conditions, time_to_equal_quality
+from orchestrator.analysis.verdicts import Verdict, judge
 from orchestrator.planning.preview import claim_lines
 from orchestrator.reporting.cost_sections import costs_compared, time_to_quality
 from orchestrator.reporting.document import Section, as_markdown
+from orchestrator.reporting.notes import note_text
 from orchestrator.reporting.page import make_report
 from orchestrator.reporting.recommendation import advice
 from orchestrator.study.errors import StudyError
@@ -112,6 +115,13 @@ def verdict_of(found: Tables, of: Claim, **more: Any) -> Verdict:
     return judge({"c": of}, found.results, found.trials, default_phase="distil", **more)["c"]
 
 
+def seconds(found: Tables, *, tasks: tuple[str, ...] = (), axis: Any = "device_seconds") -> dict[str, float]:
+    """Mean device seconds of okd and gkd at equal cost."""
+    query = MetricQuery("distil", "student", "rougeL", tasks, equal=axis)
+    arms = equal_cost_values(Records(found.results, found.trials), {"okd": query, "gkd": query}, axis)[1]
+    return {n: float(np.mean([c.total().device_seconds for c in arm.costs.values()])) for n, arm in arms.items()}
+
+
 def rising(end: float, n: int = 5, **run: Any) -> list[Run]:
     """Runs that end near `end`, each look a point below the next; the noise is that of the seed."""
     return [Run([end + NOISE[i] - 3 + k for k in range(4)], **run) for i in range(n)]
@@ -122,7 +132,7 @@ def flat(mean: float, n: int = 5, *, spread: float = 0.0, **run: Any) -> list[Ru
 
 
 def said(verdict: Verdict, text: str) -> bool:
-    return any(text in note for note in verdict.notes)
+    return any(text in note_text(note) for note in verdict.notes)
 
 
 EQUAL = {"at": "equal", "axis": "device_seconds"}
@@ -141,11 +151,11 @@ def test_the_dearer_side_is_read_where_the_cheaper_one_ends(axis: str) -> None:
     assert verdict.read_at["gkd"].arm == dict.fromkeys(range(5), 1.0)
     assert verdict.read_at["gkd"].against == dict.fromkeys(range(5), 0.25)
     assert verdict.reading.equal == axis
-    assert said(verdict, "'gkd' is read at 0.25 of its own schedule, where its learning rate has not ended")
-    assert said(verdict, "leaves 40 % of its")  # 8 of 20 s, and nothing of what came before
-    assert not said(verdict, "'okd' is read")
-    assert verdict.costs["okd"].device_seconds == 24 and verdict.costs["gkd"].device_seconds == 16
-    assert said(verdict, "no interval over new examples: they are stored for test at the end of a phase only")
+    assert said(verdict, "'gkd' was evaluated mid-schedule (at 0.25 of its budget)")
+    assert said(verdict, "40 % of the ")  # 8 of 20 s, and nothing of what came before
+    assert not said(verdict, "'okd' was evaluated")
+    assert seconds(found, axis=axis) == {"okd": 24, "gkd": 16}
+    assert said(verdict, "no interval over new examples: answers are stored for test at the end of a phase only")
 
 
 def test_the_sides_change_places_from_seed_to_seed() -> None:
@@ -154,8 +164,8 @@ def test_the_sides_change_places_from_seed_to_seed() -> None:
     verdict = verdict_of(tables({"okd": okd, "gkd": gkd}), claim(**EQUAL))
     assert verdict.parts[0].arm_values == (4, 4, 1) and verdict.parts[0].against_values == (6, 6, 8)
     assert verdict.read_at["gkd"].against == {0: 0.5, 1: 0.5, 2: 1.0}
-    assert said(verdict, "'gkd' is read at 0.67 of its own schedule (mean of 0.5 to 1 over 3 seeds)")
-    assert said(verdict, "'okd' is read at 0.75 of its own schedule (mean of 0.25 to 1 over 3 seeds)")
+    assert said(verdict, "'gkd' was evaluated mid-schedule (at 0.67 of its budget, mean of 0.5 to 1 over 3 seeds)")
+    assert said(verdict, "'okd' was evaluated mid-schedule (at 0.75 of its budget, mean of 0.25 to 1 over 3 seeds)")
 
 
 def test_the_look_after_shows_what_coarse_looks_hide() -> None:
@@ -170,7 +180,7 @@ def test_the_look_after_shows_what_coarse_looks_hide() -> None:
     low, high = stats.ttest_1samp(d, 0).confidence_interval(0.95)
     text = f"'okd' − 'gkd' is {d.mean():+.3g} [{low:+.3g}, {high:+.3g}], refuted without Holm".replace("-", "−")
     assert verdict.verdict == "supported" and said(verdict, text)
-    assert not said(verdict_of(found, claim()), "looks are coarse")
+    assert not said(verdict_of(found, claim()), "evaluations are sparse")
 
 
 def test_a_look_that_comes_just_when_the_budget_ends_counts() -> None:
@@ -178,7 +188,7 @@ def test_a_look_that_comes_just_when_the_budget_ends_counts() -> None:
         found = tables({"okd": rising(20, seconds=10), "gkd": rising(20, seconds=seconds)})
         verdict = verdict_of(found, claim(**EQUAL))
         assert set(verdict.read_at["gkd"].against.values()) == ({at} if at else set())
-        assert said(verdict, "leaves 0 % of its device time unused") == (at not in (None, 1.0))
+        assert said(verdict, " 0 % of the device time is unused") == (at not in (None, 1.0))
 
 
 def test_a_seed_without_a_look_in_time_has_no_value_and_is_named() -> None:
@@ -186,7 +196,7 @@ def test_a_seed_without_a_look_in_time_has_no_value_and_is_named() -> None:
     verdict = verdict_of(tables({"okd": rising(20, seconds=10), "gkd": gkd}), claim(**EQUAL), num_seeds=5)
     assert verdict.parts[0].seeds == (0, 2, 4)
     assert said(
-        verdict, "'gkd' has no value at seed 1, 3: its first look, at 0.25 of its schedule, came after 1.2 times"
+        verdict, "'gkd' has no value at seed 1, 3: its first evaluation, at 0.25 of its schedule, came after 1.2 times"
     )
     assert not said(verdict, "provisional")
     none = verdict_of(tables({"okd": rising(20, seconds=10), "gkd": rising(20, seconds=100)}), claim(**EQUAL))
@@ -239,7 +249,7 @@ def test_a_phase_that_fans_out_is_read_at_one_look_of_all_branches() -> None:
     assert c.against_values == pytest.approx(20.5 + NOISE[:5]) and c.arm_values == pytest.approx(20.5 + NOISE[:5])
     one = verdict_of(found, claim(task="b", **EQUAL))
     assert one.parts[0].against_values == pytest.approx(21 + NOISE[:5])
-    assert one.costs["gkd"].device_seconds == 4 + 7.5  # of that branch alone
+    assert seconds(found, tasks=("b",))["gkd"] == 4 + 7.5  # of that branch alone
 
 
 def test_each_against_of_a_conjunctive_claim_has_a_budget_of_its_own() -> None:
@@ -265,7 +275,7 @@ def test_no_worse_by_more_than_a_margin(difference: float, verdict: str) -> None
     assert judged.p_adjusted == pytest.approx(stats.ttest_1samp(d, -0.5).pvalue)
     assert of.stated() == "okd is no worse than gkd by more than 0.5"
     words = {
-        "supported": "is another claim",
+        "supported": "would be another claim",
         "undecided": "worse by more than 0.5",
         "refuted": "'okd' is worse by more than 0.5",
     }
@@ -316,9 +326,9 @@ def test_less_is_a_part_of_its_own(gain: float, okd: Any, gkd: Any, verdict: str
     assert part.found.p == pytest.approx(test.pvalue)
     assert part.in_full == pytest.approx(stats.gmean((np.array(okd) + 4) / (np.array(gkd) + 4)))
     assert part.shared == ("teach",)
-    assert said(judged, "without teach, which both start from") and said(judged, f"×{part.in_full:.3g} in full")
+    assert said(judged, "excludes shared phases (teach)") and said(judged, f"in full ×{part.in_full:.3g}")
     assert not said(judged, "axis not equal")
-    assert judged.holds == (None if verdict == "undecided" else BY_COST if okd is SLOW else THIS_SET)
+    assert judged.holds == (None if verdict == "undecided" else Scope.BY_COST if okd is SLOW else Scope.THIS_SET)
     assert said(judged, "refuted by its cost alone") == (okd is SLOW)
 
 
@@ -361,7 +371,7 @@ def test_a_failed_seed_leaves_the_cost_open() -> None:
     trials.loc[lost, "status"] = "failed"
     results = found.results[found.results["trial"] != "gkd3"]
     judged = judge({"c": claim(**LESS)}, results, trials, default_phase="distil")["c"]
-    assert judged.verdict == "undecided" and said(judged, "is not known: that part is undecided")
+    assert judged.verdict == "undecided" and said(judged, "are unknown: that part is undecided")
 
 
 def test_one_seed_or_none_decides_no_cost() -> None:
@@ -372,7 +382,7 @@ def test_one_seed_or_none_decides_no_cost() -> None:
     assert one.verdict == "undecided" and one.cost_parts[0].found.interval is None
     none = judge({"c": claim(**LESS)}, found.results.head(0), found.trials.head(0), default_phase="distil")["c"]
     assert (none.verdict, none.cost_parts) == ("undecided", ()) and said(
-        none, "no seed has device time recorded of both"
+        none, "no seed has recorded device time for both"
     )
     assert compare_costs({0: 0.0}, {0: 1.0}, name="x") is None
 
@@ -387,7 +397,12 @@ def test_a_paper_may_say_it_in_words() -> None:
 
 
 def words(found: Tables, slot: Slot | None = None) -> str:
-    return conditions(found.trials, ("okd", "gkd"), "distil", slot) or ""
+    return text_at(found.trials, slot)
+
+
+def text_at(trials: pd.DataFrame, slot: Slot | None = None) -> str:
+    note = conditions(trials, ("okd", "gkd"), "distil", slot)
+    return "" if note is None else note_text(note)
 
 
 def test_trials_one_after_the_other_had_the_node_for_themselves() -> None:
@@ -395,32 +410,36 @@ def test_trials_one_after_the_other_had_the_node_for_themselves() -> None:
     gkd = [Run([1.0] * 4, 10, start=20 * i + 10) for i in range(3)]
     text = words(tables({"okd": okd, "gkd": gkd}), Slot(cpus=2))
     assert text == (
-        "conditions of the times: one trial at a time to a node, on one node (here); a slot was 1 worker with 2 CPUs and no GPU each"
+        "timing conditions: one trial at a time per node, on one node (here); a slot was 1 worker with 2 CPUs and no GPU each"
     )
 
 
 @pytest.mark.parametrize(
-    ("gpus", "says"), [(0, "shared its processors and memory"), (0.25, "shared its GPUs"), (1, "GPUs of its own")]
+    ("gpus", "says"),
+    [(0, "sharing its processors and memory"), (0.25, "sharing its GPUs"), (1, "each with its own GPUs")],
 )
 def test_trials_side_by_side_are_counted_on_their_node(gpus: float, says: str) -> None:
     okd = [Run([1.0] * 4, 10, start=5 * i) for i in range(3)]  # 0-10, 5-15, 10-20: two at a time
     gkd = [Run([1.0] * 4, 10, start=100, node="there"), Run([1.0] * 4, 10, start=0, node="there")]
     found = tables({"okd": okd, "gkd": gkd})
     text = words(found, Slot(gpus=gpus))
-    assert "up to 2 trials side by side on a node, on 2 nodes" in text and says in text
-    assert ("asks for one slot to a device" in text) == (gpus < 1)
+    assert "up to 2 trials side by side per node, on 2 nodes" in text and says in text
+    assert ("needs one slot per device" in text) == (gpus < 1)
     other = found.trials.iloc[[0]].assign(trial="x", kind="tune", arm="z", planned=False, started=6000, ended=7000)
-    assert "up to 3 trials" in conditions(pd.concat([found.trials, other]), ("okd", "gkd"), "distil", None)  # type: ignore[operator]
+    assert "up to 3 trials" in text_at(pd.concat([found.trials, other]))
     running = other.assign(status="running", node=None, ended=np.nan, phases="{}")
-    assert "up to 3 trials" in conditions(pd.concat([found.trials, running]), ("okd", "gkd"), "distil", None)  # type: ignore[operator]
+    assert "up to 3 trials" in text_at(pd.concat([found.trials, running]))
 
 
 def test_runs_that_other_tables_hold_are_owned_up_to() -> None:
     okd = [Run([1.0] * 4, 10, start=20 * i, reused=i > 0) for i in range(3)]
     text = words(tables({"okd": okd}))
-    assert "one trial at a time" in text and "2 of 3 runs of phase 'distil' were stored before" in text
+    assert (
+        "one trial at a time" in text
+        and "2 of 3 runs of phase 'distil' were trained by trials that are not in these tables" in text
+    )
     shared = [Run([1.0] * 4, 10, start=20 * i, reused=i > 0, key="one") for i in range(3)]
-    assert "stored before" not in words(tables({"okd": shared}))
+    assert "not in these tables" not in words(tables({"okd": shared}))
     assert words(tables({"okd": [Run([], 10, status="running")]})) == ""
 
 
@@ -428,7 +447,7 @@ def test_only_claims_about_time_name_their_conditions() -> None:
     found = tables({"okd": rising(20, seconds=20), "gkd": rising(20, seconds=40)})
     for fields, of_time in ((EQUAL, True), (LESS, True), ({"axis": "device_seconds"}, True), ({"at": "equal"}, False)):
         judged = verdict_of(found, claim(**fields), slot=Slot())
-        assert (judged.conditions is not None) == of_time == said(judged, "conditions of the times: up to 10 trials")
+        assert (judged.conditions is not None) == of_time == said(judged, "timing conditions: up to 10 trials")
 
 
 # ----------------------------------------------------------------------------------------------- time to equal quality
@@ -443,11 +462,11 @@ def test_the_median_of_times_that_are_not_all_known() -> None:
     assert censored_median([], 2) is None and censored_median([], 0) is None
 
 
-def reached(okd: Sequence[Run], gkd: Sequence[Run], metric: str = "rougeL") -> Reached:
+def reached(okd: Sequence[Run], gkd: Sequence[Run], metric: str = "rougeL") -> ReachTime:
     found = tables({"okd": okd, "gkd": gkd})
     at = MetricQuery("distil", "student", metric, ("ask",))
     results = found.results.assign(metric=metric)
-    answer = time_to_equal_quality(results, found.trials, "okd", "gkd", at, at)
+    answer = time_to_equal_quality(results, found.trials, ("okd", "gkd"), (at, at))
     assert answer is not None
     return answer
 
@@ -550,10 +569,10 @@ def test_the_report_shows_both_parts_and_the_equal_reading(page: str) -> None:
     ratio, low, high = (f"{x:.3f}" for x in (part.found.ratio, *part.found.interval))
     assert f"×{ratio} [{low}, {high}] time" in page
     assert [v.verdict for v in judged] == ["supported", "supported", "refuted", "supported"]
-    assert judged[2].holds == BY_COST and page.count("by its cost") >= 1
+    assert judged[2].holds == Scope.BY_COST and page.count("by its cost") >= 1
     assert "okd is better than gkd at equal device time" in page
     assert "okd is no worse than gkd by more than 0.5, with less device time; rougeL of student on test" in page
-    assert "'gkd' is read at 0.25 of its own schedule" in page
+    assert "'gkd' was evaluated mid-schedule (at 0.25 of its budget)" in page
     assert "rougeL on test (↑ better), at equal device time" in page and "device time, teacher included (s)" in page
     assert page == html.unescape(make_report(study(), three_arms(), {}).html)
 
@@ -561,15 +580,15 @@ def test_the_report_shows_both_parts_and_the_equal_reading(page: str) -> None:
 def test_the_report_has_a_section_on_time_to_equal_quality(page: str) -> None:
     section = page[page.index(">Time to equal quality</h2>") :]
     section = section[: section.index("</section>")]
-    assert "Conditions of the times: one trial at a time to a node, on one node (here)" in section
+    assert "Timing conditions: one trial at a time per node, on one node (here)" in section
     assert section.count("rougeL of gkd") == 2 and section.count("seed 0: not reached by") == 2
     found = three_arms()
     at = MetricQuery("distil", "student", "rougeL", ("ask",))
-    got = time_to_equal_quality(found.results, found.trials, "okd", "gkd", at, at)
+    got = time_to_equal_quality(found.results, found.trials, ("okd", "gkd"), (at, at))
     assert got is not None and got.median is not None and f"{got.median:.3g} s" in section
     back = study({"back": {"arm": "forward", "against": "okd", **LESS}})
     never = text_of(time_to_quality(found, verdicts(back, found)))
-    assert never.count("not reached by") == 6 and "| 5 | 0 | not reached |" in never
+    assert never.count(": not reached by") == 5 and "| 5 | 0 | not reached |" in never
     assert time_to_quality(found, verdicts(study({"plain": {"against": "forward"}}), found)) is None
 
 
@@ -597,7 +616,7 @@ def test_advice_does_not_take_no_worse_for_better() -> None:
         return f"{given.lead} {given.facts}"
 
     text = advised(three_arms())
-    assert "no claim shows that it is better, but claim 1 (okd is no worse than gkd by more than 0.5, with less" in text
+    assert "no claim shows an advantage, but claim 1 (okd is no worse than gkd by more than 0.5, with less" in text
     slow = [run._replace(seconds=s) for run, s in zip(flat(20.2, seconds=1), SLOW, strict=True)]
     fast = [run._replace(seconds=s) for run, s in zip(flat(20, seconds=1, spread=1.0), FAST, strict=True)]
     text = advised(tables({"forward": flat(1, seconds=9), "okd": fast, "gkd": slow}))
@@ -627,7 +646,7 @@ def test_the_plan_says_what_is_judged() -> None:
         ({"at": "end"}, "from 0 to 1, or 'equal'"),
         ({"at": 1.5}, "from 0 to 1, or 'equal'"),
         ({"at": True}, "from 0 to 1, or 'equal'"),
-        ({"at": "equal", "less": "flops"}, "leaves no cost to be `less`"),
+        ({"at": "equal", "less": "flops"}, "so no cost can be `less`"),
         ({"less": "money"}, "'student_tokens', 'flops' or 'device_seconds'"),
         ({"margin": math.inf}, "finite"),
     ],
@@ -648,7 +667,7 @@ def test_new_data_are_asked_for_the_quality_alone() -> None:
         prediction = scores - scores.mean() + row["value"]
         rows.append(pd.DataFrame({**about, "part": 0, "example": range(100), "label": np.nan, "prediction": prediction, "loss": 1.0, "count": 1}))  # fmt: skip
     judged = verdict_of(found, claim(**LESS), examples=pd.concat(rows))
-    assert (judged.verdict, judged.holds) == ("supported", NEW_DATA)
+    assert (judged.verdict, judged.holds) == ("supported", Scope.NEW_DATA)
 
 
 def test_what_is_scored_at_the_end_alone_cannot_be_read_on_the_way(tmp_path: Path) -> None:
@@ -676,8 +695,8 @@ def test_what_is_scored_at_the_end_alone_cannot_be_read_on_the_way(tmp_path: Pat
         return ""
 
     for fields in (EQUAL, {"task": "more", **EQUAL}, {"task": ["ask", "more"], "at": 0.5}):
-        assert "more (of eval_only) is scored at the end alone" in said(**fields)
-        assert said(**fields).endswith("name a task that is scored on the way: ask")
+        assert "more (of eval_only) is scored at the end only" in said(**fields)
+        assert said(**fields).endswith("name a task that is scored before the end: ask")
     unnamed = said(objective=(), task="ask")
-    assert "objective: more (of eval_only) is scored on test alone" in unnamed and unnamed.endswith("`task: ask`")
+    assert "objective: more (of eval_only) is scored on test only" in unnamed and unnamed.endswith("`task: ask`")
     assert not any(said(**f) for f in ({"task": "ask", **EQUAL}, {"task": "more"}, LESS, {"at": 0.5, "task": "ask"}))

@@ -13,22 +13,26 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from orchestrator.analysis.arm_values import MetricQuery, Tasks
+from orchestrator.analysis.arm_values import arm_values
+from orchestrator.analysis.costs import Cost
+from orchestrator.analysis.notes import Kind, Scope
+from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import (
     compare,
     decide,
-    detectable_effect,
     detectable_in_sd,
     holm,
-    lower_is_better,
     paired_t,
     rank_correlation,
     seeds_needed,
     sign_flip_p,
 )
-from orchestrator.analysis.verdicts import NEW_DATA, THIS_SET, Verdict, confirm_verdict, judge
-from orchestrator.scheduling.scheduler import objective
+from orchestrator.analysis.verdicts import Verdict, confirm_verdict, judge
+from orchestrator.reporting.notes import note_text
+from orchestrator.scheduling.objective import objective
 from orchestrator.study.schema import Claim, Study
+from trainables.metrics.known import metric_named
+from trainables.metrics.task_scores import score_metric
 
 ROW = {
     "study": "s", "kind": "trial", "planned": True, "model": "student", "phase": "distil", "task": "corpus",
@@ -79,6 +83,15 @@ def verdict_of(results: pd.DataFrame, trials: pd.DataFrame, of: Any = None, **mo
     return judge({"c": of or claim()}, results, trials, default_phase="distil", **more)["c"]
 
 
+def cost(
+    results: pd.DataFrame, trials: pd.DataFrame, arm: str = "good", facts: TaskFacts | None = None, **query: Any
+) -> Cost:
+    """The mean cost of a trial."""
+    at = MetricQuery(**{"phase": "distil", "model": "student", "metric": "mlm_loss", **query})
+    found = arm_values(Records(results, trials, facts or TaskFacts()), (arm,), at)[1][arm]
+    return Cost(*np.mean([each.total() for each in found.costs.values()], axis=0).tolist())
+
+
 def around(mean: float, n: int = 5, *, spread: float = 1.0, base: float = 3.0) -> tuple[dict[int, float], ...]:
     """Two arms whose differences have about this mean and a small spread."""
     shared = base + 0.1 * np.arange(n)
@@ -86,7 +99,7 @@ def around(mean: float, n: int = 5, *, spread: float = 1.0, base: float = 3.0) -
 
 
 def said(verdict: Verdict, text: str) -> bool:
-    return any(text in note for note in verdict.notes)
+    return any(text in note_text(note) for note in verdict.notes)
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -105,9 +118,6 @@ def test_the_paired_test_is_scipys(n: int) -> None:
     assert c.effect == pytest.approx(np.mean(a - b))
     assert c.sd == pytest.approx(np.std(a - b, ddof=1))
     assert c.correlation == (None if n == 2 else pytest.approx(stats.pearsonr(a, b).statistic))
-    assert (c.bca is None) == (n < 20)
-    if c.bca is not None:
-        assert c.bca == pytest.approx(c.interval, abs=0.25)
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -137,10 +147,9 @@ def test_equal_differences_are_no_evidence() -> None:
 
 
 def test_holm_is_what_a_hand_computes() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.6]).tolist() == [1.0, 1.0]
-    assert holm([0.02]).tolist() == [0.02]
-    assert holm([[0.01, 0.04], [0.5, 0.01]]).tolist() == [[0.02, 0.04], [0.5, 0.02]]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
 
 
 def test_a_verdict_needs_five_per_cent_and_a_side() -> None:
@@ -148,7 +157,7 @@ def test_a_verdict_needs_five_per_cent_and_a_side() -> None:
     assert [decide(0.05, beyond) for beyond in (-0.1, 0.0)] == ["refuted", "undecided"]
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 9])
+@pytest.mark.parametrize("n", [2, 5, 9])
 def test_the_sign_flip_p_is_that_of_all_patterns(n: int) -> None:
     d = np.round(RNG.normal(0.5, 1, n), 1)  # rounded: ties do happen
     patterns = np.array(list(itertools.product((-1, 1), repeat=n)))
@@ -160,7 +169,7 @@ def test_the_sign_flip_p_is_that_of_all_patterns(n: int) -> None:
 def test_the_sign_flip_p_of_many_is_drawn_and_repeats() -> None:
     d = RNG.normal(0.4, 1, 17)
     exact = np.mean(np.abs(np.array(list(itertools.product((-1, 1), repeat=16))) @ d[:16] + d[16]) >= abs(d.sum()))
-    assert sign_flip_p(d) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
+    assert sign_flip_p(d) == pytest.approx(exact, abs=6 * math.sqrt(exact * (1 - exact) / 20_000))
     assert sign_flip_p(d) == sign_flip_p(d)
 
 
@@ -177,7 +186,6 @@ def test_the_detectable_effect_has_power_of_four_fifths(n: int) -> None:
     z = np.random.default_rng(n).normal(effect, 1, (40_000, n))
     test = paired_t(z)
     assert np.mean((test.p <= 0.05) & (test.mean > 0)) == pytest.approx(0.8, abs=0.008)
-    assert detectable_effect(n, 0.25) == pytest.approx(0.25 * effect)
     assert seeds_needed(effect * 1.0001) == n
 
 
@@ -191,16 +199,24 @@ def test_the_plans_figures_are_those_of_the_tables() -> None:
 
 
 def test_every_direction_is_known_or_refused() -> None:
-    assert all(lower_is_better(m) for m in ("mlm_loss", "lm_loss", "perplexity"))
-    assert not any(
-        lower_is_better(m) for m in ("mlm_accuracy", "matthews", "f1", "rougeL", "pearson", "spearman", "accuracy")
+    assert all(
+        metric_named(m).lower_is_better for m in ("mlm_loss", "lm_loss", "task_loss", "unfinished", "teacher_kl")
     )
-    for unknown in ("bleu", "lossy", "tokens"):
-        with pytest.raises(ValueError, match=r"known metrics: .*rougeL"):
-            lower_is_better(unknown)
+    higher = ("mlm_accuracy", "matthews", "f1", "rougeL", "pearson", "spearman", "accuracy", "accuracy_matched")
+    assert not any(metric_named(m).lower_is_better for m in (*higher, "teacher_original_agreement"))
 
 
 # ------------------------------------------------------------------------------------------------------ simulation
+
+
+def holm_by_hand(p: np.ndarray) -> np.ndarray:
+    """Holm (1979), over the last axis."""
+    order = np.argsort(p, axis=-1, kind="stable")
+    steps = np.take_along_axis(p, order, -1) * np.arange(p.shape[-1], 0, -1)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.minimum(1.0, np.maximum.accumulate(steps, axis=-1)), -1)
+    return adjusted
+
 
 REPLICATIONS = 40_000
 
@@ -231,7 +247,7 @@ def test_a_family_errs_no_more_often_than_it_says(baseline: str) -> None:
     alone = rng.normal(size=(REPLICATIONS, m if baseline == "own" else 1, n))
     d = rng.normal(size=(REPLICATIONS, m, n)) - alone
     test = paired_t(d)
-    wrong = holm(test.p) <= 0.05
+    wrong = holm_by_hand(test.p) <= 0.05  # which is `holm` of each row: see test_statistics
     three_errors = 3 * math.sqrt(0.05 * 0.95 / REPLICATIONS)
     assert np.mean(wrong.any(1)) <= 0.05 + three_errors
     three_errors = 3 * math.sqrt(0.025 * 0.975 / REPLICATIONS)
@@ -247,11 +263,11 @@ def test_judge_says_what_the_simulated_core_says() -> None:
         alone = rng.normal(3, 0.1, 5)
         arms = {arm: alone + rng.normal(shift, 0.1, 5) for arm, shift in zip(names, (-0.3, 0, 0.3, 0.1), strict=True)}
         test = paired_t([alone - arms[arm] for arm in names])
-        expected = [decide(p, g) for p, g in zip(holm(test.p), test.mean, strict=True)]
+        expected = [decide(p, g) for p, g in zip(holm_by_hand(test.p), test.mean, strict=True)]
         values = {arm: dict(enumerate(v)) for arm, v in (arms | {"alone": alone}).items()}
         verdicts = judge({arm: claim(arm) for arm in names}, *tables(values), default_phase="distil")
         assert [verdicts[arm].verdict for arm in names] == expected
-        assert [verdicts[arm].p_adjusted for arm in names] == pytest.approx(holm(test.p).tolist())
+        assert [verdicts[arm].p_adjusted for arm in names] == pytest.approx(holm_by_hand(test.p).tolist())
         seen |= set(expected)
     assert seen == {"supported", "refuted", "undecided"}
 
@@ -275,7 +291,6 @@ def test_a_lower_loss_supports_and_a_higher_one_refutes() -> None:
     assert verdict.verdict == "supported"
     assert verdict.seeds_more is None
     assert said(verdict, "on this evaluation set")
-    assert verdict.counts["good"] == (5, 5, 0, 0)
     assert [part.against for part in verdict.parts] == ["alone"]
     good, alone = around(+0.1)
     assert verdict_of(*tables({"good": good, "alone": alone})).verdict == "refuted"
@@ -371,9 +386,10 @@ def test_a_failed_seed_leaves_an_unbounded_metric_undecided() -> None:
         verdict = verdict_of(*tables(values, failed={side: (3,)}))
         assert verdict.verdict == "undecided"
         assert verdict.seeds_more is None
-        assert verdict.counts[side] == (8, 7, 1, 0)
         assert verdict.parts[0].n == 7
-        assert said(verdict, f"'{side}' failed at seed 3: mlm_loss has no worst value")
+        assert said(
+            verdict, f"'{side}' failed at seed 3: mlm_loss (cross-entropy of masked tokens, nats) has no worst value"
+        )
 
 
 @pytest.mark.parametrize("side", ["good", "alone"])
@@ -431,7 +447,6 @@ def test_few_or_absent_seeds_are_undecided_and_say_so() -> None:
     two = verdict_of(*tables({"good": {0: good[0], 1: good[1]}, "alone": alone}), num_seeds=5)
     assert said(two, "n = 2:")
     assert said(two, "provisional: 3 of 5 planned seeds of 'good'")
-    assert two.counts["good"].planned == 5
     late = verdict_of(*tables({"good": good, "alone": alone}), claim(at=0.25))
     assert late.verdict == "undecided"
     assert said(late, "at progress 0.25; it has 1")
@@ -472,9 +487,8 @@ def test_a_fanned_out_phase_is_one_reading_and_one_cost() -> None:
     good, alone = around(-0.1)
     results, trials = tables({"good": good, "alone": alone}, phase="distil[cola]", task="cola")
     both = pd.concat([results, results.assign(phase="distil[rte]", task="rte", tokens=500)])
-    verdict = verdict_of(both, trials)
-    assert said(verdict, "cola, rte")
-    assert verdict.costs["good"].student_tokens == 1500
+    assert said(verdict_of(both, trials), "cola, rte")
+    assert cost(both, trials).student_tokens == 1500
 
 
 def test_repeats_within_a_seed_are_averaged_not_counted() -> None:
@@ -490,10 +504,12 @@ def test_costs_count_memoised_phases_and_the_axis_is_held_to_ten_per_cent() -> N
     good, alone = around(-0.1)
     found = tables({"good": good, "alone": alone}, flops={"good": 99.0, "alone": 50.0})
     verdict = verdict_of(*found, claim(axis="flops"))
-    assert verdict.costs["good"] == (1000, 129.0, 12.0)
+    assert cost(*found) == (1000, 129.0, 12.0)
     assert verdict.cost_ratios["alone"].flops == pytest.approx(99 / 50), "what both start from is no difference"
-    assert said(verdict, "axis not equal: 'good' used 1.98 times the flops of 'alone'")
-    assert said(verdict, "without teach, which both start from; with it ×1 student tokens, ×1.61 FLOPs, ×1 device time")
+    assert said(verdict, "axis not equal: 'good' used 1.98 times the FLOPs of 'alone'")
+    assert said(
+        verdict, "excludes shared phases (teach); including them: ×1 student tokens, ×1.61 FLOPs, ×1 device time"
+    )
     assert not said(verdict_of(*found, claim()), "axis")
     near = tables({"good": good, "alone": alone}, flops={"good": 54.0, "alone": 50.0})
     assert not said(verdict_of(*near, claim(axis="flops")), "axis")
@@ -504,10 +520,11 @@ def test_tokens_are_those_of_all_phases_that_train_the_model() -> None:
     results, trials = tables({"good": good, "alone": alone})
     warmed = trials["phases"].str.replace('"teach"', '"warm[corpus]"').str.replace('"teach', '"warm')
     trials["phases"] = trials["phases"].where(trials["arm"] != "good", warmed)
-    facts = Tasks({}, {}, {}, {"teach": ("teacher",), "warm": ("student",), "distil": ("student",)})
+    facts = TaskFacts(trains={"teach": ("teacher",), "warm": ("student",), "distil": ("student",)})
     verdict = verdict_of(results, trials, tasks=facts)
-    assert (verdict.costs["good"].student_tokens, verdict.costs["alone"].student_tokens) == (1500, 1000)
-    assert said(verdict, "axis not equal: 'good' used 1.5 times the student_tokens of 'alone'")
+    tokens = [cost(results, trials, arm, facts=facts).student_tokens for arm in ("good", "alone")]
+    assert tokens == [1500, 1000]
+    assert said(verdict, "axis not equal: 'good' used 1.5 times the student tokens of 'alone'")
 
 
 def test_one_teacher_for_all_seeds_is_named_as_such() -> None:
@@ -517,7 +534,7 @@ def test_one_teacher_for_all_seeds_is_named_as_such() -> None:
     assert not said(verdict_of(*tables(values)), "teacher")
     results, trials = tables(values)
     trials["phases"] = trials["phases"].str.replace("teach4", "teach0")
-    assert said(verdict_of(results, trials), "5 seeds share 4 of phase 'teach'")
+    assert said(verdict_of(results, trials), "5 seeds share 4 runs of phase 'teach'")
 
 
 def test_the_papers_figure_is_judged_apart() -> None:
@@ -561,7 +578,7 @@ def test_a_verdict_that_new_examples_would_not_change_says_so() -> None:
     results, trials = tables({"good": good, "alone": alone})
     verdict = verdict_of(results, trials, examples=answered(results))
     new, seeds = verdict.parts[0].new_data, verdict.parts[0].interval
-    assert (verdict.verdict, verdict.holds) == ("supported", NEW_DATA)
+    assert (verdict.verdict, verdict.holds) == ("supported", Scope.NEW_DATA)
     assert new is not None and seeds is not None and new[0] < verdict.parts[0].effect < new[1] < 0
     assert said(verdict, "on new data as well") and not said(verdict, "no interval over new examples")
     assert verdict == verdict_of(results, trials, examples=answered(results).sample(frac=1, random_state=1))
@@ -573,30 +590,30 @@ def test_a_verdict_that_hangs_on_its_examples_says_so() -> None:
     verdict = verdict_of(results, trials, examples=answered(results, spread=2.0))
     new = verdict.parts[0].new_data
     assert new is not None and new[0] < 0 < new[1]
-    assert (verdict.verdict, verdict.holds) == ("supported", THIS_SET)
-    assert said(verdict, "over new seeds the interval excludes 0, over new seeds and new examples it does not")
+    assert (verdict.verdict, verdict.holds) == ("supported", Scope.THIS_SET)
+    assert said(verdict, "the interval over new seeds excludes 0, the one over new seeds and new examples does not")
     near = verdict_of(results, trials, claim(margin=0.08), examples=answered(results, spread=0.3))
-    assert (near.verdict, near.holds) == ("supported", THIS_SET) and said(near, "the margin 0.08")
+    assert (near.verdict, near.holds) == ("supported", Scope.THIS_SET) and said(near, "the margin 0.08")
     lost = verdict_of(results, trials, claim("alone", "good"), examples=answered(results))
-    assert (lost.verdict, lost.holds) == ("refuted", NEW_DATA)
+    assert (lost.verdict, lost.holds) == ("refuted", Scope.NEW_DATA)
 
 
 def test_each_part_of_a_conjunctive_claim_must_hold_on_new_data() -> None:
     good, alone = around(-0.1)
     results, trials = tables({"good": good, "alone": alone, "other": {s: v + 0.001 for s, v in alone.items()}})
     both = claim("good", ("alone", "other"))
-    assert verdict_of(results, trials, both, examples=answered(results)).holds == NEW_DATA
+    assert verdict_of(results, trials, both, examples=answered(results)).holds == Scope.NEW_DATA
     rows = answered(results)
     draw = np.random.default_rng(1).normal(size=200)
     rows.loc[rows["arm"] == "other", "loss"] += np.tile(6 * (draw - draw.mean()), 5)
     verdict = verdict_of(results, trials, both, examples=rows)
-    assert (verdict.verdict, verdict.holds) == ("supported", THIS_SET)
+    assert (verdict.verdict, verdict.holds) == ("supported", Scope.THIS_SET)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [("none", "none are stored"), ("empty", "none are stored"), ("early", "at the end of a phase only"),
-     ("dev", "at the end of a phase only"), ("failed", "a seed failed"), ("other", "none are stored")],
+    [("none", "no answers are stored"), ("empty", "no answers are stored"), ("early", "at the end of a phase only"),
+     ("dev", "at the end of a phase only"), ("failed", "a seed failed"), ("other", "no answers are stored")],
 )  # fmt: skip
 def test_without_answers_the_verdict_says_that_there_is_no_such_interval(change: str, why: str) -> None:
     good, alone = around(-0.1)
@@ -610,17 +627,19 @@ def test_without_answers_the_verdict_says_that_there_is_no_such_interval(change:
     verdict = verdict_of(results, trials, of, examples=examples.get(change, answered(results)))
     assert verdict.parts[0].new_data is None
     assert said(verdict, "no interval over new examples: ") and said(verdict, why)
-    assert verdict.holds == (None if change == "failed" else THIS_SET)
+    assert verdict.holds == (None if change == "failed" else Scope.THIS_SET)
 
 
 def test_one_seed_speaks_of_its_two_runs_alone() -> None:
     results, trials = tables({"good": {0: 2.9}, "alone": {0: 3.0}})
     verdict = verdict_of(results, trials, examples=answered(results))
     assert (verdict.verdict, verdict.holds, verdict.parts[0].new_data) == ("undecided", None, None)
-    assert said(verdict, "n = 1: an effect of two runs; without a second seed")
-    (note,) = (note for note in verdict.notes if note.startswith("of these two runs alone"))
-    low, high = (float(x.replace("\N{MINUS SIGN}", "-")) for x in note.partition("[")[2].partition("]")[0].split(", "))
-    assert low < -0.1 < high and note.endswith("it says nothing about other seeds")
+    assert said(verdict, "n = 1: an effect of two runs; its spread is unknown without a second seed")
+    (note,) = (note for note in verdict.notes if note.kind == Kind.SINGLE_SEED_INTERVAL)
+    low, high = note.about["interval"]
+    assert low < -0.1 < high and f"[{low:+.3g}, {high:+.3g}]; other seeds may differ".replace("-", "−") in note_text(
+        note
+    )
 
 
 # ----------------------------------------------------------------------------------------------- means over data sets
@@ -640,11 +659,13 @@ def fanned(
     return pd.concat(rows), trials
 
 
-def over(*names: str, each: bool = True) -> Tasks:
-    return Tasks({"finetune": names if each else ()}, dict.fromkeys(names, "accuracy"), {n: n for n in names})
+def over(*names: str, each: bool = True) -> TaskFacts:
+    scores = dict.fromkeys(names, score_metric("accuracy"))
+    return TaskFacts({"finetune": names if each else ()}, scores, {n: n for n in names})
 
 
 TASK = {"metric": "score", "phase": "finetune"}
+QUERY = {"phase": "finetune", "metric": "score"}
 
 
 @pytest.mark.parametrize("task", [None, "rte", ("rte",), ("sst2", "rte"), ["cola", "rte"]])
@@ -669,7 +690,7 @@ def test_a_mean_over_fewer_data_sets_than_planned_is_missing() -> None:
     planned = over("cola", "rte", "qnli")
     verdict = verdict_of(results, trials, claim(**TASK), tasks=planned)
     assert (verdict.verdict, verdict.parts) == ("undecided", ())
-    assert said(verdict, "'good' has no qnli at seed 0, 1, 2, 3, 4: no mean over fewer tasks is taken")
+    assert said(verdict, "'good' has no qnli at seed 0, 1, 2, 3, 4; a mean needs all data sets")
     assert verdict.by_task["cola"][0].n == 5 and verdict.by_task["qnli"] == ()
     lacking = verdict_of(*fanned("cola", "rte", lack=("rte", 3)), claim(**TASK), tasks=over("cola", "rte"))
     assert lacking.parts[0].seeds == (0, 1, 2, 4) and said(lacking, "'good' has no rte at seed 3")
@@ -678,15 +699,18 @@ def test_a_mean_over_fewer_data_sets_than_planned_is_missing() -> None:
 
 
 def test_branches_of_a_phase_are_added_up_whatever_their_rows_call_it() -> None:
-    verdict = verdict_of(*fanned("cola", "rte"), claim(**TASK), tasks=over("cola", "rte"))
-    assert verdict.costs["good"].student_tokens == 2000 and verdict.costs["good"].flops == 100
+    whole = cost(*fanned("cola", "rte"), **QUERY)
+    assert whole.student_tokens == 2000 and whole.flops == 100
     results, trials = fanned("cola", "rte")
     before = {f"teach[{name}]": {"key": name, "flops": 7.0, "device_seconds": 1.0} for name in ("cola", "rte")}
     trials["phases"] = [json.dumps({**before, **json.loads(cell)}) for cell in trials["phases"]]
     both, one = (verdict_of(results, trials, claim(task=task, **TASK)) for task in (None, "rte"))
-    assert both.costs["good"].flops == 100 + 14 and one.costs["good"].flops == 50 + 7
-    assert said(both, "all 5 seeds share one phase 'teach' on cola, rte: the verdict holds for this one teacher")
-    assert said(one, "one phase 'teach' on rte:") and not said(one, "cola")
+    assert (
+        cost(results, trials, **QUERY).flops == 100 + 14
+        and cost(results, trials, tasks=("rte",), **QUERY).flops == 50 + 7
+    )
+    assert said(both, "all 5 seeds share one run of phase 'teach' on cola, rte: the verdict holds for this one teacher")
+    assert said(one, "one run of phase 'teach' on rte:") and not said(one, "cola")
 
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
@@ -698,7 +722,7 @@ GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 )
 def test_an_average_over_some_of_glue_is_not_the_papers(names: tuple[str, ...], comparable: bool) -> None:
     tasks = over(*names)
-    tasks = Tasks(tasks.each, tasks.rules, {n: n for n in names if n != "x"})
+    tasks = TaskFacts(tasks.each, tasks.scores, {n: n for n in names if n != "x"})
     verdict = verdict_of(*fanned(*names), claim(paper=0.1, **TASK), tasks=tasks)
     assert verdict.paper == ("inside" if comparable else "not comparable")
     assert said(verdict, "the average is not comparable with the papers'") == (not comparable)
@@ -723,7 +747,7 @@ def test_a_figure_is_judged_on_the_average_over_its_own_tasks(
     theirs: Any, names: tuple[str, ...], comparable: bool
 ) -> None:
     tasks = over(*names)
-    tasks = Tasks(tasks.each, tasks.rules, {n: n for n in names if n != "x"})
+    tasks = TaskFacts(tasks.each, tasks.scores, {n: n for n in names if n != "x"})
     of = claim(paper={"figure": 0.1, "over": theirs}, **TASK)
     verdict = verdict_of(*fanned(*names), of, tasks=tasks)
     assert of.figure == 0.1 and verdict.paper == ("inside" if comparable else "not comparable")
@@ -771,11 +795,10 @@ def test_confirm_judges_the_winner_on_its_own_trials() -> None:
     results, trials = (t.assign(arm=None) for t in tables({"p07": good, "alone": alone}, kind="confirm"))
     searched = results.assign(kind="trial", value=0.0)
     at = MetricQuery("distil", "student", "mlm_loss")
-    found = confirm_verdict(pd.concat([results, searched]), trials, "p07", "alone", at, search_difference=-0.3)
+    found = confirm_verdict(pd.concat([results, searched]), trials, ("p07", "alone"), at, search_difference=-0.3)
     assert found.verdict == "supported"
     assert found.comparison is not None
     assert found.comparison.effect == pytest.approx(-0.1, abs=0.01)
     assert found.shrinkage == pytest.approx(-0.3 - found.comparison.effect)
-    assert found.counts["p07"] == (5, 5, 0, 0)
-    lost = confirm_verdict(results.head(0), trials.head(0), "p07", "alone", at, search_difference=-0.3)
+    lost = confirm_verdict(results.head(0), trials.head(0), ("p07", "alone"), at, search_difference=-0.3)
     assert (lost.verdict, lost.comparison, lost.shrinkage) == ("undecided", None, None)

@@ -1,4 +1,4 @@
-"""The two files of clusters: what Ray's own schema takes, what Ray takes without a word, and what AWS is asked for."""
+"""The two files of clusters: what Ray's own schema takes, what Ray accepts silently, and what AWS is asked for."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "the head's profile": (lambda v: node_config(v).update(node_config(v, "head")), "gpu.node_config.IamInstanceProfile", "could start machines"),
     "old metadata": (lambda v: node_config(v)["MetadataOptions"].update(HttpTokens="optional"), "gpu.node_config.MetadataOptions", "HttpTokens"),
     "never idle": (lambda v: v.update(idle_timeout_minutes=0), "idle_timeout_minutes", "from 1 on"),
-    "no bound": (lambda v: v.pop("max_workers"), "max_workers", "has this bound"),
-    "a path": (lambda v: v["file_mounts"].update({"~/x": "no/such/folder"}), "file_mounts.~/x", "no/such/folder is not here"),
+    "no bound": (lambda v: v.pop("max_workers"), "max_workers", "bounds the cost of a forgotten cluster"),
+    "a path": (lambda v: v["file_mounts"].update({"~/x": "no/such/folder"}), "file_mounts.~/x", "no/such/folder does not exist"),
     "no mode": (lambda v: v.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]), "worker_start_ray_commands", "RAY_AUTH_MODE=token"),
     "open": (lambda v: v.update(head_start_ray_commands=[v["head_start_ray_commands"][1].replace("127.0.0.1", "::")]), "head_start_ray_commands", "--dashboard-host"),
     "Ray's commands": (lambda v: v.pop("head_start_ray_commands"), "head_start_ray_commands", "without a token"),
@@ -168,7 +168,7 @@ def test_every_command_of_ray_says_the_mode_and_none_reports_usage(file: Path) -
 
 
 def check(value: Any) -> Any:
-    """As `ray up` does it."""
+    """Checks as `ray up` does. Uses a private module of Ray, which has no public function for that."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(copy.deepcopy(value))

@@ -175,7 +175,7 @@ def test_a_machine_without_the_shared_folder_is_named_and_not_used(cluster: Host
         said = finish(cluster, "unfit")
     finally:
         cluster.run("w2", "umount", SHARE)
-    assert re.search(r"not used: \d slots? on w2: ", said), said
+    assert re.search(r"disabled: \d slots? on w2: ", said), said
     assert set(nodes(cluster, "unfit")) == {"w1"}
     assert all(end["faults"] == 0 for end in ended(cluster.share / "runs", "unfit").values())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster import mlflow_server
+from tests.support.listening import listening, tree
 from trainables.storage.files import Storage
 
 
@@ -84,7 +85,10 @@ def test_a_second_server_is_not_started(tmp_path: Path, capsys: pytest.CaptureFi
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         assert mlflow_server.main([str(tmp_path / "s"), "--port", str(port)]) == 0
-    assert "listens on" in capsys.readouterr().out and not (tmp_path / "s").exists()
+    assert (
+        f"127.0.0.1:{port} is in use; no server was started" in capsys.readouterr().out
+        and not (tmp_path / "s").exists()
+    )
 
 
 @pytest.mark.slow
@@ -102,6 +106,7 @@ def test_the_server_answers_on_loopback_and_its_end_is_kept(tmp_path: Path) -> N
             except OSError:
                 assert time.monotonic() < until and process.poll() is None
                 time.sleep(0.5)
+        assert {address for pid in tree(process.pid) for address, _ in listening(pid)} == {"127.0.0.1"}
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         with closing(sqlite3.connect(tmp_path / "storage" / "mlflow.db")) as kept:

@@ -120,14 +120,14 @@ def test_a_cluster_is_waited_for_until_all_are_there_or_too_long(
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: later.pop(0) if len(later) > 1 else later[0])
     monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: None)
     config = {"available_node_types": {"local": {"min_workers": 2}}, "head_node_type": "local"}
-    assert len(ray_cluster._wait_for_workers(config)) == 3
+    assert len(ray_cluster.wait_for_workers(config)) == 3
     assert "waiting for the cluster's machines: 0 of 2 are there" in capsys.readouterr().out
     monkeypatch.setattr(ray_cluster, "JOIN_SECONDS", -1.0)
     later[:] = [[HEAD, node(2), node(2, alive=False)]]
-    assert len(ray_cluster._wait_for_workers(config)) == 2
-    assert "going on with 1 of the cluster's 2 machines" in capsys.readouterr().out
+    assert len(ray_cluster.wait_for_workers(config)) == 2
+    assert "continuing with 1 of the cluster's 2 machines" in capsys.readouterr().out
     later[:] = [[HEAD]]
-    assert len(ray_cluster._wait_for_workers(None)) == 1 and capsys.readouterr().out == ""
+    assert len(ray_cluster.wait_for_workers(None)) == 1 and capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- mode
@@ -135,12 +135,15 @@ def test_a_cluster_is_waited_for_until_all_are_there_or_too_long(
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a token, in a process whose Ray has not been told anything."""
+    """A home without a token, in a process whose Ray has read no mode. Ray's own switches are per process, so they are
+    replaced here; the slow tests below set them in processes of their own."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(ray_cluster, "_read_mode_and_token", lambda: None)
-    monkeypatch.setattr(ray_cluster, "_before", {})
+    monkeypatch.setattr(ray_cluster, "reload_authentication", lambda: None)
+    monkeypatch.setattr(ray_cluster, "listen_on_loopback", lambda: None)
+    monkeypatch.setattr(ray_cluster, "requires_token", lambda: True)
+    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
     (tmp_path / ".ray").mkdir()
     return tmp_path
 
@@ -180,8 +183,7 @@ def test_the_mode_is_always_explicit(
     joined = []
     monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: joined.append(os.environ.get("RAY_AUTH_MODE")))
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node(2)])
-    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray_cluster, "_autoscaler", lambda: None)
+    monkeypatch.setattr(ray_cluster, "autoscaler_config", lambda: None)
     assert ray_cluster.start_ray("10.0.0.1:6379", Slot()) == 2
     assert joined == [mode]
     said = capsys.readouterr().err
@@ -207,7 +209,7 @@ def test_a_ray_that_does_not_come_up_is_told_and_leaves_nothing(home: Path, monk
         raise RuntimeError("The current node timed out during startup.\nand more")
 
     monkeypatch.setattr(ray_cluster.ray, "init", fails)
-    monkeypatch.setattr(ray_cluster, "_stay_here", lambda: ray_cluster._set(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="t"))
+    monkeypatch.setattr(ray_cluster.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     before = dict(os.environ)
     with pytest.raises(
         ray_cluster.NotStarted, match=r"Ray did not start \(The current node timed out during startup\.\)"
@@ -249,8 +251,8 @@ def test_a_ray_that_would_listen_beyond_loopback_is_not_started(
 
 START = """
 import json, os, sys
-from orchestrator.cluster.ray_cluster import ray_cluster as cluster
-from orchestrator.study.schema.schema import Slot
+from orchestrator.cluster import ray_cluster as cluster
+from orchestrator.study.schema import Slot
 before = dict(os.environ)
 slots = cluster.start_ray(None, Slot())
 import ray
@@ -264,9 +266,9 @@ print(json.dumps([name for name in names if os.environ.get(name) != before.get(n
 """
 JOIN = """
 import sys
-from orchestrator.cluster.ray_cluster import ray_cluster as cluster
-from orchestrator.study.schema.errors import StudyError
-from orchestrator.study.schema.schema import Slot
+from orchestrator.cluster import ray_cluster as cluster
+from orchestrator.study.errors import StudyError
+from orchestrator.study.schema import Slot
 try:
     print("joined", cluster.start_ray(sys.argv[1], Slot()))
 except StudyError as error:

@@ -55,7 +55,7 @@ def test_what_is_left_when_the_hours_are_over_goes_on_when_the_job_starts_again(
             ).stdout
 
         said = job(0.015)
-        assert "--hours 0.015 are over" in said and "Still to run" in said, said
+        assert "--hours 0.015 have passed" in said and "Still to run" in said, said
         assert (hosts.share / "requeued").read_text() == "requeued\n"
         assert (hosts.share / "runs" / "study" / "report.html").exists()
         for host in NODES:  # the job has taken its Ray along

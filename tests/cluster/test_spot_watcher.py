@@ -21,7 +21,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from orchestrator.cluster import spot_watcher
-from orchestrator.scheduling import tune_runner
+from orchestrator.scheduling import slot
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Slot
 from tests.support.sweeps import (
@@ -41,7 +41,9 @@ from tests.support.sweeps import (
     until,
     write_study,
 )
+from trainables.runtime.outcome import Outcome, Status
 from trainables.runtime.trial_attempt import Job
+from trainables.training.stop_signals import StopReason
 
 SPOT = {"instance-life-cycle": "spot"}
 
@@ -149,7 +151,7 @@ def test_when_the_machine_goes() -> None:
     ("answers", "said"),
     [
         ({"instance-life-cycle": "on-demand"}, "no spot machine (on-demand)"),
-        ({}, "no spot machine (its kind is not told)"),
+        ({}, "no spot machine (unknown kind)"),
         (None, "no metadata service answers"),
         ("silent", "no metadata service answers"),
     ],
@@ -175,35 +177,28 @@ def test_where_no_notice_can_come_it_ends_with_a_line(
 
 def test_a_machine_is_watched_once_and_again_after_a_kill(metadata: Metadata, tmp_path: Path) -> None:
     metadata.answers |= SPOT
-    command = [
-        sys.executable,
-        "-m",
-        "orchestrator.cluster.spot_watcher",
-        "--lock",
-        str(tmp_path / "lock"),
-        "--every",
-        "0.1",
-    ]
+    lock = str(tmp_path / "lock")
+    command = [sys.executable, "-m", "orchestrator.cluster.spot_watcher", "--lock", lock, "--every", "0.1"]
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     first = start()
     try:
-        assert first.stdout is not None and "waiting for the notice" in first.stdout.readline()
+        assert first.stdout is not None and "waiting for the termination notice" in first.stdout.readline()
         second = start()
         assert "watched already" in second.communicate(timeout=60)[0] and second.returncode == 0
         assert first.poll() is None
         first.kill()
         first.wait()
         first = start()
-        assert first.stdout is not None and "waiting for the notice" in first.stdout.readline()
+        assert first.stdout is not None and "waiting for the termination notice" in first.stdout.readline()
     finally:
         first.kill()
         first.communicate()
 
 
-# ------------------------------------------------------------------------------------------------------ whom it tells
+# ------------------------------------------------------------------------------------------------------ processes that are asked
 
 
 def test_ranks_are_told_before_slots_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +219,16 @@ def test_the_node_is_the_one_with_this_machines_address(monkeypatch: pytest.Monk
     monkeypatch.setattr(spot_watcher.GlobalState, "_initialize_global_state", lambda *_: None)
     monkeypatch.setattr(spot_watcher.GlobalState, "node_table", lambda _: rows)
     monkeypatch.setattr(spot_watcher, "get_node_ip_address", lambda _: "10.0.0.2")
-    assert spot_watcher._Ray.join("10.0.0.1:6379", None).node == "mine"
+    assert spot_watcher.RayNode.join("10.0.0.1:6379", None).node == "mine"
     rows[2]["NodeManagerAddress"] = "10.0.0.2"
     with pytest.raises(LookupError, match=r"2 nodes of the Ray at 10.0.0.1:6379 have the address 10.0.0.2"):
-        spot_watcher._Ray.join("10.0.0.1:6379", None)
+        spot_watcher.RayNode.join("10.0.0.1:6379", None)
 
 
 def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Busy(spot_watcher._Ray):
+    class Busy(spot_watcher.RayNode):
         tries = 0
 
         def drain(self, taken: float) -> None:
@@ -249,16 +244,16 @@ def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
 
         stays = False
 
-    monkeypatch.setattr(spot_watcher._Ray, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
+    monkeypatch.setattr(spot_watcher.RayNode, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
     assert spot_watcher.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
     said = capsys.readouterr()
-    assert "node mine has ended" in said.out and said.err.count("not now; it is tried again") == 2
+    assert "node mine has ended" in said.out and said.err.count("not now; trying again") == 2
     Busy.stays = True
     assert spot_watcher.leave("auto", None, time.time() + 1) == 0
-    assert "the time is over; 0 processes" in capsys.readouterr().out
+    assert "deadline passed; 0 processes" in capsys.readouterr().out
     Busy.tries = -100
     assert spot_watcher.leave("auto", None, time.time() + 1) == 1
-    assert "nobody was told to leave" in capsys.readouterr().err
+    assert "deadline passed; Ray unreachable, trials not notified" in capsys.readouterr().err
     Busy.stays, Busy.tries = False, 3
     assert spot_watcher.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
     assert "node mine has ended" in capsys.readouterr().out
@@ -268,11 +263,11 @@ def test_tune_does_not_count_a_process_that_was_told_to_leave(monkeypatch: pytes
     from ray.tune.experiment import Trial
 
     job = Job(trial="t", spec="", fingerprints={}, storage="", folder="", threads=1, device="cpu", checkpoint_at_reports=False, provenance={})  # fmt: skip
-    monkeypatch.setattr(tune_runner, "run", lambda *_: {"status": "left", "reason": "terminated"})
-    monkeypatch.setattr(tune_runner, "_own_fault", lambda _: None)
-    monkeypatch.setattr(tune_runner.tune, "report", lambda _: None)
+    monkeypatch.setattr(slot, "run", lambda *_: Outcome(Status.SUSPENDED, StopReason.TERMINATED))
+    monkeypatch.setattr(slot, "own_fault", lambda _: None)
+    monkeypatch.setattr(slot.tune, "report", lambda _: None)
     with pytest.raises(RayActorError, match="its checkpoint is written") as told:
-        tune_runner._in_slot(
+        slot.run_in_slot(
             {"study": "", "slot": Slot().model_dump_json(), "job": json.dumps(asdict(job)), "expected": ""}
         )
     monkeypatch.setattr(Trial, "local_path", None)
@@ -310,17 +305,17 @@ class TwoMachines:
     nodes: list[str]
 
     def processes(self) -> list[dict[str, set[int]]]:
-        return [spot_watcher._Ray.join(self.address, node).processes() for node in self.nodes]
+        return [spot_watcher.RayNode.join(self.address, node).processes() for node in self.nodes]
 
 
 @pytest.fixture
 def machines(bench: Bench, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
-    from orchestrator.cluster.ray_cluster import _read_mode_and_token
+    from orchestrator.cluster.ray_internals import reload_authentication
 
     secret = os.urandom(32).hex()
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    _read_mode_and_token()
+    reload_authentication()
     process = subprocess.Popen([sys.executable, "-c", CLUSTER, str(request.param)], env={**os.environ, MARK: bench.mark},
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
@@ -340,7 +335,7 @@ def watch(bench: Bench, metadata: Metadata, machines: TwoMachines, node: str) ->
                "--address", machines.address, "--node", node]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, MARK: bench.mark}, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    assert process.stdout is not None and "waiting for the notice" in process.stdout.readline()
+    assert process.stdout is not None and "waiting for the termination notice" in process.stdout.readline()
     return process
 
 
@@ -364,7 +359,7 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     until(lambda: checkpoints(storage, 1), driver)
     tell("spot notice: the checkpoint was written", since)
     said = watcher.communicate(timeout=130)[0]
-    assert watcher.returncode == 0 and "1 processes of trials were told to leave" in said
+    assert watcher.returncode == 0 and "1 processes of trials were asked to stop" in said
     until(lambda: taken not in marked(bench.mark), driver)
     assert machines.processes()[0] == {spot_watcher.SLOT: set(), spot_watcher.RANK: set()}
     (trial,) = checkpoints(storage, 1)
@@ -398,7 +393,7 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     (trial,) = until(lambda: checkpoints(storage, 1), driver)
     tell("spot notice to a group: the checkpoint was written", since)
     said = watcher.communicate(timeout=130)[0]
-    assert watcher.returncode == 0 and "were told to leave" in said
+    assert watcher.returncode == 0 and "were asked to stop" in said
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
     tell("spot notice to a group", since)
     assert len(machines.processes()[1 - taken][spot_watcher.RANK]) == 2

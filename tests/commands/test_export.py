@@ -13,12 +13,13 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import export
-from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.ledger import Ledger
+from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.load import load_study
 from tests.support.trials import Lab, Listener, distillation, wordy_documents
 from trainables.config.models import Model
-from trainables.data.corpus.sequences import open_corpus
+from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends, train_wordpiece
 from trainables.models import build, tokenizer_check
 from trainables.runtime.trial_attempt import Job, run
@@ -42,12 +43,21 @@ def file(lab: Lab, tmp_path: Path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(raw))
     study = load_study(path)
-    agenda = Agenda(study, Fingerprints(str(lab.root / "data")), lab.storage)
-    while (planned := agenda.next()) is not None:
-        agenda.start(planned, 1)
-        found: dict[str, Any] = agenda.identity.of(planned.spec)
-        job = Job(planned.id, planned.spec.model_dump_json(), found, lab.storage.uri, "mine", 1, "cpu", False, {})
-        agenda.end(planned.id, run(job, Listener()), 2)
+    scheduler = Scheduler(study, Fingerprints(str(lab.root / "data")), lab.storage)
+    while (planned := scheduler.next()) is not None:
+        scheduler.start(planned, 1)
+        job = Job(
+            planned.id,
+            planned.spec.model_dump_json(),
+            planned.fingerprints,
+            lab.storage.uri,
+            "mine",
+            1,
+            "cpu",
+            False,
+            {},
+        )
+        scheduler.end(planned.id, run(job, Listener()), 2)
     return path
 
 
@@ -55,10 +65,10 @@ def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Pat
     to = tmp_path / "student"
     assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught"]) == 0
     net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
-    corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    corpus = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     assert tokenizer.get_vocab() == corpus.tokenizer.get_vocab() and (to / "model.safetensors").exists()
-    agenda = Agenda(load_study(file), Fingerprints(None), lab.storage)
-    row = next(row for row in agenda.rows.values() if row["arm"] == "taught")
+    ledger = Ledger(load_study(file), lab.storage)
+    row = next(row for row in ledger.rows.values() if row["arm"] == "taught")
     key = row["phases"]["distil"]["key"]
     published = lab.store.find(key)
     assert published is not None
@@ -77,13 +87,11 @@ def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
     net, tokenizer = AutoModelForMaskedLM.from_pretrained(to).eval(), AutoTokenizer.from_pretrained(to)
     assert net.config.model_type == "bert" and net.config.num_hidden_layers == 2
     assert tokenizer("lora", "mitun")["token_type_ids"][-1] == 1  # as a task tells the halves of a pair apart
-    row = next(
-        r for r in Agenda(load_study(file), Fingerprints(None), lab.storage).rows.values() if r["arm"] == "shared"
-    )
+    row = next(row for row in Ledger(load_study(file), lab.storage).rows.values() if row["arm"] == "shared")
     published = lab.store.find(row["phases"]["distil"]["key"])
     assert published is not None
     stored = build.restore(published.configs["student"], lab.store.weights(published.key, "student")).eval()
-    ids = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"]).dev.rows(range(4))
+    ids = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"]).dev.rows(range(4))
     with torch.no_grad():
         torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
 
@@ -143,7 +151,7 @@ def test_what_an_edited_file_no_longer_plans_is_not_taken_for_the_arm(file: Path
 
 
 def test_a_trial_by_its_id_and_another_model(file: Path, lab: Lab, tmp_path: Path) -> None:
-    rows = Agenda(load_study(file), Fingerprints(None), lab.storage).rows
+    rows = Ledger(load_study(file), lab.storage).rows
     trial = next(trial for trial, row in rows.items() if row["arm"] == "taught")
     given = ["--trial", trial, "--model", "teacher", "--storage", lab.storage.uri]
     assert export.main([str(file), "--to", str(tmp_path / "to"), *given]) == 0
@@ -170,7 +178,7 @@ def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends
     net = build.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
     text = wordy_documents(1, seed=1)[0][:30]
     as_trained = [start, *encode(tokenizer, [text])[0]]
-    export._let_it_answer(net, tokenizer)
+    export.set_generation_tokens(net, tokenizer)
     net.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     net, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)

@@ -100,7 +100,7 @@ def points(uri: str, run: Any) -> list[tuple[str, int, int, float]]:
     return [(point.key, point.step, point.timestamp, point.value) for metric in history for point in metric]
 
 
-def told(rows: list[dict[str, Any]]) -> list[tuple[str, int, int, float]]:
+def reported(rows: list[dict[str, Any]]) -> list[tuple[str, int, int, float]]:
     def name(r: dict[str, Any]) -> str:
         return "/".join(r[key] for key in ("phase", "model", "task", "split", "metric"))
 
@@ -125,7 +125,7 @@ def test_a_trial_is_a_nested_run_with_its_tags_its_parameters_and_every_point(ur
     assert {key: run.data.tags.get(key) for key in wanted} == wanted
     assert run.data.tags["status"] == "ended"
     assert run.data.params == {"student.layers": "2", "terms.kd": "0.5"}
-    assert points(uri, run) == told(some)
+    assert points(uri, run) == reported(some)
     assert (run.info.start_time, run.info.end_time) == (START, START + 60_000)
     assert parent.data.tags["study"] == "smoke"
     assert parent.info.status == "FINISHED"
@@ -152,7 +152,7 @@ def test_rows_may_be_all_so_far_or_only_the_new_ones(uri: str) -> None:
         time.sleep(0.05)
     assert mirror.close(60) == 0
     for run in runs(uri)[1].values():
-        assert points(uri, run) == told(rows(0, 1, 2, 3))
+        assert points(uri, run) == reported(rows(0, 1, 2, 3))
 
 
 def test_numbers_that_are_not_finite_arrive_and_are_not_doubled(uri: str) -> None:
@@ -184,7 +184,7 @@ def test_a_row_that_no_store_takes_does_not_hold_up_the_others(uri: str) -> None
     assert mirror.problem is not None
     assert "refused 2 records of trial 000000000000" in mirror.problem
     parent, nested = runs(uri)
-    assert points(uri, nested[f"{1:012x}"]) == told(rows(0))
+    assert points(uri, nested[f"{1:012x}"]) == reported(rows(0))
     assert parent.info.status == "FINISHED"
 
 
@@ -220,14 +220,14 @@ def test_a_later_command_finds_the_parent_and_the_trials_and_goes_on(uri: str) -
     mirrored(uri, (trial(0), rows(0, 1)), (trial(1), rows(0, 1)), (trial(2), rows(0, 1)), end="ended")
     again, nested = runs(uri)
     assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
-    assert [points(uri, run) for run in nested.values()] == [told(rows(0, 1))] * 3
+    assert [points(uri, run) for run in nested.values()] == [reported(rows(0, 1))] * 3
 
 
 def test_a_resumed_trial_that_measures_a_step_again_has_one_point_there(uri: str) -> None:
     machine = rows(1, metric="memory", split="system"), rows(1, metric="memory", split="system", t=START + 500)
     mirrored(uri, (trial(0, "running"), rows(0, 1) + machine[0]))
     mirrored(uri, (trial(0), rows(0) + rows(1, 2, t=START + 99) + machine[0] + machine[1]))
-    expected = told(rows(0, 1) + rows(2, t=START + 99) + machine[0] + machine[1])
+    expected = reported(rows(0, 1) + rows(2, t=START + 99) + machine[0] + machine[1])
     assert points(uri, runs(uri)[1][f"{0:012x}"]) == expected
 
 
@@ -250,7 +250,7 @@ def test_an_answer_that_is_lost_after_the_store_took_the_points_doubles_nothing(
         monkeypatch.setattr(MlflowClient, name, flaky)
     mirrored(uri, (trial(0), rows(0, 1, 2)), (trial(1), rows(0)), end="ended")
     _, nested = runs(uri)
-    assert [points(uri, nested[f"{i:012x}"]) for i in range(2)] == [told(rows(0, 1, 2)), told(rows(0))]
+    assert [points(uri, nested[f"{i:012x}"]) for i in range(2)] == [reported(rows(0, 1, 2)), reported(rows(0))]
 
 
 def test_a_run_that_someone_deleted_is_made_again_in_full(uri: str) -> None:
@@ -259,7 +259,7 @@ def test_a_run_that_someone_deleted_is_made_again_in_full(uri: str) -> None:
     mirrored(uri, (trial(0), rows(0, 1)))
     MlflowClient(uri).delete_run(runs(uri)[1][f"{0:012x}"].info.run_id)
     mirrored(uri, (trial(0), rows(0, 1)))
-    assert points(uri, runs(uri)[1][f"{0:012x}"]) == told(rows(0, 1))
+    assert points(uri, runs(uri)[1][f"{0:012x}"]) == reported(rows(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------- files, quiet, secrets
@@ -271,14 +271,12 @@ def test_the_default_store_is_made_with_its_files_beside_it_and_nothing_is_print
     monkeypatch.chdir(tmp_path)
     report = tmp_path / "report.html"
     report.write_text("<p>report</p>")
-    mirror = Mirror("sqlite:///runs/mlflow.db", "smoke", tags={"commit": "abc"}, params={"seeds": 3})
+    mirror = Mirror("sqlite:///runs/mlflow.db", "smoke", tags={"commit": "abc"})
     mirror.start()
-    mirror.finish("ended", [report, tmp_path / "missing.md"], tags={"outcome": "3 of 3"})
+    mirror.finish("ended", [report, tmp_path / "missing.md"])
     assert mirror.close(60) == 0
     parent, _ = runs(mirror.uri)
-    assert parent.data.tags["outcome"] == "3 of 3"
     assert parent.data.tags["commit"] == "abc"
-    assert parent.data.params == {"seeds": "3"}
     (copy,) = (tmp_path / "runs" / "mlartifacts").rglob("report.html")
     assert copy.read_text() == "<p>report</p>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "runs"]
@@ -329,7 +327,7 @@ def test_a_store_that_is_away_blocks_nothing_and_is_named_without_secrets() -> N
     assert "user" not in mirror.problem
 
 
-def test_a_store_that_takes_the_call_and_never_answers_holds_close_up_no_longer_than_it_may() -> None:
+def test_a_store_that_never_answers_delays_close_no_longer_than_it_may() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -375,7 +373,7 @@ def test_what_waited_for_a_server_is_delivered_when_it_comes(tmp_path: Path, cap
         mirrored(uri, *[(trial(i), rows(*range(10))) for i in range(3)], end="ended")
         parent, nested = runs(uri)
         assert parent.info.status == "FINISHED"
-        assert [points(uri, nested[f"{i:012x}"]) for i in range(3)] == [told(rows(*range(10)))] * 3
+        assert [points(uri, nested[f"{i:012x}"]) for i in range(3)] == [reported(rows(*range(10)))] * 3
         assert list(tmp_path.rglob("artifacts/report.md"))
         assert capfd.readouterr() == ("", "")
     finally:

@@ -20,7 +20,6 @@ import pytest
 
 from orchestrator import sweep
 from orchestrator.analysis import tables as tables_
-from orchestrator.scheduling.scheduler import Agenda
 from orchestrator.study.load import load_study
 from tests.support.sweeps import (
     ROOT,
@@ -179,7 +178,7 @@ def test_the_winner_is_exported_as_an_ordinary_folder(smoke: Swept, tmp_path: Pa
 
 
 @slow
-def test_a_trial_gives_the_same_numbers_in_a_slot_that_had_others_before_as_in_a_plain_process(bench: Bench) -> None:
+def test_a_trial_in_a_reused_slot_gives_the_numbers_of_a_plain_process(bench: Bench) -> None:
     """One slot, so that its process is used again. The sweep names its storage by a relative path."""
     arms = "a: {}, b: {phases.distil.batch: 4}, c: {phases.distil.terms.soft.weight: 0}"
     study = write_study(
@@ -203,22 +202,16 @@ def test_a_trial_gives_the_same_numbers_in_a_slot_that_had_others_before_as_in_a
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """The command with one slot in this process: trials are run by attempt.run, as a slot runs them."""
+    """The command with one slot in this process: trials are run by trial_attempt.run, as a slot runs them."""
 
-    def run_here(agenda: Agenda, *_: Any) -> None:
-        def one() -> bool:
-            planned = agenda.next()
-            if planned is None:
-                return False
-            agenda.start(planned, 1)
-            job = trial_attempt.Job(trial=planned.id, spec=planned.spec.model_dump_json(), fingerprints=agenda.identity.of(planned.spec),
-                              storage=agenda.storage.uri, folder=agenda.study.folder, threads=1, device="cpu",
+    def run_here(started: sweep.Sweep) -> None:
+        scheduler = started.scheduler
+        while (planned := scheduler.next()) is not None:
+            scheduler.start(planned, 1)
+            job = trial_attempt.Job(trial=planned.id, spec=planned.spec.model_dump_json(), fingerprints=planned.fingerprints,
+                              storage=scheduler.storage.uri, folder=scheduler.study.folder, threads=1, device="cpu",
                               checkpoint_at_reports=False, provenance={})  # fmt: skip
-            agenda.end(planned.id, trial_attempt.run(job, Listener()), 2)
-            return True
-
-        while one():
-            pass
+            scheduler.end(planned.id, trial_attempt.run(job, Listener()), 2)
 
     class NoMirror:
         problem = None
@@ -229,7 +222,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         def close(self, *_: Any) -> int:
             return 0
 
-    monkeypatch.setattr(sweep, "_run", run_here)
+    monkeypatch.setattr(sweep, "run", run_here)
     monkeypatch.setattr("orchestrator.mlflow_sync.Mirror", NoMirror)
 
     def command(study: Path, *arguments: str, expect: int = 0) -> Said:
@@ -271,7 +264,7 @@ def test_a_failed_arm_is_told_with_its_log_and_may_be_tried_again(tmp_path: Path
     said = command(study, expect=1)
     rows = tables(storage).trials.set_index("arm")
     log = storage / "study" / "trials" / rows.loc["hot", "trial"] / "log.txt"
-    assert "arm hot lacks seed 0: diverged" in said.out and str(log) in said.out and "diverged" in log.read_text()
+    assert "arm hot, seed 0 failed: diverged" in said.out and str(log) in said.out and "diverged" in log.read_text()
     assert attempts(storage)[rows.loc["hot", "trial"]] == ["attempt-1"]
     command(study, expect=1)
     assert attempts(storage)[rows.loc["hot", "trial"]] == ["attempt-1"]
@@ -297,7 +290,7 @@ def test_what_to_type_to_go_on_is_quoted(tmp_path: Path, command: Callable[..., 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "_run", interrupted)
+    monkeypatch.setattr(sweep, "run", interrupted)
     study = write_study(folder)
     said = command(study, "--set", "question=it's", "--seeds", "2", expect=130)
     words = shlex.split(said.out.split("To go on: python -m orchestrator.sweep ")[1].splitlines()[0])
@@ -316,3 +309,32 @@ def test_ctrl_c_while_the_plan_is_made_leaves_no_traceback(
 
     monkeypatch.setattr("orchestrator.planning.preview.print_plan", interrupted)
     command(write_study(tmp_path), expect=130)
+
+
+# -------------------------------------------------------------------------------------------------------- the exit code
+
+
+def row(status: str, *, arm: str | None = "taught", kind: str = "trial", planned: bool = True) -> dict[str, Any]:
+    return {"status": status, "arm": arm, "kind": kind, "planned": planned}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "code"),
+    [
+        ([row("ended")], {}, 0),
+        ([row("ended"), row("failed", arm=None)], {}, 0),  # a point may fail
+        ([row("ended"), row("failed")], {}, 1),
+        ([row("ended"), row("stopped")], {}, 1),
+        ([row("ended"), row("failed", planned=False)], {}, 0),
+        ([row("ended"), row("failed", kind="tune")], {}, 0),
+        ([row("failed", arm=None)], {}, 1),  # no trial ended
+        ([row("ended", kind="teacher")], {}, 1),
+        ([row("ended", planned=False)], {}, 1),
+        ([], {"is_closed": True}, 0),  # a limit
+        ([row("ended")], {"is_closed": True, "is_broken": True}, 1),
+        ([row("failed")], {"signal_number": 2, "is_closed": True}, 130),
+        ([], {"signal_number": 15, "is_closed": True}, 143),
+    ],
+)
+def test_the_exit_code(rows: list[dict[str, Any]], changes: dict[str, Any], code: int) -> None:
+    assert sweep.exit_code(rows, **{"signal_number": None, "is_closed": False, "is_broken": False} | changes) == code

@@ -250,15 +250,12 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_has_tokens_is_refused(planne
 @pytest.mark.parametrize("path", ["models.student.dtype", "precision"])
 def test_a_type_that_is_none_of_ours_is_refused(planned: Planned, path: str) -> None:
     said = refusal(planned(f"trial.{path}=fp16"))
-    assert said.endswith(f"trial.{path}: input should be 'fp32' or 'bf16' (got 'fp16')")
+    assert said.endswith(f"trial.{path}: input should be 'fp32' or 'bf16' (got 'fp16') (did you mean 'bf16'?)")
 
 
 def test_a_model_that_cannot_go_on_from_a_cache_is_refused_before_it_is_trained(planned: Planned) -> None:
     said = refusal(planned("trial.models.student={family: mamba, layers: 1, width: 16}"))
-    assert (
-        said
-        == "mine.yaml: models: a mamba cannot answer: it keeps more than keys and values of tokens; expected llama, gpt2 …"
-    )
+    assert said == "mine.yaml: models: generation unsupported for a mamba: no standard KV cache; expected llama, gpt2 …"
 
 
 def test_a_type_that_this_gpu_lacks_is_found_in_the_plan(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,18 @@ from tests.support.specs import BUDGETS, DATA, INITS, SCHEDULES, TERMS, WORDPIEC
 from tests.support.trials import distillation, flow, hard, inner, model, phase
 from trainables.config.data import Data, Tokenizer
 from trainables.config.models import Init
-from trainables.config.phase import Budget, Made, Phase, Stream
-from trainables.config.terms import Schedule, Term, is_off, reads, target
-from trainables.config.trial import TrialSpec, parse_start, trial_id
+from trainables.config.phase import Budget, Phase, ReplySource, Stream
+from trainables.config.phase_run import PhaseRun, Start
+from trainables.config.schedules import Constant, Schedule
+from trainables.config.terms import Term
+from trainables.config.trial import TrialSpec, trial_id
 from trainables.config.value import digest, random_stream
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "wordpiece": WORDPIECE,
     "pretrained": {"kind": "pretrained", "name": "gpt2", "revision": "abc"},
 }
-MADE: dict[str, dict[str, Any]] = {
+REPLIES: dict[str, dict[str, Any]] = {
     "sampled": {
         "kind": "sampled", "by": "student", "share": {"kind": "rises_with_loss", "step": 0.2},
         "replay": {"size": 10, "fresh": "constant"}, "temperature": 0.9,
@@ -35,7 +37,7 @@ LISTS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "init": (Init, INITS),
     "term": (Term, TERMS),
     "schedule": (Schedule, SCHEDULES),
-    "made": (Made, MADE),
+    "replies": (ReplySource, REPLIES),
     "budget": (Budget, BUDGETS),
 }
 
@@ -112,8 +114,8 @@ def test_short_forms_are_read_as_the_long_ones() -> None:
 def test_every_term_names_what_it_reads_and_the_one_it_teaches() -> None:
     for value in TERMS.values():
         term = TypeAdapter(Term).validate_python(value)
-        assert target(term) == "student"
-        assert set(reads(term)) == ({"student"} if value["kind"] == "cross_entropy" else {"teacher", "student"})
+        assert term.target == "student"
+        assert set(term.reads) == ({"student"} if value["kind"] == "cross_entropy" else {"teacher", "student"})
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -132,7 +134,7 @@ def refused(message: str, change: Callable[[dict[str, Any]], Any]) -> Any:
         refused("no phase 'tech'", lambda v: v["phases"]["distil"].update(start={"student": "tech"})),
         refused("'teach' does not train 'student'", lambda v: v["phases"]["distil"].update(start={"student": "teach"})),
         refused("keeps no weights at 0.5", lambda v: v["phases"]["distil"].update(start={"teacher": "teach@0.5"})),
-        refused("'teach@x' is no place", lambda v: v["phases"]["distil"].update(start={"teacher": "teach@x"})),
+        refused("'teach@x' is not the start of a phase", lambda v: v["phases"]["distil"].update(start={"teacher": "teach@x"})),
         refused(
             r"'teach\[corpus\]' is not there; expected teach",
             lambda v: v["phases"]["distil"].update(start={"teacher": "teach[corpus]"}),
@@ -201,18 +203,18 @@ def answering_trial(change: Callable[[dict[str, Any], dict[str, Any]], Any] = la
         refused("distil.eval_only: corpus has no replies to score; expected instructions", lambda v, main: v["phases"]["distil"].update(eval_only=["corpus"])),
         refused("distil.eval_only: ask is scored anyway", lambda v, main: v["phases"]["distil"].update(eval_only=["ask"])),
         refused("replies.replay.size: 7 is less than a batch of 8", lambda v, main: main.update(replies={**BY["teacher"], "replay": {"size": 7}})),
-        refused("distil.for_each_dataset: ask, corpus are neither all instructions nor none", lambda v, main: v["phases"]["distil"].update(for_each_dataset=["ask", "corpus"])),
-        refused("distil.streams.main.replies: corpus has no prompts", lambda v, main: main.update(data="corpus", replies=BY["teacher"])),
+        refused("distil.for_each_dataset: ask is a set of instructions, corpus is a corpus; expected data sets of one format", lambda v, main: v["phases"]["distil"].update(for_each_dataset=["ask", "corpus"])),
+        refused("distil.streams.main.replies: replies are for instructions, and corpus is a corpus", lambda v, main: main.update(data="corpus", replies=BY["teacher"])),
         refused("distil.streams.main: scored has no train", lambda v, main: main.update(data="scored")),
-        refused("distil.streams.main.corruption: ask are instructions", lambda v, main: main.update(corruption={"probability": 0.3})),
+        refused("distil.streams.main.corruption: corruption is for corpora, and ask is a set of instructions", lambda v, main: main.update(corruption={"probability": 0.3})),
         refused("distil.budget: a budget of tokens is for corpora", lambda v, main: v["phases"]["distil"].update(budget={"tokens": 99})),
         refused("distil.terms.x: hidden_cosine is for corpora and tasks", lambda v, main: v["phases"]["distil"]["terms"].update(x=inner("teacher", "student", "hidden_cosine"))),
         refused("distil.terms.student_hard: replies of 'student', which learns here, are no labels", lambda v, main: main.update(replies=BY["student"])),
-        refused("distil.terms.student_hard: replies of 'student', which learns here", lambda v, main: main.update(replies=MADE["interleaved"])),
+        refused("distil.terms.student_hard: replies of 'student', which learns here", lambda v, main: main.update(replies=REPLIES["interleaved"])),
         refused("distil.streams.main.replies: there is no model 'nobody'", lambda v, main: main.update(replies=BY["nobody"])),
         refused("once keeps every reply: remove replay", lambda v, main: main.update(replies={**BY["teacher"], "once": True, "replay": {}})),
-        refused("share 2: it is a fraction of the steps", lambda v, main: main.update(replies={**BY["teacher"], "share": {"kind": "linear", "start": 0, "end": 2}})),
-        refused("less than or equal to 1", lambda v, main: main.update(replies={**BY["teacher"], "share": 1.5})),
+        refused("share 2: expected a fraction of the steps", lambda v, main: main.update(replies={**BY["teacher"], "share": {"kind": "linear", "start": 0, "end": 2}})),
+        refused("share 1.5: expected a fraction of the steps", lambda v, main: main.update(replies={**BY["teacher"], "share": 1.5})),
         refused("prompt_length 256 leaves no room for a reply in length 128", lambda v, main: v["data"]["ask"].update(length=128)),
         refused("needs train, or test", lambda v, main: v["data"]["scored"].pop("test")),
     ],
@@ -227,7 +229,7 @@ def test_instructions_and_replies_that_make_no_sense_are_refused_with_the_reason
 
 def test_what_answers_may_be_learnt_from_in_these_ways() -> None:
     def second_stream(value: dict[str, Any], main: dict[str, Any]) -> None:
-        main.update(replies=MADE["sampled"])
+        main.update(replies=REPLIES["sampled"])
         value["phases"]["distil"]["streams"]["data"] = {"data": "ask"}
         value["phases"]["distil"]["terms"]["student_hard"]["on"] = "data"
 
@@ -256,9 +258,9 @@ def test_phases_that_start_from_each_other_are_refused() -> None:
 
 
 def test_a_place_to_start_has_a_phase_a_data_set_and_a_fraction() -> None:
-    assert parse_start("teach") == ("teach", 1.0, None)
-    assert parse_start("teach@0.5") == ("teach", 0.5, None)
-    assert parse_start("teach[cola]@0.5") == ("teach", 0.5, "cola")
+    assert Start.parse("teach") == Start(PhaseRun("teach"))
+    assert Start.parse("teach@0.5") == Start(PhaseRun("teach"), 0.5)
+    assert Start.parse("teach[cola]@0.5") == Start(PhaseRun("teach", "cola"), 0.5)
 
 
 # -------------------------------------------------------------------------------------------------------------- pruning
@@ -271,14 +273,16 @@ def alone(weight: Any = 0) -> TrialSpec:
 @pytest.mark.parametrize(
     "off", [0, 0.0, *({**SCHEDULES[k], "start": 0, "end": 0} for k in ("linear", "cosine", "step"))]
 )
-def test_a_term_whose_weight_is_zero_all_the_way_takes_its_teacher_and_the_teachers_phase_with_it(off: Any) -> None:
+def test_a_term_of_weight_zero_is_pruned_with_its_teacher_and_the_teachers_phase(off: Any) -> None:
     lean = alone(off).pruned()
     assert list(lean.phases) == ["distil"] and list(lean.models) == ["student"]
     assert list(lean.phases["distil"].terms) == ["student_hard"]
 
 
 def test_a_weight_that_is_zero_only_now_and_then_stays() -> None:
-    assert not any(is_off(p) for p in (1, *(TypeAdapter(Schedule).validate_python(v) for v in SCHEDULES.values())))
+    assert not any(
+        p.is_off for p in (Constant(1), *(TypeAdapter(Schedule).validate_python(v) for v in SCHEDULES.values()))
+    )
     assert list(alone({"kind": "linear", "start": 0, "end": 1}).pruned().models) == ["teacher", "student"]
 
 
@@ -328,7 +332,7 @@ def test_a_trial_up_to_a_phase_has_what_that_phase_needs_and_prunes_to_itself() 
     assert spec.upto("teach").data == spec.data  # models are made for the longest sequence of the trial
 
 
-def test_where_an_ablation_leaves_a_model_untrained_a_later_start_goes_through_to_what_it_was() -> None:
+def test_a_later_start_skips_a_phase_in_which_an_ablation_trains_no_model() -> None:
     def change(value: dict[str, Any]) -> None:
         both = {"t": hard("teacher", weight=0), "s": hard("student"), "f": flow("teacher", "student")}
         value["phases"]["together"] = phase(("teacher", "student"), both)
@@ -396,22 +400,8 @@ def test_random_streams_differ_by_every_part_of_their_purpose_and_fit_a_generato
 
 
 def test_a_phase_states_its_defaults_in_one_place() -> None:
-    """Defaults that a study leaves out are in its key: a default that changes must change keys, so none hides in code.
-
-    Fields that came later are left out of the key while they are as here, so that what was trained before is found.
-    """
-    later = {"eval_only": (), "gradient_checkpointing": False}
-    later_of_stream = {"labels": None, "fold": None, "replies": None}
+    """Defaults that a study leaves out are in its key: a default that changes must change keys, so none hides in code."""
     value = Phase.model_validate(phase("m", {"h": hard("m")})).model_dump(mode="json")
-    assert set(value) == Phase.model_fields.keys() - later
-    assert {name: Phase.model_fields[name].default for name in later} == later
+    assert set(value) == Phase.model_fields.keys()
     assert value["streams"]["main"] == Stream().model_dump(mode="json")
-    assert set(value["streams"]["main"]) == Stream.model_fields.keys() - later_of_stream
-    assert {name: Stream.model_fields[name].default for name in later_of_stream} == later_of_stream
-
-
-def test_what_came_later_is_in_the_key_where_it_is_set() -> None:
-    set_to = {"eval_only": ["x"], "gradient_checkpointing": True, "streams": {"main": {"replies": MADE["sampled"]}}}
-    value = Phase.model_validate(phase("m", {"h": hard("m")}, **set_to)).model_dump(mode="json")
-    assert value["eval_only"] == ["x"] and value["gradient_checkpointing"] is True
-    assert value["streams"]["main"]["replies"]["by"] == "student"
+    assert set(value["streams"]["main"]) == Stream.model_fields.keys()

@@ -25,12 +25,16 @@ from trainables.config.errors import DataError
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
 from trainables.data import tokenizer as tokenizers_
-from trainables.data.batches import batch_indices, evaluation_batches, examples
-from trainables.data.corpus.documents import Documents, load_documents, normalise, split
-from trainables.data.corpus.masking import mask_batch, next_token_batch, slice_batch
-from trainables.data.corpus.sequences import Corpus, open_corpus
+from trainables.data.corpus.documents import split
+from trainables.data.corpus.masking import mask_batch, next_token_batch
+from trainables.data.corpus.sequences import Corpus
+from trainables.data.near_duplicates import normalise
+from trainables.data.order import shuffled_indices
 from trainables.data.prepare import fingerprint, prepare
+from trainables.data.prepared import open_data
 from trainables.data.sources import python_docs
+from trainables.data.sources.read import read_source
+from trainables.data.split import Sources
 from trainables.storage import prepared_folders
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -91,20 +95,20 @@ def write_as(path: Path, documents: list[str]) -> None:
 def test_every_suffix_gives_the_same_documents(tmp_path: Path, suffix: str) -> None:
     documents = ['one, "quoted"\nof two lines', "1984", "three é"]
     write_as(tmp_path / f"a{suffix}", documents)
-    assert load_documents(data_of(tmp_path / f"a{suffix}")) == Documents(tuple(documents))
+    assert read_source(data_of(tmp_path / f"a{suffix}")) == Sources(tuple(documents))
 
 
 def test_a_glob_and_a_uri_are_read_in_order_of_the_names(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         text_file(tmp_path / f"{name}.txt", [name])
-    assert load_documents(data_of(f"file://{tmp_path}/*.txt")).train == ("a", "b", "c")
+    assert read_source(data_of(f"file://{tmp_path}/*.txt")).train == ("a", "b", "c")
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = text_file(tmp_path / "a.txt", ["old text"])
-    assert load_documents(data_of(path)) is load_documents(data_of(path, length=64))  # read once
+    assert read_source(data_of(path)) is read_source(data_of(path, length=64))  # read once
     text_file(tmp_path / "a.txt", ["newer text"])
-    assert load_documents(data_of(path)).train == ("newer text",)
+    assert read_source(data_of(path)).train == ("newer text",)
 
 
 def _bad_column(tmp_path: Path) -> Files:
@@ -139,7 +143,7 @@ def test_json_is_read_as_it_stands_whatever_else_is_in_it(tmp_path: Path) -> Non
         ("c.json", json.dumps(rows, indent=2)),
     ):
         (tmp_path / name).write_text(content)
-        assert load_documents(data_of(tmp_path / name)).train == ("2020-01-01", "b", "c"), name
+        assert read_source(data_of(tmp_path / name)).train == ("2020-01-01", "b", "c"), name
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,10 @@ def test_json_is_read_as_it_stands_whatever_else_is_in_it(tmp_path: Path) -> Non
     [
         (_bad_column, r"train: no column 'txt' in .*a\.parquet'; there is text, label; did you mean 'text'"),
         (_number_column, r"column 'label' .* holds int64"),
-        (_written("a.xml", "<a/>"), r"format of .*a\.xml'; valid suffixes: \.parquet, \.jsonl, \.json, \.csv, \.txt"),
+        (
+            _written("a.xml", "<a/>"),
+            r"format of .*a\.xml'; expected one of the suffixes \.parquet, \.jsonl, \.json, \.csv, \.txt",
+        ),
         (_written("a.txt", " \n\n \n"), r"train: no text in it"),
         (_written("a.csv", ""), r"cannot read .*a\.csv' as its suffix says"),
         (
@@ -178,7 +185,7 @@ def test_json_is_read_as_it_stands_whatever_else_is_in_it(tmp_path: Path) -> Non
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], Files], says: str) -> None:
     with pytest.raises(DataError, match=says):
-        load_documents(make(tmp_path))
+        read_source(make(tmp_path))
 
 
 @pytest.fixture
@@ -191,7 +198,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 def test_a_hub_set_that_cannot_be_had_is_named() -> None:
     with pytest.raises(DataError, match=r"train: cannot load split 'train' of hub data set 'no/such' at 'main': "):
-        load_documents(Hub(kind="hub", name="no/such", tokenizer=SMALL))
+        read_source(Hub(kind="hub", name="no/such", tokenizer=SMALL))
 
 
 @pytest.mark.usefixtures("offline")
@@ -219,8 +226,8 @@ def test_the_embedded_corpus_is_english_and_the_same_each_time() -> None:
 
 def test_splits_share_no_document_and_depend_on_no_order() -> None:
     documents = some_documents(300)
-    splits = split(Documents(tuple(documents)))
-    backwards = split(Documents(tuple(reversed(documents))))
+    splits = split(Sources(tuple(documents)))
+    backwards = split(Sources(tuple(reversed(documents))))
     assert set(splits.train) | set(splits.dev) | set(splits.test) == set(documents)
     assert len(splits.train) + len(splits.dev) + len(splits.test) == 300
     assert (splits.dev, splits.test, set(splits.train)) == (backwards.dev, backwards.test, set(backwards.train))
@@ -231,7 +238,7 @@ def test_splits_share_no_document_and_depend_on_no_order() -> None:
 
 def test_named_splits_are_used_and_only_what_is_missing_is_cut() -> None:
     train, dev = some_documents(100), some_documents(5, seed=1)
-    splits = split(Documents(tuple(train), dev=tuple(dev)))
+    splits = split(Sources(tuple(train), dev=tuple(dev)))
     assert set(splits.dev) == set(dev)
     assert 0 < len(splits.test) < 15
     assert set(splits.train) | set(splits.test) == set(train)
@@ -243,7 +250,7 @@ def test_near_duplicates_leave_train_and_then_dev() -> None:
     numbered = "In the year 1999 there were 12 dogs and 3 cats in the house of my aunt"
     few_words = "Short title"
     splits = split(
-        Documents(
+        Sources(
             (*train, near, dev[3] + " lo.", numbered, few_words),
             (*dev, test[1].lower(), few_words + " "),
             (*test, numbered.replace("1999", "2003").replace("12", "5"), few_words),
@@ -259,16 +266,17 @@ def test_a_part_of_a_longer_training_text_is_not_scored(monkeypatch: pytest.Monk
     parts, longer = some_documents(4), some_documents(40, seed=1)
     train = [" ".join([*parts[:2], *longer[:20]])]
     monkeypatch.setattr(
-        "trainables.data.corpus.documents._cut", lambda _: (train, [parts[0], parts[2]], [parts[1], parts[3]])
+        "trainables.data.corpus.documents._cut",
+        lambda _: {"train": train, "dev": [parts[0], parts[2]], "test": [parts[1], parts[3]]},
     )
-    assert split(Documents(())).removed == {"train": 0, "dev": 1, "test": 1}
-    named = split(Documents((), dev=(parts[0], parts[2]), test=(parts[1], parts[3])))
+    assert split(Sources(())).removed == {"train": 0, "dev": 1, "test": 1}
+    named = split(Sources((), dev=(parts[0], parts[2]), test=(parts[1], parts[3])))
     assert named.removed == {"train": 0, "dev": 0, "test": 0}  # who names a test set wants all of it
 
 
 def test_a_hundred_thousand_short_lines_are_compared_in_seconds() -> None:
     lines = some_documents(100_000, words=9)
-    splits = split(Documents(tuple(lines), tuple(lines[:1000]), tuple(some_documents(1000, words=9, seed=1))))
+    splits = split(Sources(tuple(lines), tuple(lines[:1000]), tuple(some_documents(1000, words=9, seed=1))))
     assert len(splits.dev) == 1000
     assert splits.removed["train"] == 1000
 
@@ -362,7 +370,7 @@ def test_special_tokens_written_in_a_text_are_text(corpus: Corpus) -> None:
 
 
 def test_rows_are_what_was_packed(corpus: Corpus, source: str) -> None:
-    splits = split(load_documents(data_of(source)))
+    splits = split(read_source(data_of(source)))
     tokens = [token for ids in tokenizers_.encode(corpus.tokenizer, splits.train) for token in (*ids, 3)]
     assert len(corpus.train) == len(tokens) // 31 == corpus.about["splits"]["train"]["sequences"]
     expected = torch.tensor(tokens[: 31 * len(corpus.train)]).view(-1, 31)
@@ -389,7 +397,7 @@ def test_dev_and_test_are_cut_to_a_spread_sample(corpus: Corpus, home: Path, sou
 
 def test_rows_are_views_of_the_mapped_file(corpus: Corpus, home: Path) -> None:
     before = pa.total_allocated_bytes()
-    again = open_corpus(str(home / "data"), corpus.fingerprint)
+    again = open_data(str(home / "data"), corpus.fingerprint)
     assert pa.total_allocated_bytes() == before
     assert all(not block.flags.owndata and not block.flags.writeable for block in again.train._blocks)
 
@@ -397,7 +405,7 @@ def test_rows_are_views_of_the_mapped_file(corpus: Corpus, home: Path) -> None:
 def test_rows_come_from_many_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Corpus, source: str
 ) -> None:
-    monkeypatch.setattr("trainables.data.prepare.CHUNK", 500)  # characters
+    monkeypatch.setattr("trainables.data.encode.corpus.CHUNK", 500)  # characters
     pieces = prepare(data_of(source), str(tmp_path))
     assert len(pieces.train._blocks) > 20
     everything = range(len(corpus.train))
@@ -411,7 +419,7 @@ def test_preparing_again_reuses_and_what_is_broken_is_made_again(
     folder = tmp_path / first.fingerprint
     about, written = (folder / "about.json").read_text(), (folder / "train.arrow").stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("trainables.data.prepare._write", lambda *_: pytest.fail("written again"))
+        patch.setattr("trainables.data.encode.corpus.write", lambda *_: pytest.fail("written again"))
         prepare(data_of(source), str(tmp_path))
     assert (folder / "train.arrow").stat().st_mtime_ns == written
 
@@ -424,7 +432,7 @@ def test_preparing_again_reuses_and_what_is_broken_is_made_again(
             case "the end":
                 (folder / "dev.arrow").write_bytes((folder / "dev.arrow").read_bytes()[:-10])
                 with pytest.raises(DataError, match=r"dev\.arrow in .* is not as it was written; prepare"):
-                    open_corpus(str(tmp_path), first.fingerprint)
+                    open_data(str(tmp_path), first.fingerprint)
             case "a file":
                 (folder / "tokenizer" / "tokenizer.json").unlink()
             case "about":
@@ -449,7 +457,7 @@ def test_half_a_folder_is_never_taken(tmp_path: Path, source: str, monkeypatch: 
     monkeypatch.setattr(prepared_folders, "_sha256", whole)
     (tmp_path / f".{fingerprint(data)}-killed" / "tokenizer").mkdir(parents=True)  # what a power cut leaves
     with pytest.raises(DataError, match=r"no prepared data in .*; prepare it first"):
-        open_corpus(str(tmp_path), fingerprint(data))
+        open_data(str(tmp_path), fingerprint(data))
     assert len(prepare(data, str(tmp_path)).dev) == 8
 
 
@@ -469,19 +477,19 @@ def test_remote_storage_is_copied_once_to_the_cache(
     monkeypatch.setenv("CODISTILL_CACHE", str(tmp_path / "driver"))
     assert prepare(data_of(source), "memory://bucket/data").about == corpus.about
     monkeypatch.setenv("CODISTILL_CACHE", str(tmp_path / "node"))
-    there = open_corpus("memory://bucket/data", corpus.fingerprint)
+    there = open_data("memory://bucket/data", corpus.fingerprint)
     assert torch.equal(there.dev.rows(range(8)), corpus.dev.rows(range(8)))
     remote = fsspec.filesystem("memory")
     remote.pipe_file(f"/bucket/data/{corpus.fingerprint}/dev.arrow", b"broken")
-    open_corpus("memory://bucket/data", corpus.fingerprint)  # from the cache
+    open_data("memory://bucket/data", corpus.fingerprint)  # from the cache
     monkeypatch.setenv("CODISTILL_CACHE", str(tmp_path / "another"))
     with pytest.raises(DataError, match=r"dev\.arrow in memory:.* is not as it was written"):
-        open_corpus("memory://bucket/data", corpus.fingerprint)
+        open_data("memory://bucket/data", corpus.fingerprint)
     prepare(data_of(source), "memory://bucket/data")  # mends it
     monkeypatch.setenv("CODISTILL_CACHE", str(tmp_path / "last"))
-    open_corpus("memory://bucket/data", corpus.fingerprint)
+    open_data("memory://bucket/data", corpus.fingerprint)
     with pytest.raises(DataError, match="no prepared data in memory:"):
-        open_corpus("memory://bucket/data", "0" * 16)
+        open_data("memory://bucket/data", "0" * 16)
 
 
 @pytest.mark.parametrize(("num", "says"), [(1, "train: 0 documents"), (6, "do not fill one sequence of 128 tokens")])
@@ -563,7 +571,7 @@ def test_the_seed_alone_decides() -> None:
 def test_slices_make_up_the_whole(micro: int, causal: bool) -> None:
     ids_BT = random_ids(8, 50)
     whole = next_token_batch(ids_BT) if causal else mask_batch(ids_BT, masking=Masking(), **MASKED, seed=1)
-    parts = [slice_batch(whole, start, min(start + micro, 8)) for start in range(0, 8, micro)]
+    parts = [whole.rows(start, min(start + micro, 8)) for start in range(0, 8, micro)]
     assert torch.equal(torch.cat([part.ids_BT for part in parts]), whole.ids_BT)
     assert torch.equal(torch.cat([part.labels_N for part in parts]), whole.labels_N)
     shifted = [part.positions_N + 50 * micro * i for i, part in enumerate(parts)]
@@ -573,7 +581,6 @@ def test_slices_make_up_the_whole(micro: int, causal: bool) -> None:
 def test_the_next_token_is_the_label_and_padding_is_none() -> None:
     ids_BT = torch.tensor([[5, 6, 7], [8, 9, 0]])
     assert [t.tolist() for t in next_token_batch(ids_BT)] == [ids_BT.tolist(), [0, 1, 3, 4], [6, 7, 9, 0]]
-    assert [t.tolist() for t in next_token_batch(ids_BT, pad_id=0)] == [ids_BT.tolist(), [0, 1, 3], [6, 7, 9]]
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -581,32 +588,32 @@ def test_the_next_token_is_the_label_and_padding_is_none() -> None:
 
 @pytest.mark.parametrize(("num", "batch"), [(10, 4), (7, 7), (3, 8), (100, 1)])
 def test_each_epoch_reads_each_sequence_once(num: int, batch: int) -> None:
-    steps = [batch_indices(num, batch, step, seed=0, stream="main") for step in range(3 * num)]
+    steps = [shuffled_indices(num, batch, step, seed=0, stream="main") for step in range(3 * num)]
     assert all(len(indices) == batch for indices in steps)
     epochs = torch.cat(steps)[: num * (3 * batch)].view(-1, num)
     assert all(sorted(epoch.tolist()) == list(range(num)) for epoch in epochs)
-    assert torch.equal(batch_indices(num, batch, num, seed=0, stream="main"), steps[num])  # no state
+    assert torch.equal(shuffled_indices(num, batch, num, seed=0, stream="main"), steps[num])  # no state
     if num > 3:
         assert not torch.equal(epochs[0], epochs[1])
-        assert not torch.equal(batch_indices(num, batch, 0, seed=1, stream="main"), steps[0]) or batch == 1
-        assert not torch.equal(torch.cat([batch_indices(num, num, 0, seed=0, stream="other")]), epochs[0])
+        assert not torch.equal(shuffled_indices(num, batch, 0, seed=1, stream="main"), steps[0]) or batch == 1
+        assert not torch.equal(torch.cat([shuffled_indices(num, num, 0, seed=0, stream="other")]), epochs[0])
 
 
 @pytest.mark.parametrize("masking", [Masking(), None])
 def test_evaluation_is_the_same_whatever_its_batch(corpus: Corpus, masking: Masking | None) -> None:
-    (whole,) = evaluation_batches(corpus, "dev", masking, batch=100)
-    parts = list(evaluation_batches(corpus, "dev", masking, batch=3))
+    (whole,) = corpus.evaluation_batches("dev", masking, batch=100)
+    parts = list(corpus.evaluation_batches("dev", masking, batch=3))
     assert [len(part.ids_BT) for part in parts] == [3, 3, 2]
     assert torch.equal(torch.cat([part.ids_BT for part in parts]), whole.ids_BT)
     assert torch.equal(torch.cat([part.labels_N for part in parts]), whole.labels_N)
 
 
 def test_examples_mark_what_is_supervised(corpus: Corpus) -> None:
-    marked = examples(corpus, Masking())
+    marked = corpus.examples(Masking())
     assert len(marked) == 2
     assert sum(text.count("→") for text in marked) == 2 * 5
     assert "→[MASK]»" in marked[0]
-    assert "→" not in examples(corpus, None)[0]
+    assert "→" not in corpus.examples(None)[0]
 
 
 def test_masking_needs_a_mask_token(tmp_path: Path, source: str) -> None:
@@ -617,9 +624,9 @@ def test_masking_needs_a_mask_token(tmp_path: Path, source: str) -> None:
         data_of(source, tokenizer={"kind": "pretrained", "name": str(tmp_path / "tok")}), str(tmp_path / "data")
     )
     assert plain.train.rows([0]).shape == (1, 32)  # without start and end tokens
-    assert len(list(evaluation_batches(plain, "test", None, batch=8))) == 1
+    assert len(list(plain.evaluation_batches("test", None, batch=8))) == 1
     with pytest.raises(DataError, match="no mask token; use `corruption: null`"):
-        next(evaluation_batches(plain, "test", Masking(), batch=8))
+        next(plain.evaluation_batches("test", Masking(), batch=8))
 
 
 # ---------------------------------------------------------------------------------------------------- real data
@@ -630,7 +637,7 @@ def test_the_embedded_corpus_fills_its_splits(tmp_path: Path) -> None:
     assert corpus.vocab_size == 4096
     assert len(corpus.train) > 2000
     assert len(corpus.dev) == len(corpus.test) == 256
-    splits = split(load_documents(PythonDocs(kind="python_docs", tokenizer=SMALL)))
+    splits = split(read_source(PythonDocs(kind="python_docs", tokenizer=SMALL)))
     texts = [{normalise(text) for text in getattr(splits, name)} for name in ("train", "dev", "test")]
     assert not any(one & other for one, other in itertools.combinations(texts, 2))
     unknown = corpus.train.rows(range(500)) == corpus.tokenizer.unk_token_id
@@ -657,11 +664,11 @@ def test_a_data_set_with_its_own_columns_and_splits_loads_through_datasets(tmp_p
     assert corpus.train.rows([0])[0, 0] == 101
     assert corpus.tokenizer.decode(corpus.train.rows([0])[0]).count("[SEP]") > 2
     with pytest.raises(DataError, match=r"cannot load split 'validaton' .*Should be one of \['train', 'validation'\]"):
-        load_documents(sst2.model_copy(update={"test": "validaton"}))
+        read_source(sst2.model_copy(update={"test": "validaton"}))
     with pytest.raises(
         DataError, match=r"no column 'sentnce' .* there is sentence, label, idx; did you mean 'sentence'"
     ):
-        load_documents(sst2.model_copy(update={"columns": sst2.columns.model_copy(update={"text": "sentnce"})}))
+        read_source(sst2.model_copy(update={"columns": sst2.columns.model_copy(update={"text": "sentnce"})}))
 
 
 @needs_real_data
@@ -673,5 +680,5 @@ def test_wikitext_and_a_causal_tokenizer_fit_together(tmp_path: Path) -> None:
     assert corpus.about["removed_duplicates"]["test"] == 0  # a named test set stays whole
     assert corpus.mask_id is None
     assert corpus.train.rows([3])[0, 0] == corpus.tokenizer.bos_token_id
-    batch = next(evaluation_batches(corpus, "test", None, batch=4))
+    batch = next(corpus.evaluation_batches("test", None, batch=4))
     assert torch.equal(batch.labels_N[:127], batch.ids_BT[0, 1:])

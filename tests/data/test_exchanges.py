@@ -26,17 +26,18 @@ from trainables.config.errors import DataError
 from trainables.config.models import Model
 from trainables.config.trial import TrialSpec
 from trainables.data import tokenizer
-from trainables.data.batches import examples
-from trainables.data.classification.tasks import task_indices
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.instructions.packing import ExchangeBatch, first_fit
 from trainables.data.instructions.templates import alpaca
+from trainables.data.order import bucketed_indices
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.prepared import open_data
 from trainables.evaluation.generation import evaluate_exchanges
+from trainables.evaluation.per_example import Placement
+from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.models import build, output_head
-from trainables.training.setup import keeps_apart
+from trainables.training.setup import supports_packing
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(
@@ -87,7 +88,7 @@ def test_prompt_and_reply_are_encoded_apart_and_joined(tmp_path: Path) -> None:
     assert data.test.references(0) == ("w5 w6",) and data.test.references(1) == ("w7", "w8")
     assert data.test.lengths.tolist() == [len(prompt) + 3, len(data.test.prompt(1)) + 2]
     assert (len(data.train), len(data.dev), len(data.test)) == (0, 0, 2) and data.train.lengths.shape == (0,)
-    assert data.scoring.seeds == (10, 20, 30, 40, 50) and data.length == 512 and data.pad_id == data.end_id
+    assert data.scoring.seeds == (10, 20, 30, 40, 50) and data.length == 512
     with pytest.raises(IndexError):
         data.test.prompt(2)
 
@@ -227,13 +228,13 @@ def test_a_packed_batch_says_where_everything_is() -> None:
     assert packed.labels_N.tolist() == batch.labels_N.tolist() == np.concatenate(batch.replies).tolist()
     flat = packed.ids_BT.flatten()
     assert flat[packed.positions_N + 1].tolist() == packed.labels_N.tolist()
-    assert packed.owners_N.tolist() == [0] * 2 + [1] * 6 + [2] + [3] * 3
+    assert packed.example_ids_N.tolist() == [0] * 2 + [1] * 6 + [2] + [3] * 3
     for i, (prompt, reply) in enumerate(zip(batch.prompts, batch.replies, strict=True)):
-        first = int(packed.positions_N[packed.owners_N == i][0]) - len(prompt) + 1
+        first = int(packed.positions_N[packed.example_ids_N == i][0]) - len(prompt) + 1
         found = slice(first, first + len(prompt) + len(reply))
         assert flat[found].tolist() == [*prompt.tolist(), *reply.tolist()]
-        assert packed.places_BT.flatten()[found].tolist() == list(range(len(prompt) + len(reply)))
-    begins_B = (packed.places_BT == 0).sum(1)
+        assert packed.position_ids_BT.flatten()[found].tolist() == list(range(len(prompt) + len(reply)))
+    begins_B = (packed.position_ids_BT == 0).sum(1)
     assert begins_B.sum() == len(batch) + 2 - 1  # and the padding of the one row that has some
 
 
@@ -254,8 +255,8 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     data = opened(tmp_path, rows_of(30))
     batch = data.test.rows(torch.tensor([7, 0, 29]))
     assert [reply.tolist() for reply in batch.replies] == [data.test.reply(i).tolist() for i in (7, 0, 29)]
-    assert batch.length == 512 and batch.pad_id == data.pad_id
-    order = torch.cat([task_indices(data.test.lengths, 5, step, seed=0, stream="s") for step in range(6)])
+    assert batch.length == 512 and batch.pad_id == data.end_id
+    order = torch.cat([bucketed_indices(data.test.lengths, 5, step, seed=0, stream="s") for step in range(6)])
     assert sorted(order.tolist()) == list(range(30))
 
 
@@ -278,7 +279,7 @@ def test_a_packed_exchange_is_read_as_if_alone(family: str, attention: str) -> N
     batch = batch_of([(3, 2), (4, 6), (2, 1), (5, 3), (1, 1)], length=12)
     packed = batch.to("cpu")
     assert len(packed.ids_BT) < len(batch)
-    logits_NV = net(input_ids=packed.ids_BT, position_ids=packed.places_BT, use_cache=False).logits.flatten(0, 1)[
+    logits_NV = net(input_ids=packed.ids_BT, position_ids=packed.position_ids_BT, use_cache=False).logits.flatten(0, 1)[
         packed.positions_N
     ]
     alone = []
@@ -302,11 +303,11 @@ def test_no_exchange_reads_another(tmp_path: Path) -> None:
     net, batch = model("llama"), batch_of([(3, 2), (4, 6), (2, 3)], length=32)
     other = batch.with_replies([batch.replies[0], batch.replies[1], batch.replies[2] + 1])
     one, two = (
-        net(input_ids=b.ids_BT, position_ids=b.places_BT, use_cache=False).logits.flatten(0, 1)[b.positions_N]
+        net(input_ids=b.ids_BT, position_ids=b.position_ids_BT, use_cache=False).logits.flatten(0, 1)[b.positions_N]
         for b in (batch.to("cpu"), other.to("cpu"))
     )
     assert len(batch.to("cpu").ids_BT) == 1
-    same = batch.to("cpu").owners_N < 2
+    same = batch.to("cpu").example_ids_N < 2
     assert torch.equal(one[same], two[same]) and not torch.allclose(one[~same], two[~same])
 
 
@@ -314,15 +315,17 @@ def test_no_exchange_reads_another(tmp_path: Path) -> None:
 def test_where_a_model_would_read_on_over_a_border_each_exchange_has_its_own_row(family: str, keeps: bool) -> None:
     """Then, too, its logits are those of the exchanges one by one."""
     net = model(family)
-    assert keeps_apart(net, nullcontext) is keeps and not net.training
+    assert supports_packing(net, nullcontext) is keeps and not net.training
     batch = batch_of([(3, 2), (4, 6), (2, 1)], length=32)
     seen = {}
     for is_packed in (True, False):
         packed = replace(batch, is_packed=is_packed).to("cpu")
         assert packed.ids_BT.shape == ((1, 18) if is_packed else (3, 10))
-        assert packed.owners_N.tolist() == [0] * 2 + [1] * 6 + [2] and packed.num_tokens == 18
+        assert packed.example_ids_N.tolist() == [0] * 2 + [1] * 6 + [2] and packed.num_tokens == 18
         with torch.no_grad():
-            seen[is_packed] = output_head.logits_at(net, packed.ids_BT, packed.positions_N, places_BT=packed.places_BT)
+            seen[is_packed] = output_head.logits_at(
+                net, packed.ids_BT, packed.positions_N, position_ids_BT=packed.position_ids_BT
+            )
     alone = []
     for prompt, reply in zip(batch.prompts, batch.replies, strict=True):
         ids_1T = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))[None]
@@ -334,10 +337,10 @@ def test_where_a_model_would_read_on_over_a_border_each_exchange_has_its_own_row
 
 def test_exchanges_apart_are_the_same_exchanges(tmp_path: Path) -> None:
     data = opened(tmp_path, rows_of(6))
-    batch, other = (one.test.rows([4, 1, 2]) for one in (data, data.apart()))
+    batch, other = (one.test.rows([4, 1, 2]) for one in (data, data.unpacked()))
     assert batch.is_packed and not other.is_packed and not other.rows(1, 2).is_packed
     assert [p.tolist() for p in other.prompts] == [p.tolist() for p in batch.prompts]
-    assert len(other.to("cpu").ids_BT) == 3 and len(data.apart().test) == 6 and data.test.is_packed
+    assert len(other.to("cpu").ids_BT) == 3 and len(data.unpacked().test) == 6 and data.test.is_packed
 
 
 # ------------------------------------------------------------------------------------------------- several references
@@ -357,7 +360,7 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     }
     data = opened(tmp_path, [{**row, "output": ["nothing of it"]} for row in asked], **how)
     drawn = [
-        sample(net, [data.test.prompt(i)], data.scoring, end_id=2, pad_id=2, vocab_size=45, seed=0, device="cpu", greedy=True)
+        sample(net, [data.test.prompt(i)], data.scoring, GenerationContext(2, 2, 45, "cpu"), seed=0, greedy=True)
         for i in range(6)
     ]  # fmt: skip
     said = [data.tokenizer.decode(one.replies[0].tolist(), skip_special_tokens=True) for one in drawn]
@@ -369,12 +372,12 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
         100 * max(scorer.score(reference, text)["rougeL"].fmeasure for reference in output)
         for text, output in zip(said, outputs, strict=True)
     ]
-    scored = evaluate_exchanges(net, data, "test", device="cpu")
+    scored = evaluate_exchanges(net, data, "test", on=Placement("cpu"))
     assert scored.predictions_E is not None and scored.predictions_E.tolist() == pytest.approx(expected)
     assert scored.metrics["rougeL"] == pytest.approx(np.mean(expected)) == scored.metrics["greedy_rougeL"]
     assert [expected[i] > 0 for i in range(6)] == [i % 4 > 0 for i in range(6)]  # the first one says nothing
-    assert "scored against the best of up to 4 references" in preview._exchanged(data)
-    assert "references" not in preview._exchanged(opened(tmp_path, rows_of(4)))
+    assert "scored against the best of up to 4 references" in data.summary()
+    assert "references" not in opened(tmp_path, rows_of(4)).summary()
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
@@ -451,6 +454,6 @@ def test_the_plans_examples_mark_what_is_learnt(home: Path) -> None:
         "columns": {"context": "input", "response": "output"},
         "tokenizer": {"kind": "pretrained", "name": str(REAL / "tokenizers" / "gpt2")},
     })  # fmt: skip
-    first, second = examples(prepare(data, str(home)), None)
+    first, second = prepare(data, str(home)).examples(None)
     assert first.startswith("<|endoftext|>Below is an instruction") and " … " in first
     assert second.endswith("### Response: «Confident<|endoftext|>»")

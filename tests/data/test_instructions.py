@@ -12,14 +12,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainables.config.data import InstructionFiles, InstructionHub
 from trainables.config.errors import DataError
-from trainables.data.instructions.rows import Row, Turn, divided, load_instructions
+from trainables.data.encode import instructions as encode
+from trainables.data.instructions.rows import Row, Turn
 from trainables.data.instructions.templates import alpaca, render
 from trainables.data.prepare import fingerprint, prepare
+from trainables.data.sources.read import read_source
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 INSTRUCTIONS = REAL / "instructions"
@@ -83,7 +86,7 @@ def test_every_suffix_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
         {"q": "two", "about": " ", "a": "1"},
     ]
     columns = {"prompt": "q", "context": "about", "response": "a"}
-    found = load_instructions(instruction_files(written(tmp_path / f"a{suffix}", rows), columns=columns))
+    found = read_source(instruction_files(written(tmp_path / f"a{suffix}", rows), columns=columns))
     assert found.train == (
         Row((Turn("user", 'one, "quoted"\nof two'),), "1984", ("an é",)),
         Row((Turn("user", "1984"),), "", ("None",)),  # the word is a reply like another
@@ -95,7 +98,7 @@ def test_every_suffix_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_a_list_of_replies_is_learnt_by_its_first_and_scored_by_all(tmp_path: Path, suffix: str) -> None:
     rows = [{"instruction": "a", "response": [" one ", "", "two"]}, {"instruction": "b", "response": ["", None]}]
-    found = load_instructions(instruction_files(test=written(tmp_path / f"a{suffix}", rows)))
+    found = read_source(instruction_files(test=written(tmp_path / f"a{suffix}", rows)))
     assert found.test == (Row((Turn("user", "a"),), "", ("one", "two")),)
     assert found.dropped == {"test": {"an empty reply": 1}}
 
@@ -112,19 +115,19 @@ def test_a_hub_data_set_gives_the_same_rows_by_its_own_splits(tmp_path: Path, mo
     monkeypatch.setattr(datasets, "load_dataset", load)
     value = {"kind": "instruction_hub", "name": "some/hub", "revision": "v1", "train": "train", "test": "validation"}
     columns = {"context": "context"}
-    found = load_instructions(InstructionHub.model_validate({**value, "columns": columns}))
+    found = read_source(InstructionHub.model_validate({**value, "columns": columns}))
     assert asked == [("some/hub", None, "v1", "train"), ("some/hub", None, "v1", "validation")]
     rows = written(tmp_path / "a.jsonl", some_rows(30))
-    assert found.train == load_instructions(instruction_files(rows, columns=columns)).train
+    assert found.train == read_source(instruction_files(rows, columns=columns)).train
     assert len(found.test or ()) == 5 and found.dev is None
     with pytest.raises(DataError, match=r"train: no column 'respons' in 'some/hub'.*did you mean 'response'"):
-        load_instructions(InstructionHub.model_validate({**value, "columns": {"response": "respons"}}))
+        read_source(InstructionHub.model_validate({**value, "columns": {"response": "respons"}}))
 
 
 def test_rows_without_a_prompt_or_a_reply_are_counted(tmp_path: Path) -> None:
     rows = [*some_rows(20), {"instruction": " ", "response": "a"}, {"instruction": "a", "response": "\n"}]
     rows += [{"instruction": "b", "response": None}]
-    found = load_instructions(instruction_files(written(tmp_path / "a.parquet", rows)))
+    found = read_source(instruction_files(written(tmp_path / "a.parquet", rows)))
     assert len(found.train or ()) == 20
     assert found.dropped == {"train": {"an empty prompt": 1, "an empty reply": 2}}
 
@@ -136,7 +139,7 @@ def test_conversations_end_with_the_reply(tmp_path: Path) -> None:
         data = instruction_files(
             test=written(tmp_path / f"a{suffix}", rows), template="chat", columns={"messages": "messages"}
         )
-        assert load_instructions(data).test == (Row(tuple(Turn(*turn) for turn in turns[:-1]), "", ("Well",)),)
+        assert read_source(data).test == (Row(tuple(Turn(*turn) for turn in turns[:-1]), "", ("Well",)),)
 
 
 def message(role: Any, content: Any) -> dict[str, Any]:
@@ -148,8 +151,8 @@ def message(role: Any, content: Any) -> dict[str, Any]:
     [
         ([message("user", "a"), message("user", "b")], r"row 1: 'messages' ends with 'user'; expected a list of \{role, con"),
         ([message("assistant", "a")], "has 1 of the 2 messages that it needs; expected a list"),
-        ([{"from": "human", "value": "a"}], r"message 1 is dict .* no \{role, content\} of texts; valid"),
-        ([message("user", 5), message("assistant", 5)], r"message 1 is dict .* no \{role, content\} of texts; valid"),
+        ([{"from": "human", "value": "a"}], r"message 1 is dict .* no \{role, content\} of texts; expected"),
+        ([message("user", 5), message("assistant", 5)], r"message 1 is dict .* no \{role, content\} of texts; expected"),
         ("hello", "'messages' is str 'hello'; expected a list"),
         (None, "'messages' is empty; expected a list"),
     ],
@@ -158,7 +161,14 @@ def test_conversations_of_another_form_are_refused(tmp_path: Path, value: Any, s
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": value}) + "\n")
     data = instruction_files(test=str(tmp_path / "a.jsonl"), template="chat", columns={"messages": "messages"})
     with pytest.raises(DataError, match=says):
-        load_instructions(data)
+        read_source(data)
+
+
+def test_conversations_need_a_template_that_tells_turns_apart() -> None:
+    with pytest.raises(
+        ValidationError, match=r"columns\.messages: conversations have turns, which only `template: chat`"
+    ):
+        instruction_files("a.jsonl", columns={"messages": "turns"})
 
 
 @pytest.mark.parametrize(
@@ -170,15 +180,14 @@ def test_conversations_of_another_form_are_refused(tmp_path: Path, value: Any, s
         ({"response": "number"}, "row 1: 'number' is int 3; expected a text, or a list of texts"),
         ({"context": "number"}, "row 1: 'number' is int 3; expected a text, or nothing"),
         ({"prompt": "number"}, "line 1 of .*: column 'number' holds int; columns.prompt must name one of strings"),
-        ({"messages": "context"}, "columns.messages: conversations have turns, which only `template: chat`"),
     ],
 )
 def test_columns_of_no_use_are_named(tmp_path: Path, columns: dict[str, str], says: str) -> None:
     rows = [{**row, "number": 3} for row in some_rows(3)]
     with pytest.raises(DataError, match=says):
-        load_instructions(instruction_files(written(tmp_path / "a.jsonl", rows), columns=columns))
+        read_source(instruction_files(written(tmp_path / "a.jsonl", rows), columns=columns))
     with pytest.raises(DataError, match=r"no column 'contxt'.*did you mean 'context'"):
-        load_instructions(instruction_files(written(tmp_path / "a.jsonl", rows), split_by="contxt"))
+        read_source(instruction_files(written(tmp_path / "a.jsonl", rows), split_by="contxt"))
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
@@ -187,7 +196,7 @@ def test_columns_of_no_use_are_named(tmp_path: Path, columns: dict[str, str], sa
 def test_a_prompt_is_in_one_split_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i % 150}", "response": f"I say {i}"} for i in range(400)]
     one, other = (
-        divided(instruction_files(written(tmp_path / f"{name}.jsonl", some)))
+        encode.split(instruction_files(written(tmp_path / f"{name}.jsonl", some)))
         for name, some in (("a", rows), ("b", rows[::-1]))
     )
     parts = [set(said(part)) for part in (one.train, one.dev, one.test)]
@@ -199,17 +208,17 @@ def test_a_prompt_is_in_one_split_whatever_the_order_of_the_rows(tmp_path: Path)
 
 def test_rows_are_split_by_the_column_that_is_named(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}", "response": "a", "source": i % 40} for i in range(400)]
-    found = divided(instruction_files(written(tmp_path / "a.jsonl", rows), split_by="source"))
+    found = encode.split(instruction_files(written(tmp_path / "a.jsonl", rows), split_by="source"))
     sources = [{row.group for row in part} for part in (found.train, found.dev, found.test)]
     assert sum(map(len, sources)) == 40 and min(map(len, sources)) == 4
     holey = written(tmp_path / "b.jsonl", [{**row, "source": None if i == 0 else 1} for i, row in enumerate(rows)])
     with pytest.raises(DataError, match="row 1 has no 'source', by which rows are split"):
-        divided(instruction_files(holey, split_by="source"))
+        encode.split(instruction_files(holey, split_by="source"))
     one = written(tmp_path / "c.jsonl", [{**row, "source": 1} for row in rows])
     with pytest.raises(
         DataError, match="train: no row is left, since the 400 rows of train have only 1 different values"
     ):
-        divided(instruction_files(one, split_by="source"))
+        encode.split(instruction_files(one, split_by="source"))
 
 
 def test_what_is_in_a_named_split_leaves_train(tmp_path: Path) -> None:
@@ -223,22 +232,22 @@ def test_what_is_in_a_named_split_leaves_train(tmp_path: Path) -> None:
         test=written(tmp_path / "test.jsonl", test),
         columns=columns,
     )
-    found = divided(data)
+    found = encode.split(data)
     assert found.removed == {"train": 5, "dev": 1, "test": 0} and len(found.test) == 2
     assert "Say 3" not in said(found.train) and "Say 4" in said(found.train) and "Say 12" not in said(found.train)
 
 
 def test_at_most_about_five_hundred_are_held_out(tmp_path: Path) -> None:
-    found = divided(instruction_files(written(tmp_path / "a.parquet", some_rows(9000))))
+    found = encode.split(instruction_files(written(tmp_path / "a.parquet", some_rows(9000))))
     assert (len(found.train), len(found.dev), len(found.test)) == (8000, 500, 500)
 
 
 def test_without_train_there_is_only_test(tmp_path: Path) -> None:
-    found = divided(instruction_files(test=written(tmp_path / "a.jsonl", some_rows(5))))
+    found = encode.split(instruction_files(test=written(tmp_path / "a.jsonl", some_rows(5))))
     assert (len(found.train), len(found.dev), len(found.test)) == (0, 0, 5)
     empty = written(tmp_path / "b.jsonl", [{"instruction": "a", "response": ""}])
     with pytest.raises(DataError, match=r"test: no row is left \(1 with an empty reply\); name other columns"):
-        divided(instruction_files(test=empty))
+        encode.split(instruction_files(test=empty))
 
 
 # ------------------------------------------------------------------------------------------------------------ templates
@@ -337,7 +346,7 @@ def test_dolly_is_split_like_the_papers() -> None:
     data = instruction_files(
         str(INSTRUCTIONS / "databricks-dolly-15k" / "train.parquet"), columns={"context": "context"}
     )
-    found = divided(data)
+    found = encode.split(data)
     assert len(found.train) + len(found.dev) + len(found.test) + sum(found.removed.values()) == 15_011
     assert 500 <= len(found.dev) < 520 and 500 <= len(found.test) < 520
     texts = Counter(text for part in (found.train, found.dev, found.test) for text in {row.text for row in part})
@@ -350,10 +359,13 @@ def test_files_that_are_only_scored_are_read_with_their_own_columns() -> None:
         test=str(INSTRUCTIONS / "self_instruct_user_oriented" / "test.parquet"),
         columns={"context": "input", "response": "output"},
     )
-    assert len(divided(instructed).test) == 252 and sum(not row.context for row in divided(instructed).test) == 44
+    assert (
+        len(encode.split(instructed).test) == 252
+        and sum(not row.context for row in encode.split(instructed).test) == 44
+    )
     vicuna = {"test": str(INSTRUCTIONS / "vicuna_bench" / "test.parquet")}
-    found = divided(instruction_files(**vicuna, columns={"response": "reference_gpt4"}))
+    found = encode.split(instruction_files(**vicuna, columns={"response": "reference_gpt4"}))
     assert len(found.test) == 10 and found.dropped["test"] == {"an empty reply": 70}
-    assert len(divided(instruction_files(**vicuna, columns={"response": "answer_gpt35"})).test) == 80
+    assert len(encode.split(instruction_files(**vicuna, columns={"response": "answer_gpt35"})).test) == 80
     with pytest.raises(DataError, match=re.escape("no column 'response' in")):
-        divided(instruction_files(**vicuna))
+        encode.split(instruction_files(**vicuna))

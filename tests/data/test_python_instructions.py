@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from trainables.config.data import PythonInstructions
-from trainables.data.instructions.rows import divided, load_instructions
+from trainables.data.encode import instructions as encode
 from trainables.data.prepare import prepare
 from trainables.data.sources.python_docs import Definition
 from trainables.data.sources.python_instructions import PROMPT, _described, descriptions
+from trainables.data.sources.read import read_source
 
 DATA = PythonInstructions.model_validate(
     {"kind": "python_instructions", "tokenizer": {"kind": "wordpiece", "size": 1024}, "examples": 300, "evaluate": 40}
@@ -40,12 +41,12 @@ def test_what_is_no_description_is_left_out() -> None:
 
 
 def test_a_module_is_in_one_split_and_no_reply_in_two() -> None:
-    splits = divided(DATA)
+    splits = encode.split(DATA)
     modules = [{row.group for row in part} for part in (splits.train, splits.dev, splits.test)]
     replies = [{row.replies for row in part} for part in (splits.train, splits.dev, splits.test)]
     assert not modules[0] & modules[1] and not modules[0] & modules[2] and not modules[1] & modules[2]
     assert not replies[0] & (replies[1] | replies[2]) and not replies[1] & replies[2]
-    total = len(load_instructions(DATA).train or ())
+    total = len(read_source(DATA).train or ())
     assert 0.07 <= len(splits.dev) / total <= 0.16 and 0.07 <= len(splits.test) / total <= 0.16
     assert all(row.turns[-1].content == PROMPT and row.context for row in splits.train)
 

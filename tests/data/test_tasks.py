@@ -23,16 +23,19 @@ from orchestrator.scheduling.trials import Fingerprints
 from trainables.config.data import Data, Files, Glue, LabelledFiles, PretrainedTokenizer, PythonTask
 from trainables.config.errors import DataError
 from trainables.config.trial import TrialSpec
-from trainables.data.batches import batch_indices, examples
-from trainables.data.classification.encode import divided, load_task
-from trainables.data.classification.labelled import Labelled, Sources, divide
-from trainables.data.classification.tasks import Task, folds, task_evaluation, task_indices
-from trainables.data.corpus.documents import all_shingles, repeats
+from trainables.data.arrow import MappedTable
+from trainables.data.classification.labelled import Labelled, divide
+from trainables.data.classification.tasks import Task
 from trainables.data.corpus.masking import next_token_batch
-from trainables.data.corpus.sequences import Corpus, open_corpus
+from trainables.data.corpus.sequences import Corpus
+from trainables.data.encode import task as encode
+from trainables.data.near_duplicates import all_shingles, repeats
+from trainables.data.order import bucketed_indices, by_length, folds, shuffled_indices
 from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.data.prepared import open_data
 from trainables.data.sources import python_tasks
+from trainables.data.sources.read import read_source
+from trainables.data.split import Sources
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL / "glue").is_dir(), reason=f"no data sets in {REAL}: set CODISTILL_DATA")
@@ -103,7 +106,7 @@ def pairs(home: Path) -> Task:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
 def test_every_suffix_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
     columns = {"sentence": ['one, "quoted"\nof two', "1984", "é"], "label": ["yes", "no", "yes"]}
-    found = load_task(labelled_files(table_file(tmp_path / f"a{suffix}", columns)))
+    found = read_source(labelled_files(table_file(tmp_path / f"a{suffix}", columns)))
     assert found.train.first == tuple(columns["sentence"])
     assert found.train.labels.tolist() == [1, 0, 1] and found.train.labels.dtype == np.int64
 
@@ -117,13 +120,13 @@ def test_labels_are_found_however_they_are_stored(
     tmp_path: Path, suffix: str, labels: list[Any], classes: list[Any], expected: list[int]
 ) -> None:
     path = table_file(tmp_path / f"a{suffix}", {"sentence": ["a b", "c d", "e f"], "label": labels})
-    assert load_task(labelled_files(path, classes=classes)).train.labels.tolist() == expected
+    assert read_source(labelled_files(path, classes=classes)).train.labels.tolist() == expected
 
 
 def test_numbers_are_labels_of_a_regression(tmp_path: Path) -> None:
     for suffix in (".parquet", ".csv"):
         path = table_file(tmp_path / f"a{suffix}", {"sentence": ["a b", "c d"], "label": [0.25, 3]})
-        found = load_task(labelled_files(path, classes=None)).train
+        found = read_source(labelled_files(path, classes=None)).train
         assert found.labels.tolist() == [0.25, 3.0] and found.labels.dtype == np.float32
 
 
@@ -157,26 +160,26 @@ def test_what_is_wrong_with_a_table_is_named(
     tmp_path: Path, suffix: str, columns: dict[str, Any], more: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(DataError, match=says):
-        load_task(labelled_files(table_file(tmp_path / f"a{suffix}", columns), **more))
+        read_source(labelled_files(table_file(tmp_path / f"a{suffix}", columns), **more))
 
 
 def test_text_must_be_text_and_a_text_file_has_no_labels(tmp_path: Path) -> None:
     path = table_file(tmp_path / "a.parquet", {"sentence": [1, 2], "label": ["no", "yes"]})
     with pytest.raises(DataError, match=r"column 'sentence' .* holds int64; columns.first must name one of strings"):
-        load_task(labelled_files(path))
+        read_source(labelled_files(path))
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(
-        DataError, match=r"cannot tell the format .* valid suffixes: \.parquet, \.jsonl, \.json, \.csv$"
+        DataError, match=r"cannot tell the format .* expected one of the suffixes \.parquet, \.jsonl, \.json, \.csv$"
     ):
-        load_task(labelled_files(tmp_path / "a.txt"))
+        read_source(labelled_files(tmp_path / "a.txt"))
     rte = Glue(kind="glue", task="rte", source=str(tmp_path))
     with pytest.raises(DataError, match="train of rte: no file matches"):
-        load_task(rte)
+        read_source(rte)
     (tmp_path / "rte").mkdir()
     for name in ("train", "validation"):
         table_file(tmp_path / "rte" / f"{name}.parquet", {"sentence": ["a"], "label": [0]})
     with pytest.raises(DataError, match=r"no column 'sentence1' in .*; there is sentence, label$"):
-        load_task(rte)
+        read_source(rte)
 
 
 def glue_folder(home: Path, task: str, splits: dict[str, list[int]], *columns: str) -> Glue:
@@ -221,9 +224,9 @@ def test_files_of_a_hub_s_repository_and_hidden_labels(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"test of rte: .*row 2 has label -1, which stands for a hidden one; expected 0, 1"
     ):
-        load_task(data)
+        read_source(data)
     table_file(tmp_path / "rte" / "validation.parquet", {"sentence1": ["a"], "sentence2": ["b"], "label": [0]})
-    assert len(load_task(data).train) == 18
+    assert len(read_source(data).train) == 18
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
@@ -271,7 +274,7 @@ def test_pairs_are_the_same_only_if_both_texts_are() -> None:
 
 def test_a_smaller_number_is_a_stratified_part_of_it(tmp_path: Path) -> None:
     path = table_file(tmp_path / "a.parquet", classified(400))
-    whole, few = divided(labelled_files(path)), divided(labelled_files(path, examples=40, evaluate=12))
+    whole, few = encode.split(labelled_files(path)), encode.split(labelled_files(path, examples=40, evaluate=12))
     assert (len(few.train), len(few.dev), len(few.test)) == (40, 12, 12)
     assert np.bincount(few.train.labels).tolist() == [30, 10]
     for name in ("train", "dev", "test"):
@@ -338,7 +341,7 @@ def test_a_task_reads_as_the_corpus_does(tmp_path: Path, source: str) -> None:
     }
     mine = prepare(data["mine"], str(tmp_path / "data"), data)
     assert isinstance(mine, Task) and lender(data["mine"], data) == data["corpus"]
-    made = open_corpus(str(tmp_path / "data"), fingerprint(data["corpus"]))  # it was prepared on the way
+    made = open_data(str(tmp_path / "data"), fingerprint(data["corpus"]))  # it was prepared on the way
     assert isinstance(open_data(str(tmp_path / "data"), made.fingerprint), Corpus)
     assert mine.tokenizer_identity == made.tokenizer_identity
     assert mine.tokenizer.encode("loba mifi") == made.tokenizer.encode("loba mifi")
@@ -412,7 +415,7 @@ def test_the_plan_knows_tasks_apart_by_who_lends_the_tokenizer(tmp_path: Path, s
 
 
 def test_a_prepared_task_is_what_its_source_says(task: Task, source: str, home: Path) -> None:
-    expected = divided(labelled_files(source))
+    expected = encode.split(labelled_files(source))
     for name in ("train", "dev", "test"):
         found, wanted = getattr(task, name), getattr(expected, name)
         assert len(found) == len(wanted) == task.about["splits"][name]["examples"]
@@ -461,7 +464,7 @@ def test_pairs_are_encoded_as_their_tokenizer_would(pairs: Task, tmp_path: Path)
     tokenizer = {"kind": "pretrained", "name": str(Path(pairs.tokenizer.name_or_path))}
     data = labelled_files(path, columns={"first": "a", "second": "b"}, tokenizer=tokenizer, length=64)
     found = prepare(data, str(tmp_path / "data"))
-    expected = divided(data).train
+    expected = encode.split(data).train
     for i in range(len(found.train)):
         encoding = found.tokenizer(expected.first[i], expected.second[i])
         batch = found.train.rows([i])
@@ -484,20 +487,21 @@ def test_a_tokenizer_without_special_tokens_will_do(tmp_path: Path, source: str)
     plain = prepare(data, str(tmp_path / "data"))
     batch = plain.train.rows(range(20))
     assert batch.num_tokens == sum(
-        len(text.split()) if len(text.split()) < 32 else 32 for text in divided(data).train.first[:20]
+        len(text.split()) if len(text.split()) < 32 else 32 for text in encode.split(data).train.first[:20]
     )
 
 
 def test_examples_come_from_many_blocks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task, source: str
 ) -> None:
-    monkeypatch.setattr("trainables.data.classification.encode.CHUNK", 7)
+    monkeypatch.setattr("trainables.data.encode.task.CHUNK", 7)
     pieces = prepare(labelled_files(source), str(tmp_path))
-    assert len(pieces.train._ids) > 20
+    blocks = MappedTable(tmp_path / pieces.fingerprint / "train.arrow").blocks
+    assert len(blocks) > 20
     everything = torch.randperm(len(task.train))
     for one, other in zip(pieces.train.rows(everything), task.train.rows(everything), strict=True):
         assert one is other is None or torch.equal(one, other)
-    assert all(not block.flags.owndata for block in pieces.train._ids)  # views of the map
+    assert not any(pieces.train.ids(index).flags.owndata for index in range(20))  # views of the map
 
 
 def test_rows_of_a_batch_lose_the_columns_that_none_uses(pairs: Task, task: Task) -> None:
@@ -520,10 +524,10 @@ def test_a_corpus_s_batch_has_the_same_methods() -> None:
 
 
 def test_examples_are_shown_with_their_label(task: Task, pairs: Task) -> None:
-    shown = examples(task, None)
-    assert len(shown) == 2 and {text.partition(" ")[0] for text in examples(task, None, num=40)} == {"«no»", "«yes»"}
+    shown = task.examples(None)
+    assert len(shown) == 2 and {text.partition(" ")[0] for text in task.examples(None, num=40)} == {"«no»", "«yes»"}
     assert "[CLS] " in shown[0] and shown[0].count(" ") > 2
-    assert examples(pairs, None)[0].startswith(f"«{pairs.train.labels[0].item():g}» [CLS] ")
+    assert pairs.examples(None)[0].startswith(f"«{pairs.train.labels[0].item():g}» [CLS] ")
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -532,20 +536,20 @@ def test_examples_are_shown_with_their_label(task: Task, pairs: Task) -> None:
 @pytest.mark.parametrize(("num", "batch"), [(10, 4), (7, 7), (3, 8), (100, 1), (230, 16), (230, 2)])
 def test_each_epoch_reads_each_example_once(num: int, batch: int) -> None:
     lengths = np.random.default_rng(0).integers(4, 60, num)
-    steps = [task_indices(lengths, batch, step, seed=0, stream="main") for step in range(3 * num)]
+    steps = [bucketed_indices(lengths, batch, step, seed=0, stream="main") for step in range(3 * num)]
     assert all(len(indices) == batch for indices in steps)
     epochs = torch.cat(steps)[: num * (3 * batch)].view(-1, num)
     assert all(sorted(epoch.tolist()) == list(range(num)) for epoch in epochs)
     assert torch.equal(
-        task_indices(torch.from_numpy(lengths), batch, num, seed=0, stream="main"), steps[num]
+        bucketed_indices(torch.from_numpy(lengths), batch, num, seed=0, stream="main"), steps[num]
     )  # no state
     if num > 3 and batch != num:
         assert not torch.equal(epochs[0], epochs[1])
         assert any(
-            not torch.equal(task_indices(lengths, batch, s, seed=1, stream="main"), steps[s]) for s in range(num)
+            not torch.equal(bucketed_indices(lengths, batch, s, seed=1, stream="main"), steps[s]) for s in range(num)
         )
         assert any(
-            not torch.equal(task_indices(lengths, batch, s, seed=0, stream="other"), steps[s]) for s in range(num)
+            not torch.equal(bucketed_indices(lengths, batch, s, seed=0, stream="other"), steps[s]) for s in range(num)
         )
 
 
@@ -553,7 +557,7 @@ def test_where_all_are_of_a_length_every_example_is_as_likely_at_every_place() -
     lengths, counts = np.full(12, 30), np.zeros((3, 12))
     for seed in range(600):
         for step in range(3):
-            counts[step] += np.bincount(task_indices(lengths, 4, step, seed=seed, stream="main"), minlength=12)
+            counts[step] += np.bincount(bucketed_indices(lengths, 4, step, seed=seed, stream="main"), minlength=12)
     assert counts.sum() == 600 * 12 and (np.abs(counts - 200) < 4.5 * np.sqrt(200)).all()
 
 
@@ -562,7 +566,7 @@ def test_batches_of_one_step_are_no_longer_or_shorter_than_those_of_another() ->
     lengths = np.random.default_rng(0).integers(4, 60, 1600)
     means = np.array(
         [
-            [lengths[task_indices(lengths, 16, s, seed=seed, stream="m")].mean() for s in range(100)]
+            [lengths[bucketed_indices(lengths, 16, s, seed=seed, stream="m")].mean() for s in range(100)]
             for seed in range(40)
         ]
     )
@@ -578,8 +582,8 @@ def waste(lengths: np.ndarray, batches: list[torch.Tensor]) -> float:
 
 def bucketed_and_plain(lengths: np.ndarray, batch: int) -> tuple[float, float]:
     steps = range(3 * len(lengths) // batch)
-    found = [task_indices(lengths, batch, step, seed=0, stream="main") for step in steps]
-    plain = [batch_indices(len(lengths), batch, step, seed=0, stream="main") for step in steps]
+    found = [bucketed_indices(lengths, batch, step, seed=0, stream="main") for step in steps]
+    plain = [shuffled_indices(len(lengths), batch, step, seed=0, stream="main") for step in steps]
     return waste(lengths, found), waste(lengths, plain)
 
 
@@ -593,7 +597,7 @@ def test_little_of_a_batch_is_padding() -> None:
 def test_evaluation_goes_by_length_and_comes_back_in_order(task: Task, batch: int) -> None:
     found = torch.full((len(task.train),), -1)
     lengths = []
-    for indices, some in task_evaluation(task.train, batch=batch):
+    for indices, some in by_length(task.train, batch=batch):
         assert len(indices) == len(some.labels_N) <= batch
         found[indices] = some.labels_N
         lengths += some.mask_BT.sum(1).tolist()
@@ -612,7 +616,7 @@ def test_folds_are_alike_in_size_and_the_same_each_time() -> None:
 @pytest.mark.parametrize("name", ["topic", "signature"])
 def test_the_embedded_tasks_are_balanced_and_their_splits_share_no_text(name: str) -> None:
     data = PythonTask.model_validate({"kind": "python_task", "task": name})
-    found, again = divided(data), getattr(python_tasks, name)()
+    found, again = encode.split(data), getattr(python_tasks, name)()
     assert found.train.first == again.train.first  # the same each time
     assert len(found.train) > 3000 and 500 < len(found.dev) < 1500 and 500 < len(found.test) < 1500
     for split in (found.train, found.dev, found.test):
@@ -626,7 +630,7 @@ def test_the_embedded_tasks_are_balanced_and_their_splits_share_no_text(name: st
 
 
 def test_a_topic_does_not_name_its_module() -> None:
-    texts = " ".join(divided(PythonTask(kind="python_task", task="topic")).train.first).lower()
+    texts = " ".join(encode.split(PythonTask(kind="python_task", task="topic")).train.first).lower()
     assert not {"asyncio", "email", "decimal", "unittest", "ipaddress", "xml"} & set(texts.replace(".", " ").split())
     assert "module" in texts
 
@@ -675,7 +679,7 @@ def glue(task: str, **more: Any) -> Glue:
     ("name", "train", "test"), [("cola", 8551, 1043), ("mrpc", 3668, 408), ("rte", 2490, 277), ("stsb", 5749, 1500)]
 )
 def test_glue_is_split_as_the_protocol_says(name: str, train: int, test: int) -> None:
-    found = divided(glue(name))
+    found = encode.split(glue(name))
     official = parquet.read_table(REAL / "glue" / name / "validation.parquet")
     assert found.test.labels.tolist() == official["label"].to_pylist() and len(found.test) == test
     num_dev = min(1000, train // 10)
@@ -690,7 +694,7 @@ def test_glue_is_split_as_the_protocol_says(name: str, train: int, test: int) ->
 def test_rte_is_encoded_as_bert_reads_it_and_little_of_it_is_padding(tmp_path: Path) -> None:
     rte = prepare(glue("rte"), str(tmp_path))
     assert (rte.num_labels, rte.class_names, rte.score) == (2, ("entailment", "not_entailment"), "accuracy")
-    first = divided(glue("rte")).train
+    first = encode.split(glue("rte")).train
     bert = AutoTokenizer.from_pretrained(BERT.name)
     encoding = bert(first.first[0], first.second[0])  # type: ignore[index]
     batch = rte.train.rows([0])
@@ -715,8 +719,8 @@ def test_glue_goes_through_datasets_as_the_hub_does(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load)
-        hub = load_task(Glue(kind="glue", task="stsb", revision="abc"))
+        hub = read_source(Glue(kind="glue", task="stsb", revision="abc"))
     assert asked == [("nyu-mll/glue", "stsb", "abc", split) for split in ("train", "validation")]
-    here = load_task(glue("stsb"))
+    here = read_source(glue("stsb"))
     assert hub.train.first == here.train.first and hub.train.labels.tolist() == here.train.labels.tolist()
     assert hub.train.labels.dtype == np.float32

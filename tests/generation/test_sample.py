@@ -14,9 +14,11 @@ from torch import Tensor
 from trainables.config.data import Sampling
 from trainables.config.models import Model
 from trainables.config.phase import Interleaved
-from trainables.generation.kv_cache import CachedModel, GenerationError, check, left_padded, prefill
-from trainables.generation.sample import Generation, _descending, draw, sample, uniform_streams
-from trainables.generation.speculative import interleave
+from trainables.generation import sample as sample_
+from trainables.generation import speculative
+from trainables.generation.context import Generation, GenerationContext, GenerationError
+from trainables.generation.kv_cache import CachedModel, check, left_padded, prefill
+from trainables.generation.sample import _descending, draw, uniform_streams
 from trainables.models.build import build
 
 VOCAB, PAD, END = 61, 0, 2
@@ -44,6 +46,21 @@ def some_prompts(*lengths: int) -> list[NDArray[np.int32]]:
     return [rng.integers(3, VOCAB, length).astype(np.int32) for length in lengths]
 
 
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the context in a value, the others as they are."""
+    own = {name: value for name, value in arguments.items() if name in GenerationContext.__dataclass_fields__}
+    others = {name: value for name, value in arguments.items() if name not in own}
+    return {"context": GenerationContext(**own), **others}
+
+
+def sample(net: Any, prompts: Any, how: Sampling, **more: Any) -> Generation:
+    return sample_.sample(net, prompts, how, **given(more))
+
+
+def interleave(draft: Any, teacher: Any, prompts: Any, how: Interleaved, **more: Any) -> Generation:
+    return speculative.interleave((draft, teacher), prompts, how, **given(more))
+
+
 def lists(drawn: Generation) -> list[list[int]]:
     return [reply.tolist() for reply in drawn.replies]
 
@@ -55,7 +72,7 @@ PROMPTS = some_prompts(3, 11, 1, 6, 6, 2, 9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_greedy_reply_in_a_batch_is_the_one_that_transformers_gives_to_the_prompt_by_itself(family: str) -> None:
+def test_a_greedy_reply_in_a_batch_equals_transformers_own_reply_to_the_prompt(family: str) -> None:
     net = make(family)
     together = sample(net, PROMPTS, Sampling(max_tokens=14), greedy=True, **HOW)
     assert len({token for reply in lists(together) for token in reply}) > 5  # no constant
@@ -80,7 +97,7 @@ def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_comput
     ending = sample(net, PROMPTS, Sampling(max_tokens=40), greedy=True, **{**HOW, "end_id": end})
     wanted = [reply[: reply.index(end) + 1] if end in reply else reply for reply in lists(whole)]
     assert lists(ending) == wanted
-    assert 0 < ending.num_unfinished == sum(end not in reply for reply in wanted) < len(wanted)
+    assert 0 < sum(end not in reply for reply in wanted) < len(wanted)
     # prompts are read in parts of similar lengths: 1 and 2, 3 and 6, 6 and 9, 11
     assert ending.num_tokens < whole.num_tokens == 2 * 2 + 2 * 6 + 2 * 9 + 11 + len(PROMPTS) * 39
 
@@ -89,9 +106,10 @@ def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_comput
 @torch.no_grad()
 def test_prompts_read_in_parts_leave_what_reading_them_at_once_leaves(family: str) -> None:
     net, prompts = make(family), sorted(PROMPTS, key=len)
-    reading, logits_BV = prefill(net, VOCAB, prompts, PAD, "cpu")
+    context = GenerationContext(END, PAD, VOCAB, "cpu")
+    reading, logits_BV = prefill(net, prompts, context)
     plain = CachedModel(net, VOCAB)
-    ids_BT, mask_BT = left_padded(prompts, PAD, "cpu")
+    ids_BT, mask_BT = left_padded(prompts, context)
     torch.testing.assert_close(logits_BV, plain.read(ids_BT, mask_BT, 1)[:, 0])
     assert reading.mask_BT is not None and torch.equal(reading.mask_BT, mask_BT)
     is_token_B1T1 = mask_BT[:, None, :, None]
@@ -147,10 +165,10 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(case: dict[str, An
 
 def test_a_draw_is_never_a_token_without_probability() -> None:
     logits_BV = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
-    at_B = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert draw(logits_BV, at_B, Sampling()).tolist() == [1, 3, 3]
+    uniforms_B = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
+    assert draw(logits_BV, uniforms_B, Sampling()).tolist() == [1, 3, 3]
     for how in (Sampling(top_k=1), Sampling(top_p=0.3)):
-        assert draw(logits_BV, at_B, how).tolist() == [1, 3, 3]  # both are the likeliest
+        assert draw(logits_BV, uniforms_B, how).tolist() == [1, 3, 3]  # both are the likeliest
     assert Sampling.model_validate({"top_k": 0}) == Sampling()  # none are left out
 
 
@@ -191,24 +209,26 @@ def test_rows_of_padding_in_the_head_are_never_drawn() -> None:
 def test_a_reply_is_cut_where_the_models_positions_end() -> None:
     net = make("gpt2", length=16)
     drawn = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), **{**HOW, "end_id": VOCAB})
-    assert [len(reply) for reply in drawn.replies] == [4, 10, 1] and drawn.num_unfinished == 3
+    assert [len(reply) for reply in drawn.replies] == [4, 10, 1]
     shorter = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), length=13, **{**HOW, "end_id": VOCAB})
     assert lists(shorter) == [reply[:num] for reply, num in zip(lists(drawn), (1, 9, 1), strict=True)]
-    assert shorter.num_unfinished == 3 and shorter.num_tokens < drawn.num_tokens
-    with pytest.raises(GenerationError, match="prompt 1 has 17 tokens, and a gpt2 with positions for 16"):
+    assert shorter.num_tokens < drawn.num_tokens
+    with pytest.raises(
+        GenerationError, match="prompt 1 has 17 tokens, but the gpt2 that is to answer has positions for 16"
+    ):
         sample(net, some_prompts(3, 17), Sampling(max_tokens=10), **HOW)
     with pytest.raises(GenerationError, match="prompt 0 is empty"):
         sample(net, some_prompts(0, 3), Sampling(max_tokens=10), **HOW)
-    with pytest.raises(GenerationError, match="mamba cannot answer"):
+    with pytest.raises(GenerationError, match="unsupported for a mamba"):
         sample(make("mamba"), PROMPTS, Sampling(max_tokens=10), **HOW)
     mixed_layers = make("llama")
     mixed_layers.config.layer_types = ["conv", "full_attention"]  # as LFM2's, of which one keeps no tokens
-    with pytest.raises(GenerationError, match="keeps more than keys and values of tokens"):
+    with pytest.raises(GenerationError, match="no standard KV cache"):
         check(mixed_layers)
-    assert sample(net, [], Sampling(), **HOW) == Generation((), 0, 0)
+    assert sample(net, [], Sampling(), **HOW) == Generation((), 0)
 
 
-def test_the_model_and_the_process_are_left_as_they_were_and_a_generation_config_has_no_say() -> None:
+def test_sampling_leaves_model_and_process_and_ignores_the_generation_config() -> None:
     wanted = lists(sample(make("llama"), PROMPTS, Sampling(max_tokens=8), **HOW))
     net = make("llama", dropout=0.5).train()
     net.gradient_checkpointing_enable()
@@ -243,7 +263,8 @@ def mixed(**parts: Any) -> Interleaved:
 def plainly(draft: Any, teacher: Any, prompt: Sequence[int], number: int, how: Interleaved, room: int) -> list[int]:
     """The algorithm as it is told: one prompt, no cache, all read again for every token."""
     own, others = (
-        uniform_streams(HOW["seed"], name, [number], how.max_tokens, "cpu")[0] for name in ("draw", "teacher")
+        uniform_streams(HOW["seed"], name, [number], num=how.max_tokens, device="cpu")[0]
+        for name in ("draw", "teacher")
     )
     of_teacher = Sampling(temperature=how.teacher_temperature, top_p=how.teacher_top_p)
     prompt, reply = list(prompt), list[int]()
@@ -271,7 +292,7 @@ def plainly(draft: Any, teacher: Any, prompt: Sequence[int], number: int, how: I
     ],
     ids=str,
 )
-def test_what_two_models_write_in_batches_on_caches_is_what_the_plain_algorithm_writes(
+def test_interleaved_replies_on_caches_equal_those_of_the_plain_algorithm(
     draft: str, teacher: str, how: dict[str, Any]
 ) -> None:
     nets, spec = (make(draft, length=24), make(teacher, seed=1, length=24)), mixed(**how)
@@ -281,7 +302,6 @@ def test_what_two_models_write_in_batches_on_caches_is_what_the_plain_algorithm_
     room = [max(1, min(17, min(limits) - len(prompt))) for prompt in prompts]
     wanted = [plainly(*nets, p.tolist(), i, spec, room[i]) for i, p in enumerate(prompts)]
     assert lists(together) == wanted
-    assert together.num_unfinished == sum(END not in reply for reply in wanted)
     assert lists(interleave(*nets, prompts, spec, rows=2, **HOW)) == wanted
     assert lists(interleave(*nets, prompts[4:], spec, first=4, **HOW)) == wanted[4:]
     assert lists(interleave(*nets, prompts, spec.model_copy(update={"block": 1}), **HOW)) == wanted
@@ -294,7 +314,7 @@ def test_a_teacher_that_accepts_all_leaves_the_drafts_own_replies() -> None:
     both = interleave(draft, teacher, PROMPTS, how, **HOW)
     assert lists(both) == lists(sample(draft, PROMPTS, Sampling(max_tokens=10), **HOW))
     never = interleave(draft, teacher, some_prompts(6, 6, 6), how, **{**HOW, "end_id": VOCAB})
-    assert (never.num_tokens, never.teacher_tokens) == (3 * (6 + 9), 3 * (6 + 9)) and never.num_unfinished == 3
+    assert (never.num_tokens, never.teacher_tokens) == (3 * (6 + 9), 3 * (6 + 9))
 
 
 def test_a_teacher_that_accepts_its_first_choice_only_writes_all_of_it() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.divergences import KINDS
 from tests.support.trials import FAMILIES
 from trainables.config.errors import ModelError
 from trainables.config.models import Model
-from trainables.config.terms import CrossEntropy, Flow, Term
+from trainables.config.terms import CrossEntropy, Term
 from trainables.losses.chunked import Fused, LogitSource, chunked_terms
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.losses.logits import cross_entropy
+from trainables.losses.terms import divergence
 from trainables.models import build as build_
 from trainables.models import output_head
 
-KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
 WIDTHS = {"big": 6, "small": 3}
 VOCABULARY = 11
 SPECIAL = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
@@ -80,12 +81,13 @@ def some_labels(num: int, vocabulary: int = VOCABULARY) -> Tensor:
 
 
 def plain_terms(
-    sides: Mapping[str, LogitSource], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float]
+    sources: Mapping[str, LogitSource], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float]
 ) -> Fused:
     """The same by whole logits."""
-    rows = min(side.hidden_ND.shape[1] if side.weight_VD is None else len(side.weight_VD) for side in sides.values())
+    rows = min(side.hidden_ND.shape[1] if side.weight_VD is None else len(side.weight_VD) for side in sources.values())
     logits = {
-        name: (side.hidden_ND if side.weight_VD is None else F.linear(*side))[:, :rows] for name, side in sides.items()
+        name: (side.hidden_ND if side.weight_VD is None else F.linear(*side))[:, :rows]
+        for name, side in sources.items()
     }
     values = {
         name: cross_entropy(logits[term.of], labels_N)
@@ -100,8 +102,8 @@ def in_fours(*args: Any) -> Fused:
     return chunked_terms(*args, chunk=4)
 
 
-def leaves(sides: Mapping[str, LogitSource]) -> list[Tensor]:
-    return [tensor for side in sides.values() for tensor in side if tensor is not None and tensor.requires_grad]
+def leaves(sources: Mapping[str, LogitSource]) -> list[Tensor]:
+    return [tensor for side in sources.values() for tensor in side if tensor is not None and tensor.requires_grad]
 
 
 def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -110,7 +112,7 @@ def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def assert_equal_to_plain(
-    sides: Mapping[str, LogitSource],
+    sources: Mapping[str, LogitSource],
     labels_N: Tensor,
     terms: Mapping[str, Term],
     weights: Mapping[str, float] | None = None,
@@ -123,10 +125,10 @@ def assert_equal_to_plain(
     weights = weights or dict.fromkeys(terms, 1.0)
     with context or nullcontext():
         ours, theirs = (
-            chunked_terms(sides, labels_N, terms, weights, chunk=chunk),
-            plain_terms(sides, labels_N, terms, weights),
+            chunked_terms(sources, labels_N, terms, weights, chunk=chunk),
+            plain_terms(sources, labels_N, terms, weights),
         )
-    tensors = leaves(sides)
+    tensors = leaves(sources)
     assert list(ours.values) == list(theirs.values)
     for name, value in ours.values.items():
         assert not value.requires_grad
@@ -166,9 +168,9 @@ def test_each_kind_both_ways_at_once(kind: str) -> None:
 
 
 def test_more_than_two_sides() -> None:
-    sides = {**some_sides(5), "third": some_side(5, 4, seed=7, bias=False)}
+    sources = {**some_sides(5), "third": some_side(5, 4, seed=7, bias=False)}
     terms = {**BOTH_WAYS, "in": term("forward_kl", to="third"), "out": term("jeffreys", **{"from": "third"})}
-    assert_equal_to_plain(sides, some_labels(5), terms, dict.fromkeys(terms, 0.5), chunk=2)
+    assert_equal_to_plain(sources, some_labels(5), terms, dict.fromkeys(terms, 0.5), chunk=2)
 
 
 def test_no_position_gives_zero() -> None:
@@ -176,10 +178,10 @@ def test_no_position_gives_zero() -> None:
 
 
 def test_rows_that_only_pad_one_sides_embeddings_are_cut() -> None:
-    sides = {"big": some_side(5, 6, seed=0, rows=VOCABULARY + 5), "small": some_side(5, 3, seed=1)}
-    assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+    sources = {"big": some_side(5, 6, seed=0, rows=VOCABULARY + 5), "small": some_side(5, 3, seed=1)}
+    assert_equal_to_plain(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
     padding = gradients(
-        chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2).loss, [sides["big"].weight_VD]
+        chunked_terms(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2).loss, [sources["big"].weight_VD]
     )[0]
     assert padding[VOCABULARY:].abs().max() == 0 and padding[:VOCABULARY].abs().min() > 0
 
@@ -187,9 +189,9 @@ def test_rows_that_only_pad_one_sides_embeddings_are_cut() -> None:
 @pytest.mark.parametrize("more_rows", [0, 4])
 def test_logits_may_stand_for_hidden_states_and_weight(more_rows: int) -> None:
     for name in WIDTHS:
-        sides = some_sides(5)
-        sides[name] = LogitSource(some_side(5, VOCABULARY + more_rows, seed=4).hidden_ND)
-        assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+        sources = some_sides(5)
+        sources[name] = LogitSource(some_side(5, VOCABULARY + more_rows, seed=4).hidden_ND)
+        assert_equal_to_plain(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
 def test_the_gradient_agrees_with_finite_differences() -> None:
@@ -197,11 +199,11 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 
     Nor those that leave out a part of `to` too: `test_losses` takes their differences with that part in its place.
     """
-    sides, labels_N = some_sides(3, spread=0.5), some_labels(3)
-    frozen = {"big": LogitSource(*(tensor.detach() for tensor in sides["big"])), "small": sides["small"]}
+    sources, labels_N = some_sides(3, spread=0.5), some_labels(3)
+    frozen = {"big": LogitSource(*(tensor.detach() for tensor in sources["big"])), "small": sources["small"]}
     flows = {kind: term(kind, temperature=1.5) for kind in KINDS if kind not in ("adaptive_kl", "interpolated_kl")}
     hard = {name: BOTH_WAYS[name] for name in ("big_hard", "small_hard")}
-    for terms, start in ((hard, sides), ({**flows, "hard": term("cross_entropy")}, frozen)):
+    for terms, start in ((hard, sources), ({**flows, "hard": term("cross_entropy")}, frozen)):
 
         def loss(*tensors: Tensor, terms: Any = terms, start: Any = start) -> Tensor:
             given = iter(tensors)
@@ -219,19 +221,19 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 
 @pytest.mark.parametrize("frozen", ["big", "small"])
 def test_a_frozen_side_gets_no_gradient_and_changes_none(frozen: str) -> None:
-    sides = some_sides(5)
-    sides[frozen] = LogitSource(*(tensor.detach() for tensor in sides[frozen]))
-    assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+    sources = some_sides(5)
+    sources[frozen] = LogitSource(*(tensor.detach() for tensor in sources[frozen]))
+    assert_equal_to_plain(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
 @pytest.mark.parametrize(
     "which", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 )
 def test_of_a_side_only_what_requires_a_gradient_gets_one(which: tuple[bool, ...]) -> None:
-    sides = some_sides(5)
-    part = (tensor.detach().requires_grad_(on) for tensor, on in zip(sides["small"], which, strict=True))
-    sides["small"] = LogitSource(*part)
-    assert_equal_to_plain(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+    sources = some_sides(5)
+    part = (tensor.detach().requires_grad_(on) for tensor, on in zip(sources["small"], which, strict=True))
+    sources["small"] = LogitSource(*part)
+    assert_equal_to_plain(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
 
 
 @pytest.mark.parametrize("off", list(BOTH_WAYS))
@@ -240,31 +242,33 @@ def test_a_term_of_weight_zero_has_a_value_and_no_gradient(off: str) -> None:
 
 
 def test_a_term_of_weight_zero_spoils_no_gradient_though_its_value_is_no_number() -> None:
-    sides = some_sides(5)
-    sides["big"] = sides["big"]._replace(hidden_ND=torch.full_like(sides["big"].hidden_ND, torch.inf))
-    found = chunked_terms(sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "small_hard": 1.0}, chunk=2)
+    sources = some_sides(5)
+    sources["big"] = sources["big"]._replace(hidden_ND=torch.full_like(sources["big"].hidden_ND, torch.inf))
+    found = chunked_terms(
+        sources, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "small_hard": 1.0}, chunk=2
+    )
     assert found.values["big_to_small"].isnan() and found.values["small_hard"].isfinite()
-    assert all(bool(g.isfinite().all()) for g in gradients(found.loss, list(sides["small"])))  # type: ignore[arg-type]
+    assert all(bool(g.isfinite().all()) for g in gradients(found.loss, list(sources["small"])))  # type: ignore[arg-type]
 
 
 def test_what_no_term_teaches_has_no_gradient_at_all() -> None:
     """None, not zeros: AdamW goes on with its momentum, and decays, where it is given zeros."""
-    sides = some_sides(5)
+    sources = some_sides(5)
     found = chunked_terms(
-        sides, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "big_to_small": 1.0}, chunk=2
+        sources, some_labels(5), BOTH_WAYS, {**dict.fromkeys(UNEVEN, 0.0), "big_to_small": 1.0}, chunk=2
     )
     found.loss.backward()
-    assert all(tensor.grad is None for tensor in sides["big"])
-    assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in sides["small"])
+    assert all(tensor.grad is None for tensor in sources["big"])
+    assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in sources["small"])
 
 
 def test_without_a_gradient_only_values_are_made() -> None:
-    sides = some_sides(5)
+    sources = some_sides(5)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        found = chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+        found = chunked_terms(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
     assert not found.loss.requires_grad
     assert counter.get_total_flops() == sum(2 * 5 * VOCABULARY * width for width in WIDTHS.values())
-    for name, value in plain_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN).values.items():
+    for name, value in plain_terms(sources, some_labels(5), BOTH_WAYS, UNEVEN).values.items():
         torch.testing.assert_close(found.values[name], value.detach())
 
 
@@ -272,18 +276,20 @@ def test_without_a_gradient_only_values_are_made() -> None:
 
 
 def test_gradients_are_scaled_by_what_comes_after() -> None:
-    sides, labels_N = some_sides(5), some_labels(5)
-    found = [chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss for _ in range(2)]
-    for one, scaled in zip(gradients(found[0], leaves(sides)), gradients(3.0 * found[1], leaves(sides)), strict=True):
+    sources, labels_N = some_sides(5), some_labels(5)
+    found = [chunked_terms(sources, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss for _ in range(2)]
+    for one, scaled in zip(
+        gradients(found[0], leaves(sources)), gradients(3.0 * found[1], leaves(sources)), strict=True
+    ):
         torch.testing.assert_close(3.0 * one, scaled)
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    sides, labels_N = some_sides(7), some_labels(7)
-    whole = chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2)
+    sources, labels_N = some_sides(7), some_labels(7)
+    whole = chunked_terms(sources, labels_N, BOTH_WAYS, UNEVEN, chunk=2)
     parts = [
         chunked_terms(
-            {n: s._replace(hidden_ND=s.hidden_ND[cut]) for n, s in sides.items()},
+            {n: s._replace(hidden_ND=s.hidden_ND[cut]) for n, s in sources.items()},
             labels_N[cut],
             BOTH_WAYS,
             UNEVEN,
@@ -293,8 +299,8 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     ]
     for name, value in whole.values.items():
         torch.testing.assert_close(value, parts[0].values[name] + parts[1].values[name])
-    total = gradients(parts[0].loss + parts[1].loss, leaves(sides))
-    for a, b in zip(gradients(whole.loss, leaves(sides)), total, strict=True):
+    total = gradients(parts[0].loss + parts[1].loss, leaves(sources))
+    for a, b in zip(gradients(whole.loss, leaves(sources)), total, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -312,8 +318,8 @@ def test_a_weight_that_is_the_embedding_too_gets_both_gradients() -> None:
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def in_single(sides: Mapping[str, LogitSource]) -> dict[str, LogitSource]:
-    return {name: LogitSource(*(t.detach().float().requires_grad_() for t in side)) for name, side in sides.items()}
+def in_single(sources: Mapping[str, LogitSource]) -> dict[str, LogitSource]:
+    return {name: LogitSource(*(t.detach().float().requires_grad_() for t in side)) for name, side in sources.items()}
 
 
 def test_fp32_is_within_float_error_of_fp64() -> None:
@@ -347,7 +353,7 @@ def test_autocast_is_that_of_the_plain_path() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0.02 * b.abs().max().item())
 
 
-def test_autocast_is_no_further_from_fp64_than_the_plain_path_however_many_chunks_are_added() -> None:
+def test_autocast_in_chunks_is_no_further_from_fp64_than_the_plain_path() -> None:
     single, labels_N = in_single(some_sides(400)), some_labels(400)
     double = {name: LogitSource(*(t.detach().double().requires_grad_() for t in side)) for name, side in single.items()}
     exact = gradients(plain_terms(double, labels_N, BOTH_WAYS, UNEVEN).loss, leaves(double))
@@ -392,9 +398,9 @@ def test_hidden_states_in_half_precision_get_gradients_in_half_precision() -> No
 
 
 def test_far_apart_logits_give_finite_gradients() -> None:
-    sides = in_single(some_sides(5, spread=40.0))
-    found = chunked_terms(sides, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
-    assert all(bool(g.isfinite().all()) for g in gradients(found.loss, leaves(sides)))
+    sources = in_single(some_sides(5, spread=40.0))
+    found = chunked_terms(sources, some_labels(5), BOTH_WAYS, UNEVEN, chunk=2)
+    assert all(bool(g.isfinite().all()) for g in gradients(found.loss, leaves(sources)))
 
 
 # ------------------------------------------------------------------------------------------------- memory and arithmetic
@@ -416,12 +422,12 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("num", [40, 400])
 def test_nothing_larger_than_a_chunk_of_logits_is_ever_there(num: int) -> None:
     rows, chunk = 3000, 8
-    sides, labels_N = some_sides(num, rows=rows, bias=True), some_labels(num, rows)
+    sources, labels_N = some_sides(num, rows=rows, bias=True), some_labels(num, rows)
     with Sizes() as sizes:
-        chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=chunk).loss.backward()
+        chunked_terms(sources, labels_N, BOTH_WAYS, UNEVEN, chunk=chunk).loss.backward()
     assert sizes.largest == chunk * rows > max(WIDTHS.values()) * rows
     with Sizes() as sizes:
-        plain_terms(sides, labels_N, BOTH_WAYS, UNEVEN).loss.backward()
+        plain_terms(sources, labels_N, BOTH_WAYS, UNEVEN).loss.backward()
     assert sizes.largest == num * rows
 
 
@@ -431,13 +437,13 @@ def test_flops_are_those_of_the_plain_path(bias: bool, frozen: str | None) -> No
     """They stand in the results, and arms are compared at equal FLOPs."""
     counted = []
     for function in (plain_terms, in_fours):
-        sides = some_sides(7, bias=bias)
+        sources = some_sides(7, bias=bias)
         terms = BOTH_WAYS
         if frozen:
-            sides[frozen] = LogitSource(*(t.detach() for t in sides[frozen] if t is not None))
+            sources[frozen] = LogitSource(*(t.detach() for t in sources[frozen] if t is not None))
             terms = {name: value for name, value in BOTH_WAYS.items() if name in ("small_hard", "big_to_small")}
         with FlopCounterMode(display=False) as counter:
-            function(sides, some_labels(7), terms, UNEVEN).loss.backward()
+            function(sources, some_labels(7), terms, UNEVEN).loss.backward()
         counted.append(counter.get_total_flops())
     assert counted[0] == counted[1] > 0
 
@@ -503,8 +509,8 @@ def test_two_whole_models_teach_each_other_as_in_the_plain_path(family: str) -> 
         for net in nets.values():
             net.zero_grad(set_to_none=True)
         if fused:
-            sides = {name: side_of(net, POSITIONS_N) for name, net in nets.items()}
-            loss = chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss
+            sources = {name: side_of(net, POSITIONS_N) for name, net in nets.items()}
+            loss = chunked_terms(sources, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss
         else:
             logits = {name: output_head.logits_at(net, some_ids(), POSITIONS_N) for name, net in nets.items()}
             identity = {name: LogitSource(logits[name], torch.eye(60, dtype=torch.float64)) for name in nets}
@@ -560,8 +566,8 @@ def rank_of_two(rank: int, folder: str) -> None:
             wrapped["big"].no_sync() if accumulate else nullcontext(),
             wrapped["small"].no_sync() if accumulate else nullcontext(),
         ):
-            sides = {n: side_of(nets[n], positions_N, ids_BT=ids_BT, through=wrapped[n]) for n in nets}
-            (2 * chunked_terms(sides, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss).backward()
+            sources = {n: side_of(nets[n], positions_N, ids_BT=ids_BT, through=wrapped[n]) for n in nets}
+            (2 * chunked_terms(sources, labels_N, BOTH_WAYS, UNEVEN, chunk=2).loss).backward()
     if rank == 0:
         torch.save({f"{n}.{k}": p.grad for n, net in nets.items() for k, p in net.named_parameters()}, f"{folder}/gradients")  # fmt: skip
     torch.distributed.barrier()  # who leaves first may not take the others' connections along
@@ -581,8 +587,8 @@ def test_two_ranks_get_the_gradients_of_one(tmp_path: Path) -> None:
             process.kill()
     found = torch.load(tmp_path / "gradients", weights_only=True)
     nets = {"big": build("bert"), "small": build("gpt2", width=16)}
-    sides = {n: side_of(net, torch.tensor([1, 8, 20, 33, 40, 52]), ids_BT=some_ids(4)) for n, net in nets.items()}
-    (2 * chunked_terms(sides, some_labels(6, 60), BOTH_WAYS, UNEVEN, chunk=100).loss).backward()
+    sources = {n: side_of(net, torch.tensor([1, 8, 20, 33, 40, 52]), ids_BT=some_ids(4)) for n, net in nets.items()}
+    (2 * chunked_terms(sources, some_labels(6, 60), BOTH_WAYS, UNEVEN, chunk=100).loss).backward()
     for n, net in nets.items():
         for key, p in net.named_parameters():
             torch.testing.assert_close(found[f"{n}.{key}"], p.grad, rtol=1e-4, atol=1e-6, msg=f"{n}.{key}")

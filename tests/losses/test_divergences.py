@@ -12,8 +12,9 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from tests.support.divergences import KINDS, flow, soft_ranks
-from trainables.losses.logits import divergence, head_share
+from trainables.losses.logits import head_share
 from trainables.losses.soft_rank import correlation, soft_rank, union
+from trainables.losses.terms import divergence
 
 STRENGTHS = (0.01, 0.3, 1.0, 5.0, 100.0)
 
@@ -225,9 +226,9 @@ def test_the_head_is_where_the_likeliest_are_and_not_at_the_same_places_unsorted
 def test_adaptive_kl_lies_between_both_kls_and_is_forward_where_all_is_head() -> None:
     source, to = values(6, 9), values(6, 9, seed=1)
     for row in range(6):
-        sides = source[row : row + 1], to[row : row + 1]
-        ends = sorted(divergence(flow(kind), *sides).item() for kind in ("forward_kl", "reverse_kl"))
-        assert ends[0] <= divergence(flow("adaptive_kl"), *sides).item() <= ends[1]
+        sources = source[row : row + 1], to[row : row + 1]
+        ends = sorted(divergence(flow(kind), *sources).item() for kind in ("forward_kl", "reverse_kl"))
+        assert ends[0] <= divergence(flow("adaptive_kl"), *sources).item() <= ends[1]
     certain, doubtful = log_of([1 - 3e-9, 1e-9, 1e-9, 1e-9]), log_of([0.4, 0.2, 0.2, 0.2])
     head = head_share(certain, doubtful, 0.5).item()  # the first is head though its mass is above it
     assert head == pytest.approx(0.5, rel=1e-6)

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainables.losses.hidden import (
-    LayerMap,
     attention_mse,
     hidden_cosine,
     hidden_mse,
-    layer_pairs,
     relation_kl,
     scores,
 )
@@ -164,7 +162,7 @@ def test_shapes_alone_are_enough(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- hidden
 
 
-def test_the_normalised_first_states_are_a_mean_squared_error_over_rows_layers_and_channels() -> None:
+def test_normalised_first_states_are_a_mean_over_rows_layers_and_channels() -> None:
     """As Patient-KD's public code has it: states stacked to [B, L, D], normalised, one mean over everything."""
     source, to = drawn((B, T, D), L, seed=0), drawn((B, T, D), L, seed=1)
     value = hidden_mse(source, to, MASK_BT, first=True, normalise=True).item()
@@ -275,7 +273,7 @@ def test_relations_are_their_definition_written_out_for_any_widths(num_heads: in
     assert relation_kl(source, to, MASK_BT, num_heads=num_heads).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_relations_do_not_feel_a_rotation_inside_each_relation_head_but_one_across_them() -> None:
+def test_relations_are_invariant_to_rotations_inside_a_relation_head_alone() -> None:
     source, to = drawn((B, T, D), 3, seed=0), drawn((B, T, D), 3, seed=1)
     turns = [torch.linalg.qr(square).Q for square in drawn((D // H, D // H), H, seed=2)]
     inside, across = torch.block_diag(*turns), torch.linalg.qr(drawn((D, D), 1, seed=3)[0]).Q
@@ -323,66 +321,3 @@ def zeros(*shape: int) -> Tensor:
 def test_what_cannot_be_compared_is_refused(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# ----------------------------------------------------------------------------------------------------------- layer maps
-
-
-@pytest.mark.parametrize(
-    ("executed", "teacher", "student"),  # counted from 0, as published for a teacher of 12 layers
-    [
-        (1, [], []),
-        (2, [5], [0]),  # plain of 2, and 1 executed twice
-        (3, [3, 7], [0, 1]),
-        (4, [2, 5, 8], [0, 1, 2]),  # 2 executed twice
-        (6, [1, 3, 5, 7, 9], [0, 1, 2, 3, 4]),  # plain of 6, and 3 executed twice
-        (9, [3, 7], [2, 5]),  # 6, of which 3 are executed twice
-    ],
-)
-def test_the_even_map_is_the_published_one(executed: int, teacher: list[int], student: list[int]) -> None:
-    pairs = layer_pairs("even", 12, executed)
-    assert [(source - 1, to - 1) for source, to in pairs] == list(zip(teacher, student, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("kind", "num_from", "num_to", "pairs"),
-    [
-        ("even", 12, 5, ()),  # nothing in common
-        ("even", 2, 4, ((1, 2),)),  # a shallow teacher
-        ("even", 4, 4, ((1, 1), (2, 2), (3, 3))),
-        ("last", 12, 6, ((7, 1), (8, 2), (9, 3), (10, 4), (11, 5))),
-        ("last", 3, 3, ((1, 1), (2, 2))),
-        ("last", 12, 1, ()),
-        ("uniform", 12, 4, ((0, 0), (3, 1), (6, 2), (9, 3), (12, 4))),
-        ("uniform", 2, 1, ((0, 0), (2, 1))),
-        ("top", 12, 5, ((12, 5),)),
-        ("top", 2, 4, ((2, 4),)),
-    ],
-)
-def test_layer_maps(kind: LayerMap, num_from: int, num_to: int, pairs: tuple[tuple[int, int], ...]) -> None:
-    assert layer_pairs(kind, num_from, num_to) == pairs
-
-
-def test_explicit_pairs_are_as_given() -> None:
-    assert layer_pairs("explicit", 12, 6, [(11, 6), (0, 0)]) == ((11, 6), (0, 0))
-    assert layer_pairs("explicit", 12, 6, ()) == ()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("uniform", 12, 5), "12 must be a multiple of 5; valid here: even, top"),
-        (("uniform", 2, 4), "2 must be a multiple of 4"),
-        (("last", 2, 4), "at least 4"),
-        (("explicit", 12, 6, [(13, 1)]), "0 .* to 12 of `from`, 0 to 6 of `to`"),
-        (("explicit", 12, 6, [(1, 7)]), "0 to 6 of `to`"),
-        (("explicit", 12, 6, [(-1, 1)]), "0 "),
-        (("explicit", 12, 6, [(1, 1), (1, 1)]), "twice"),
-        (("explicit", 12, 6), "needs explicit pairs"),
-        (("even", 12, 6, [(1, 1)]), "takes no explicit pairs"),
-        (("skip", 12, 6), "expected even, last, uniform, top, explicit"),
-    ],
-)
-def test_maps_that_are_not_defined_are_refused(arguments: tuple[object, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        layer_pairs(*arguments)  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from trainables.config.data import Glue, LabelledFiles, PythonTask
-from trainables.metrics.task_scores import Rule, part_names, resampled_scores, rule_of, score_names, scores
+from trainables.config.data import Glue, LabelledFiles, PythonTask, Rule
+from trainables.metrics.metric import Examples, Floats
+from trainables.metrics.task_scores import score_metric, score_names, scores
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -25,6 +26,14 @@ def some_examples(rule: Rule, num: int = 60, seed: int = 0) -> tuple[Any, Any]:
     num_classes = 3 if rule in ("accuracy", "matthews") else 2
     labels = draw.integers(0, num_classes, num)
     return np.where(draw.random(num) < 0.6, labels, draw.integers(0, num_classes, num)), labels
+
+
+def resampled_scores(rule: Rule, predictions: Any, labels: Any, parts: Any, weights: Any) -> Floats:
+    numbers = np.zeros(len(labels), np.int64) if parts is None else parts
+    columns = (np.asarray(labels, dtype=float), np.asarray(predictions, dtype=float), np.empty(0), np.empty(0))
+    resample = score_metric(rule).resample
+    assert resample is not None
+    return resample(Examples(numbers, *columns), np.asarray(weights, dtype=float))
 
 
 def test_scores_are_those_of_the_protocol() -> None:
@@ -48,7 +57,7 @@ def test_scores_are_those_of_the_libraries(seed: int) -> None:
 
 
 def test_parts_are_scored_one_by_one_and_count_alike() -> None:
-    found = scores("accuracy", [0, 1, 2, 2], [0, 0, 2, 1], [0, 1, 0, 0], ("matched", "mismatched"))
+    found = scores("accuracy", [0, 1, 2, 2], [0, 0, 2, 1], [0, 1, 0, 0], part_names=("matched", "mismatched"))
     assert found == pytest.approx({"accuracy_matched": 200 / 3, "accuracy_mismatched": 0, "score": 100 / 3})
     assert set(found) == set(score_names("accuracy", ("matched", "mismatched")))
 
@@ -59,7 +68,7 @@ def test_names_are_those_of_the_scores(rule: Rule) -> None:
 
 
 def test_each_task_has_its_rule() -> None:
-    glue = {name: rule_of(Glue(kind="glue", task=name)) for name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli")}
+    glue = {name: Glue(kind="glue", task=name).rule for name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli")}
     assert list(glue.values()) == [
         "matthews",
         "accuracy",
@@ -68,10 +77,10 @@ def test_each_task_has_its_rule() -> None:
         "pearson_and_spearman",
         "accuracy",
     ]
-    assert part_names(Glue(kind="glue", task="mnli")) == ("matched", "mismatched")
-    assert rule_of(PythonTask(kind="python_task", task="topic")) == "accuracy"
-    assert rule_of(LabelledFiles(kind="labelled_files", train="a.csv")) == "pearson_and_spearman"
-    assert rule_of(LabelledFiles(kind="labelled_files", train="a.csv", classes=("a", "b"), score="f1")) == "f1"
+    assert Glue(kind="glue", task="mnli").part_names == ("matched", "mismatched")
+    assert PythonTask(kind="python_task", task="topic").rule == "accuracy"
+    assert LabelledFiles(kind="labelled_files", train="a.csv").rule == "pearson_and_spearman"
+    assert LabelledFiles(kind="labelled_files", train="a.csv", classes=("a", "b"), score="f1").rule == "f1"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -95,10 +104,7 @@ def test_what_is_undefined_is_nothing_and_warns_nobody(rule: Rule, constant: str
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_a_resample_scores_like_its_repeated_examples(
-    rule: Rule, in_parts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trainables.metrics.task_scores.CELLS", 500)  # several chunks
+def test_a_resample_scores_like_its_repeated_examples(rule: Rule, in_parts: bool) -> None:
     predictions, labels = some_examples(rule, 37)
     parts = np.arange(37) % 2 if in_parts else None
     draw = np.random.default_rng(1)

@@ -160,7 +160,7 @@ def test_width_and_number_set_the_spread_of_every_matrix(family: str) -> None:
                 assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
 
-def test_sinusoids_take_the_place_of_drawn_positions_and_are_refused_where_there_are_none() -> None:
+def test_sinusoids_replace_drawn_positions_and_are_refused_without_a_table() -> None:
     drawn = build(shape("bert")).bert.embeddings.position_embeddings.weight
     table = build(shape("bert", init=Random(positions="sinusoid"))).bert.embeddings.position_embeddings.weight
     assert table.std().item() == pytest.approx(drawn.std().item(), rel=0.01)
@@ -413,7 +413,7 @@ def refused(kind: type[Exception]) -> BaseException:
     [
         (GatedRepoError, None, "gated; accept its terms at https://huggingface.co/some/model and set HF_TOKEN"),
         (RepositoryNotFoundError, None, "the hub shows no such model; if it is private, set HF_TOKEN"),
-        (OfflineModeIsEnabled, "1", "cache does not hold it and HF_HUB_OFFLINE=1 forbids to fetch it; unset it"),
+        (OfflineModeIsEnabled, "1", "cache does not hold it and HF_HUB_OFFLINE=1 forbids the download; unset it"),
         (
             LocalEntryNotFoundError,
             None,

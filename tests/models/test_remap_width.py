@@ -1,4 +1,4 @@
-"""Remaps of width: what is exact and what is not, per head, there and back, and what is left to learn."""
+"""Remaps of width: what is exact, per head, there and back, and what is left to learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainables.config.models import Model, Width
 from trainables.models import build, importance, output_head
 from trainables.models.layouts import LAYOUTS, NORM_EPS, place_of, shape_of
 from trainables.models.remap import apply as copy_layers
-from trainables.models.remap import check, foresee, layers_prefix, measure
+from trainables.models.remap import check, layers_prefix, measure, preview_remap
 from trainables.models.remap_width import chosen, fit, fit_channels, fit_heads, spaces
 
 WIDTHS: tuple[Width, ...] = get_args(Width)
@@ -536,14 +536,14 @@ def test_spaces_say_where_writers_keep_their_own() -> None:
         ("bert", "importance", ((768, 12), (384, 6)), "lossy"),
     ],
 )
-def test_a_remap_is_foreseen_on_small_models_of_the_same_proportions(
+def test_a_remap_is_preview_remapn_on_small_models_of_the_same_proportions(
     family: str, width: Width, sizes: tuple[tuple[int, int], tuple[int, int]], verdict: str
 ) -> None:
     source, target = (
         Model.model_validate({"family": family, "layers": 2, "width": size, "heads": heads, "init": init})
         for (size, heads), init in zip(sizes, ({"kind": "random"}, {"kind": "remap", "from": "s", "depth": "stack", "width": width}), strict=True)
     )  # fmt: skip
-    layers, found = foresee(source, target)
+    layers, found = preview_remap(source, target)
     assert layers == (0, 1) and found.verdict == verdict
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from scipy import stats
 
 from orchestrator.analysis import tables as tables_
 from orchestrator.analysis.curves import point_scores, task_facts
+from orchestrator.analysis.notes import Scope
 from orchestrator.analysis.tables import RESULTS, TRIALS, Tables
-from orchestrator.analysis.verdicts import NEW_DATA, THIS_SET, judge
+from orchestrator.analysis.verdicts import judge
 from orchestrator.report import main
+from orchestrator.reporting.notes import SCOPE
 from orchestrator.reporting.page import Report, make_report
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
@@ -294,7 +297,9 @@ def test_the_recommendation_is_the_winner_on_fresh_seeds(study: Study, tables: T
     shown = numbers(re.search(r"<dt>difference</dt><dd>(.*?)</dd>", card)[1])  # type: ignore[index]
     half = stats.t.ppf(0.975, 4) * d.std(ddof=1) / np.sqrt(5)
     assert shown[:3] == pytest.approx([d.mean(), d.mean() - half, d.mean() + half], abs=1e-3)
-    assert numbers(re.search(r"<dt>search</dt><dd>(.*?)</dd>", card)[1])[0] == pytest.approx(best["score"], abs=1e-3)  # type: ignore[index]
+    assert numbers(re.search(r"<dt>selected on dev</dt><dd>(.*?)</dd>", card)[1])[0] == pytest.approx(
+        best["score"], abs=1e-3
+    )  # type: ignore[index]
     assert "optimistic" in card
     assert numbers(re.search(r"<dt>shrinkage</dt><dd>(.*?)</dd>", card)[1])[0] == pytest.approx(
         best["score"] - d.mean(), abs=1e-3
@@ -307,7 +312,8 @@ def test_the_recommendation_is_the_winner_on_fresh_seeds(study: Study, tables: T
 def test_scale_and_counts_come_from_the_study_and_the_tables(report: Report) -> None:
     page = html.unescape(report.html)
     assert "laptop profile, teacher 2×64 or 1×64, student 4×64" in page
-    assert "52 trials: 50 ended, 1 stopped, 1 failed, 0 running; 2 set aside" in page
+    assert "52 trials: 50 ended, 1 stopped, 1 failed, 0 running; 2 no longer planned" in page
+    assert "Results at this scale may not transfer to larger models." in page
 
 
 def test_the_markdown_has_the_same_verdict_lines(report: Report) -> None:
@@ -387,9 +393,11 @@ def test_without_a_paired_objective_the_score_itself_shrinks(tmp_path: Path) -> 
     assert "Use p000" not in page
 
 
-def test_the_recipe_says_how_hard_the_other_side_was_looked_for_and_what_it_costs_beside_it(report: Report) -> None:
-    (search,), (cost,) = (re.findall(rf"<dt>{name}</dt><dd>(.*?)</dd>", report.html) for name in ("search", "cost"))
-    assert search.endswith("optimistic, best of 10, alone’s of 3") and cost.endswith(": ×2.80 alone’s FLOPs")
+def test_the_recipe_says_of_how_many_each_side_is_the_best_and_what_it_costs(report: Report) -> None:
+    names = ("selected on dev", "cost")
+    (selected,), (cost,) = (re.findall(rf"<dt>{name}</dt><dd>(.*?)</dd>", report.html) for name in names)
+    assert selected.endswith(" against alone: best of 10 (alone: best of 3), optimistic")
+    assert cost.endswith(": ×2.80 the FLOPs of alone")
 
 
 def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> None:
@@ -405,13 +413,14 @@ def test_without_a_confirm_the_winner_is_called_unconfirmed(study: Study) -> Non
 
 def test_arms_are_labelled_by_the_measured_quality_of_their_teacher(tables: Tables, report: Report) -> None:
     page = report.html
-    (good,) = (row for row in rows_with(page, "at its end, by") if row[0] == "good")
-    (weak,) = (row for row in rows_with(page, "at its end, by") if row[0] == "too_weak")
-    assert "teacher better than alone" in good[2]
-    assert "teacher weaker than alone" in weak[2]
+    (good,) = rows_with(page, "good", "alone", "teacher better by")
+    (weak,) = rows_with(page, "too_weak", "alone", "teacher weaker by")
     alone = values(tables, "alone", "mlm_loss", "test", 1.0)
     teacher = np.array([3.05 + 0.01 * np.sin(seed) + 0.02 for seed in range(5)])
-    assert numbers(good[3])[0] == pytest.approx((teacher - alone).mean(), abs=1e-3)
+    assert (good[2], weak[2]) == ("alone", "alone")
+    difference = (teacher - alone).mean()
+    assert numbers(good[4])[0] == pytest.approx(difference, abs=1e-3)
+    assert numbers(good[3]) == pytest.approx([-difference], abs=1e-3)
 
 
 def test_costs_show_the_teacher_as_nothing_amortised_and_in_full(tables: Tables, report: Report) -> None:
@@ -428,7 +437,7 @@ def test_costs_show_the_teacher_as_nothing_amortised_and_in_full(tables: Tables,
 def test_the_grid_the_failures_and_what_was_set_aside_are_listed(report: Report) -> None:
     page = report.html
     assert [r[2] for r in rows_with(page, "chosen")] == ["0.003"] * 5
-    assert "Set aside, as the file no longer plans them: 2 trials" in page
+    assert "No longer planned by the study file, and excluded from every figure: 2 trials." in page
     assert rows_with(page, "(searched points)", "trial", "12", "10", "1")
 
 
@@ -585,9 +594,9 @@ def test_both_intervals_are_shown_and_labelled(by_task: tuple[Study, Tables, str
         places = 1 - np.floor(np.log10((c.interval[1] - c.interval[0]) / 2))
         shown = pytest.approx([c.effect, *c.interval, *c.new_data], abs=0.5 * 10**-places + 1e-9)
         assert numbers(line[5]) == shown
-        assert line[2].endswith(str(v.holds) if v.holds else "more seeds")
+        assert line[2].endswith(SCOPE[v.holds] if v.holds else "more seeds")
         assert c.new_data[1] - c.new_data[0] > c.interval[1] - c.interval[0]
-    assert [v.holds for v in verdicts.values()] == [NEW_DATA, NEW_DATA, THIS_SET]
+    assert [v.holds for v in verdicts.values()] == [Scope.NEW_DATA, Scope.NEW_DATA, Scope.THIS_SET]
     assert "at this scale, on new data as well for 2 of 3 verdicts" in page
 
 
@@ -617,7 +626,8 @@ def test_models_are_weighed_by_arm_and_a_shared_one_once(by_task: tuple[Study, T
     again = make_report(study, Tables(tables.results, trials, tables.examples), {}).html
     (row,) = rows_with(again, "taught", "student", "finetune", "1.5\u202fM")
     assert numbers(row[6])[2] == 3
-    assert "What each model weighs" not in make_report(study, Tables(tables.results.head(0), trials), {}).html
+    assert "Model size and speed" in page
+    assert "Model size and speed" not in make_report(study, Tables(tables.results.head(0), trials), {}).html
 
 
 def test_a_seed_without_one_of_the_data_sets_is_in_no_mean() -> None:
@@ -636,7 +646,7 @@ def test_a_seed_without_one_of_the_data_sets_is_in_no_mean() -> None:
 def test_one_seed_of_tasks_says_what_it_can() -> None:
     study = study_of_tasks(seeds=1)
     page = html.unescape(make_report(study, tables_of_tasks(study), {}).html)
-    assert "No verdict: with one seed there is an effect of these runs" in page
+    assert "No verdict: with one seed, the effect of these runs cannot be told from chance" in page
     assert "of these two runs alone, on new examples: 95 % interval [" in page
     assert "new data as well for" not in page
 
@@ -660,9 +670,7 @@ def test_the_page_needs_nothing_from_elsewhere(study: Study) -> None:
 
 def test_other_peoples_text_stays_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
-    text = STUDY.replace("A good teacher helps\n", "A good teacher helps\n").replace(
-        "says: A good teacher helps,", f"says: '{evil} | $x$',"
-    )
+    text = STUDY.replace("says: A good teacher helps,", f"says: '{evil} | $x$',")
     text = text.replace("question: When", f"question: {evil} When").replace("strong: 4", f"'{evil}': 4")
     study = study_of(tmp_path, text)
     maker = Maker(study)
@@ -697,7 +705,7 @@ def test_one_seed_gives_an_effect_and_no_verdict(tmp_path: Path) -> None:
     maker = Maker(study)
     arms(maker, seeds=1)
     page = make_report(study, maker.tables(), {}).html
-    assert "No verdict: with one seed there is an effect" in page
+    assert "No verdict: with one seed, the effect of these runs cannot be told from chance" in page
     for line in claim_rows(page):
         assert "undecided" in line[2]
         assert "needs 2 seeds or more" in line[2]
@@ -713,7 +721,7 @@ def test_a_study_of_arms_alone_recommends_the_best_on_dev_and_says_when_that_is_
     arms(maker)
     page = make_report(study, maker.tables(), {}).html
     assert "No verdict: the study states no claims." in page
-    assert "good has the best mean on dev; no claim shows that it is better." in page
+    assert "good has the best mean on dev; no claim shows an advantage." in page
     assert "--arm good --model student" in page
     assert 'id="claims"' not in page
 
@@ -760,7 +768,32 @@ def test_the_command_says_what_is_wrong_in_one_line(study: Study, tmp_path: Path
         assert main(arguments) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert len(captured.err.splitlines()) == 1
+        assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+
+
+def test_printed_commands_name_profile_overrides_and_storage(tmp_path: Path, capsys: Any) -> None:
+    text = STUDY.replace("laptop: {}", "laptop: {}, long: {seeds: 9}")
+    study = study_of(tmp_path, text, profile="long", overrides=["trial.phases.distil.batch=4"])
+    given = f"{study.file} --profile long --set trial.phases.distil.batch=4"
+    assert main([study.file, "--profile", "long", "--storage", str(tmp_path / "a b")]) == 2
+    assert (
+        f"first run python -m orchestrator.sweep {study.file} --profile long --storage '{tmp_path}/a b'"
+        in capsys.readouterr().err
+    )
+    maker = Maker(study)
+    arms(maker)
+    search(maker)
+    report = make_report(study, maker.tables(), {}, storage="s3://bucket/runs")
+    assert f"python -m orchestrator.sweep {given} --storage s3://bucket/runs\n" in report.markdown
+    assert "--profile long --set trial.phases.distil.batch=4 --storage s3://bucket/runs</pre>" in report.html
+    assert "--storage" not in make_report(study, maker.tables(), {}).markdown
+
+
+@pytest.mark.parametrize("module", ["report", "store"])
+def test_the_help_of_a_light_command_does_not_import_torch(module: str) -> None:
+    program = f"import sys, orchestrator.{module} as m\ntry: m.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "--storage" in run.stdout and run.stdout.endswith("False\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ a browser

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.scheduling.scheduler import Agenda
+from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.load import load_study
 from tests.support.sweeps import (
@@ -95,8 +95,8 @@ def test_a_driver_that_is_killed_twice_loses_nothing(bench: Bench) -> None:
         assert after.loc[trial, "attempts"] == len(folders) <= 3
         assert ended(cut)[trial]["faults"] == len(folders) - 1
     assert began_at(cut, again[0])[-1] < 12_000, "the damaged checkpoint is passed over, and the trial still ends"
-    assert "passed over: checksum differs" in (cut / "study" / "trials" / again[0] / "log.txt").read_text()
-    planned = Agenda(load_study(study), Fingerprints(None), Storage(str(cut))).known()
+    assert "skipped: checksum differs" in (cut / "study" / "trials" / again[0] / "log.txt").read_text()
+    planned = Scheduler(load_study(study), Fingerprints(None), Storage(str(cut))).known()
     teachers = {row.Index for row in after.itertuples() if row.kind == "teacher"}
     assert {p.id for p in planned} | teachers == set(after.index)
     for trial in saved - before.keys():
@@ -145,7 +145,7 @@ def test_sigterm_lets_the_driver_and_a_slot_write_their_checkpoints_first(bench:
     driver.send_signal(signal.SIGTERM)
     said = finish(driver, 128 + signal.SIGTERM, quiet=False)  # Tune tells of the slot at length
     print(f"\n[SIGTERM to the driver: it had ended after {time.monotonic() - since:.1f} s]")
-    assert "SIGTERM: what runs writes its checkpoint" in said.out and "goes on at the next start" in said.out
+    assert "SIGTERM: running trials write a checkpoint" in said.out and "resumes at the next start" in said.out
     assert not bench.left(), "Ray outlives its driver"
     assert trial in checkpoints(storage, 2) and not ended(storage)
     bench.sweep(study)
@@ -172,7 +172,7 @@ def test_a_trial_can_be_stopped_by_hand_and_a_sweep_drained_or_ended_by_the_cloc
     assert f"trial {trial} stops" in bench.sweep(study, "--stop", trial[:8]).out
     until(lambda: trial in ended(storage), driver)
     assert (ended(storage)[trial]["status"], ended(storage)[trial]["reason"]) == ("stopped", "stopped by hand")
-    assert "what runs is finished" in bench.sweep(study, "--drain").out
+    assert "running trials finish" in bench.sweep(study, "--drain").out
     until(lambda: not (storage / "study" / "drain").exists(), driver)
     driver.send_signal(signal.SIGINT)
     said = finish(driver, 130)
@@ -180,8 +180,8 @@ def test_a_trial_can_be_stopped_by_hand_and_a_sweep_drained_or_ended_by_the_cloc
     assert not bench.left()
 
     said = bench.sweep(study, "--hours", "0.005", expect=1)
-    assert "--hours 0.005 are over" in said.out and "Still to run: 1." in said.out
-    assert "arm alone lacks seed 0: stopped by hand" in said.out and not bench.left()
+    assert "--hours 0.005 have passed" in said.out and "Still to run: 1." in said.out
+    assert "arm alone, seed 0 stopped: stopped by hand" in said.out and not bench.left()
 
 
 # ---------------------------------------------------------------------------------------------------------- one worker
@@ -209,8 +209,8 @@ def test_a_trial_that_fails_is_a_row_and_a_slot_that_is_killed_is_replaced(bench
     log = storage / "study" / "trials" / rows.loc["hot", "trial"] / "log.txt"
     assert "diverged" in log.read_text()
     assert f"failed: trial hot, seed 0 ({rows.loc['hot', 'trial']}): diverged" in said.out
-    assert str(log) in said.out and "arm hot lacks seed 0: diverged" in said.out
-    assert "1 attempts before were lost to the machine" in said.out
+    assert str(log) in said.out and "arm hot, seed 0 failed: diverged" in said.out
+    assert "1 earlier attempts were lost with their machine" in said.out
 
 
 def test_a_process_that_hangs_is_ended_and_its_trial_goes_on(bench: Bench) -> None:
@@ -242,7 +242,7 @@ def test_a_trial_that_finds_no_memory_fails_alone(bench: Bench) -> None:
     assert rows.loc["wide", "status"] == "failed" and rows.loc["wide", "reason"].startswith("out of memory")
     assert rows.loc["wide", "attempts"] == 1, "a failure of its own is not tried again"
     assert rows.loc["taught", "status"] == "ended"
-    assert "arm wide lacks seed 0: out of memory" in said.out
+    assert "arm wide, seed 0 failed: out of memory" in said.out
 
 
 # -------------------------------------------------------------------------------------------------------- two workers
@@ -310,7 +310,7 @@ slot: {workers: 2}
     study, storage = write_study(bench.folder, steps=200, rest=rest), bench.folder / "runs"
     said = bench.sweep(study, expect=1, timeout=400)
     rows = tables(storage).trials
-    assert Counter(rows["status"])["failed"] == 1 and "arm hot lacks seed 0: diverged" in said.out
+    assert Counter(rows["status"])["failed"] == 1 and "arm hot, seed 0 failed: diverged" in said.out
     points = rows[rows["arm"].isna() & (rows["kind"] == "trial")]
     assert len(points) == 5 and set(points["status"]) <= {"ended", "stopped"}
     groups = re.findall(r"attempt \d+ of trial", "".join(p.read_text() for p in storage.glob("study/trials/*/log.txt")))
@@ -365,8 +365,8 @@ search: {sampler: random, points: 4, stop_early: {kind: asha, first: 0.5, reduct
 """
     study, storage = write_study(bench.folder, steps=60, rest=rest), bench.folder / "runs"
     said = bench.sweep(study)
-    assert len(re.findall(rf"a slot is not used: {NOT_FIT.pattern}", said.out)) == 1
-    assert f"not used: 1 slot on {HOST}: peft 0.0.1" in said.out
+    assert len(re.findall(rf"slot disabled: {NOT_FIT.pattern}", said.out)) == 1
+    assert f"disabled: 1 slot on {HOST}: peft 0.0.1" in said.out
     assert "failed: " not in said.out and "left: " not in said.out
     rows = tables(storage).trials
     assert set(rows["status"]) <= {"ended", "stopped"} and rows["planned"].all() and len(rows) >= 6
@@ -381,8 +381,8 @@ def test_where_no_slot_is_fit_the_sweep_says_so_and_goes_on_when_one_is(
     other_machines(2)
     study, storage = write_study(bench.folder), bench.folder / "runs"
     said = bench.sweep(study, expect=1)
-    assert len(re.findall(rf"a slot is not used: {NOT_FIT.pattern}", said.out)) == 2
-    assert f"no slot is usable: {HOST}: peft 0.0.1" in said.out and "nothing that finished is lost" in said.out
+    assert len(re.findall(rf"slot disabled: {NOT_FIT.pattern}", said.out)) == 2
+    assert f"no slot is usable: {HOST}: peft 0.0.1" in said.out and "no finished trial is lost" in said.out
     assert not any(attempts(storage).values()) and not bench.left()
     bench.sweep(study)  # the third process and those after it are as the driver's
     rows = tables(storage).trials
@@ -411,7 +411,7 @@ def test_rays_node_that_dies_ends_the_sweep_with_a_word(bench: Bench) -> None:
     os.kill(raylet, signal.SIGKILL)
     out, err = driver.communicate(timeout=180)
     tell("kill -9 of Ray's node daemon: the driver had ended", since)
-    assert driver.returncode == 1 and "nothing that finished is lost" in out + err
+    assert driver.returncode == 1 and "no finished trial is lost" in out + err
     bench.end_agents()
     with contextlib.suppress(AssertionError):
         bench.end_agents()
@@ -438,7 +438,7 @@ def test_a_full_disk_ends_the_sweep_with_a_word_and_loses_nothing(bench: Bench, 
             file.flush()
     out, err = driver.communicate(timeout=180)
     assert driver.returncode == 1 and "Traceback" not in out + err, out + err
-    assert "No space left on device" in out + err and "nothing that finished is lost" in out + err
+    assert "No space left on device" in out + err and "no finished trial is lost" in out + err
     before = ended(small_disk)
     again = bench.sweep(study, storage=str(small_disk), expect=2)
     assert "cannot be written (No space left on device)" in again.err and again.err.count("\n") == 1

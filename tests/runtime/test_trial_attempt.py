@@ -18,9 +18,11 @@ import torch
 
 from tests.support.trials import Lab, Listener, distillation
 from trainables.runtime import trial_attempt
-from trainables.runtime.trial_attempt import LEAVE, PEER_LOST, Job, run
+from trainables.runtime.outcome import Outcome
+from trainables.runtime.trial_attempt import LEAVE, Job, run
 from trainables.storage.files import StorageError
-from trainables.training import loop, stop_signals
+from trainables.training import gradients, loop, stop_signals
+from trainables.training.stop_signals import StopReason
 
 HOME = "study/trials/t"
 
@@ -61,11 +63,11 @@ def test_a_trial_that_is_asked_to_leave_writes_its_checkpoint_and_goes_on_from_t
     lab: Lab, go: Any, new_lab: Any
 ) -> None:
     end = go(AskedAt(lab, "leave"))
-    assert (end["status"], end["reason"], end["faults"]) == ("left", "leave", 0)
+    assert (end.status, end.reason, end.faults) == ("left", "leave", 0)
     assert "left at step 11 of 40 (leave)" in log(lab)
     lab.storage.delete(f"{HOME}/{LEAVE}")
     end = go()
-    assert (end["status"], end["attempts"], end["faults"]) == ("ended", 2, 1)
+    assert (end.status, end.attempts, end.faults) == ("ended", 2, 1)
     assert "phase distil: from step 11 of 40" in log(lab)
     ours = [r for r in lab.records("t", 2) if r["split"] != "system"]
     whole = new_lab()
@@ -78,9 +80,9 @@ def test_a_trial_that_is_asked_to_leave_writes_its_checkpoint_and_goes_on_from_t
 
 def test_a_trial_that_is_stopped_for_good_says_so_and_is_no_fault(lab: Lab, go: Any) -> None:
     end = go(AskedAt(lab, "stop"))
-    assert (end["status"], end["reason"]) == ("left", "stop")
+    assert (end.status, end.reason) == ("stopped", "stopped by hand")
     lab.storage.delete(f"{HOME}/{LEAVE}")
-    assert go()["faults"] == 0
+    assert go().faults == 0
 
 
 def test_attempts_that_were_cut_off_count_as_faults_and_those_with_an_outcome_do_not(lab: Lab, go: Any) -> None:
@@ -88,7 +90,7 @@ def test_attempts_that_were_cut_off_count_as_faults_and_those_with_an_outcome_do
     lab.storage.write(f"{HOME}/attempt-2/attempt.json", b'{"node": "x", "status": "failed"}')
     lab.storage.write(f"{HOME}/attempt-3/attempt.json", b"")  # half-written
     end = go()
-    assert (end["status"], end["attempts"], end["faults"]) == ("ended", 4, 2)
+    assert (end.status, end.attempts, end.faults) == ("ended", 4, 2)
 
 
 def test_a_scheduler_that_ends_the_trial_is_no_fault(lab: Lab, go: Any) -> None:
@@ -99,20 +101,20 @@ def test_a_scheduler_that_ends_the_trial_is_no_fault(lab: Lab, go: Any) -> None:
     with pytest.raises(SystemExit):
         go(Ends())
     assert json.loads((lab.root / HOME / "attempt-1" / "attempt.json").read_text())["status"] == "stopped"
-    assert go()["faults"] == 0
+    assert go().faults == 0
 
 
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "left", "storage: No space left on device"),
-        (OSError(errno.EROFS, "Read-only file system"), "left", "storage: Read-only file system"),
-        (StorageError(errno.EACCES, "Access Denied", "bucket/trials"), "left", "storage: Access Denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "left", "storage"),
+        (OSError(errno.EROFS, "Read-only file system"), "left", "storage"),
+        (StorageError(errno.EACCES, "Access Denied", "bucket/trials"), "left", "storage"),
         (OSError(errno.ENOENT, "No such file"), "failed", "FileNotFoundError: [Errno 2] No such file"),
         (
             RuntimeError("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed"),
             "left",
-            PEER_LOST,
+            StopReason.PEER_LOST,
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
@@ -132,31 +134,33 @@ def test_the_machines_faults_and_the_trials_own_are_told_apart(
 
     monkeypatch.setattr(loop, "evaluate", fails)
     end = go()
-    assert end["status"] == status and end["reason"].startswith(reason) and "\n" not in end["reason"]
-    assert ("last_lines" in end) == (status == "failed")
+    assert end.status == status and end.reason.startswith(reason) and "\n" not in end.reason
+    assert (end.last_lines is not None) == (status == "failed")
+    assert end.detail == (error.strerror if reason == "storage" else None)  # type: ignore[attr-defined]
+    assert Outcome.from_json(end.to_json()) == end
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_written_and_the_log_says_so(lab: Lab, go: Any) -> None:
-    assert go(checkpoint_seconds=0, checkpoint_bytes=1000)["status"] == "ended"
+    assert go(checkpoint_seconds=0, checkpoint_bytes=1000).status == "ended"
     assert "no checkpoint at step 1: two of" in log(lab)
     lab.storage.delete(HOME)
     lab.storage.delete("phases")
-    assert go(checkpoint_seconds=0, checkpoint_bytes=10_000_000)["status"] == "ended"
+    assert go(checkpoint_seconds=0, checkpoint_bytes=10_000_000).status == "ended"
     assert "no checkpoint" not in log(lab)
 
 
 def test_memory_that_this_machine_refuses_halves_the_micro_batch(
     lab: Lab, go: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = loop._run
+    plain = gradients.run_micro_batch
 
-    def hungry(phase: Any, live: Any, parts: Any, *more: Any) -> Any:
+    def hungry(phase: Any, active: Any, parts: Any, *more: Any, **low: int) -> Any:
         if len(parts["main"].ids_BT) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return plain(phase, live, parts, *more)
+        return plain(phase, active, parts, *more, **low)
 
-    monkeypatch.setattr(loop, "_run", hungry)
-    assert go()["status"] == "ended"
+    monkeypatch.setattr(gradients, "run_micro_batch", hungry)
+    assert go().status == "ended"
     assert "micro-batch halved to 2 sequences" in log(lab)
 
 
@@ -169,7 +173,7 @@ def test_a_trial_takes_no_more_of_a_shared_device_than_its_share(lab: Lab, monke
     for device, share in (("cuda", 0.25), ("cuda", 1.0), ("cpu", 0.5)):
         job = Job(trial="t", spec=spec.model_dump_json(), fingerprints=lab.fingerprints, storage=str(lab.root), folder="study",
                   threads=1, device=device, checkpoint_at_reports=False, provenance={}, device_share=share)  # fmt: skip
-        assert run(job, Listener())["status"] == "ended"
+        assert run(job, Listener()).status == "ended"
     assert shares == [0.25]
 
 
@@ -204,9 +208,9 @@ def test_a_file_is_looked_at_once_a_second_and_remembered(lab: Lab, monkeypatch:
     now[0] = 100.5
     assert mine.look() is None
     now[0] = 101.1
-    assert mine.look() == "stop"
+    assert mine.look() == StopReason.BY_HAND
     lab.storage.delete("leave")
-    assert mine.look() == "stop"
+    assert mine.look() == StopReason.BY_HAND
 
 
 SILENT = """
@@ -236,7 +240,7 @@ def test_a_silent_process_ends_itself_and_tells_where_it_stood(tmp_path: Path, w
 
 def test_nothing_is_left_of_the_watch(lab: Lab, go: Any) -> None:
     before = threading.active_count()
-    assert go(hang_seconds=1.0)["status"] == "ended"
+    assert go(hang_seconds=1.0).status == "ended"
     time.sleep(1.5)
     assert threading.active_count() == before and not list((lab.root / HOME).glob("attempt-1/hung-*"))
     assert trial_attempt.LEAVE not in [path.name for path in (lab.root / HOME).iterdir()]

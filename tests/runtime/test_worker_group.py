@@ -139,14 +139,14 @@ def test_a_slot_keeps_its_group_until_it_dies_or_has_served_enough(monkeypatch: 
 
     monkeypatch.setattr(worker_group, "Group", Fake)
     monkeypatch.setattr(worker_group, "_GROUP", None)
-    first: Any = worker_group.group(2, 1, 0, "x", "")
+    first: Any = worker_group.group(2, 1, 0, folder="x", expected="")
     first.served = worker_group.RENEW_AFTER - 1
-    assert worker_group.group(2, 1, 0, "x", "") is first
+    assert worker_group.group(2, 1, 0, folder="x", expected="") is first
     first.served += 1
-    second: Any = worker_group.group(2, 1, 0, "x", "")
+    second: Any = worker_group.group(2, 1, 0, folder="x", expected="")
     assert second is not first and first.is_closed
     second.is_alive = False
-    third: Any = worker_group.group(2, 1, 0, "x", "")
+    third: Any = worker_group.group(2, 1, 0, folder="x", expected="")
     assert third is not second
     worker_group.close()
     assert third.is_closed and worker_group._GROUP is None

@@ -1,29 +1,30 @@
-"""What a person sees meanwhile: counts, failures with reason and log, the best so far, and what was left."""
+"""The progress lines: counts, failures with reason and log, the best so far, and suspended trials."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator.scheduling.progress import Progress
+from trainables.storage.files import Storage
 
 
-class _Agenda:
-    """As much of an agenda as is looked at."""
+class _Scheduler:
+    """As much of a scheduler, its ledger and its search as progress reads."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.ledger = self.search = self
+        self.rows: list[dict[str, Any]] = []
         self.running: dict[str, Any] = {}
         self.left, self.best = 0, None
-        objective = SimpleNamespace(metric="mlm_loss")
-        self.study = SimpleNamespace(folder="study", objective=objective)
+        self.home = Storage("runs/study")
+        self.study = SimpleNamespace(objective=SimpleNamespace(metric="mlm_loss"))
 
-    def is_planned(self, trial: str) -> bool:
-        return trial != "old"
+    def all_rows(self) -> list[dict[str, Any]]:
+        return self.rows
 
     def num_left(self) -> int:
         return self.left
@@ -45,6 +46,7 @@ def row(trial: str, status: str, **more: Any) -> dict[str, Any]:
         "point": "taught",
         "seed": 1,
         "status": status,
+        "planned": trial != "old",
         "reason": None,
         "ended": 5,
         **more,
@@ -58,7 +60,7 @@ class _Terminal(io.StringIO):
 
 @pytest.mark.parametrize("out", [io.StringIO, _Terminal])
 def test_a_failure_is_told_with_its_reason_its_log_and_its_last_lines(out: type[io.StringIO]) -> None:
-    progress = Progress(_Agenda(), "runs", written := out())  # type: ignore[arg-type]
+    progress = Progress(_Scheduler(), written := out())  # type: ignore[arg-type]
     progress.on_trial(row("abc", "failed", reason="diverged: nan", last_lines=["one", "two"]), [])
     text = written.getvalue()
     assert "failed: trial taught, seed 1 (abc): diverged: nan" in text and "runs/study/trials/abc/log.txt" in text
@@ -66,9 +68,9 @@ def test_a_failure_is_told_with_its_reason_its_log_and_its_last_lines(out: type[
 
 
 def test_without_a_terminal_each_end_is_a_line_and_beginnings_are_none() -> None:
-    agenda = _Agenda()
-    agenda.running["abc"] = None
-    progress = Progress(agenda, "runs", written := io.StringIO())  # type: ignore[arg-type]
+    scheduler = _Scheduler()
+    scheduler.running["abc"] = None
+    progress = Progress(scheduler, written := io.StringIO())  # type: ignore[arg-type]
     progress.on_trial(row("abc", "running", ended=None), [])
     assert written.getvalue() == ""
     progress.on_trial(row("abc", "ended"), [])
@@ -77,35 +79,35 @@ def test_without_a_terminal_each_end_is_a_line_and_beginnings_are_none() -> None
 
 
 def test_what_the_machine_took_and_what_was_left_is_told() -> None:
-    progress = Progress(_Agenda(), "runs", written := io.StringIO())  # type: ignore[arg-type]
+    progress = Progress(_Scheduler(), written := io.StringIO())  # type: ignore[arg-type]
     progress.on_trial(row("abc", "ended", faults=2), [])
     progress.on_trial(row("def", "running", ended=None), [])
-    assert "on dev; 2 attempts before were lost to the machine\n" in written.getvalue()
-    assert "left: trial taught, seed 1 (def) goes on at the next start, from its checkpoint\n" in written.getvalue()
+    assert "on dev; 2 earlier attempts were lost with their machine\n" in written.getvalue()
+    assert (
+        "suspended: trial taught, seed 1 (def) resumes at the next start, from its checkpoint\n" in written.getvalue()
+    )
 
 
 def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    agenda, clock = _Agenda(), [100.0]
+    scheduler, clock = _Scheduler(), [100.0]
     monkeypatch.setattr("orchestrator.scheduling.progress.time.monotonic", lambda: clock[0])
-    progress = Progress(agenda, "runs", written := _Terminal())  # type: ignore[arg-type]
-    agenda.rows = {"old": row("old", "ended"), "before": row("before", "ended")}
+    progress = Progress(scheduler, written := _Terminal())  # type: ignore[arg-type]
+    scheduler.rows = [row("old", "ended"), row("before", "ended")]
     progress.begin(2)
     assert "2 slots; Ctrl-C ends cleanly" in written.getvalue()
-    agenda.rows |= {
-        name: row(name, status)
-        for name, status in (("a", "ended"), ("b", "failed"), ("c", "stopped"), ("d", "running"))
-    }
-    agenda.running, agenda.left, agenda.best = {"d": None}, 6, SimpleNamespace(name="p003")  # type: ignore[assignment]
+    for name, status in (("a", "running"), ("a", "ended"), ("b", "failed"), ("c", "stopped"), ("old", "failed")):
+        progress.on_trial(row(name, status, ended=None), [])
+    scheduler.running, scheduler.left, scheduler.best = {"d": None}, 6, SimpleNamespace(name="p003")  # type: ignore[assignment]
     clock[0] = 190.0
     progress.tick()
     line = written.getvalue().rpartition("\x1b[2K")[2]
     assert line == "[01:30] 4 done · 1 running · 1 failed · best p003 -0.0123 · about 3.0 min left"
 
 
-def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    agenda, clock = _Agenda(), [100.0]
+def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, clock = _Scheduler(), [100.0]
     monkeypatch.setattr("orchestrator.scheduling.progress.time.monotonic", lambda: clock[0])
-    progress = Progress(agenda, str(tmp_path), written := io.StringIO())  # type: ignore[arg-type]
+    progress = Progress(scheduler, written := io.StringIO())  # type: ignore[arg-type]
     progress.begin(1)
     for _ in range(100):
         clock[0] += 0.3

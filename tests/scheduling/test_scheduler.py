@@ -1,4 +1,4 @@
-"""What runs next. Slots here run nothing: they write the files that an attempt writes, with losses made by a rule."""
+"""What runs next. Slots here run nothing: they write the files of an attempt, with losses made by a rule."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.scheduling.scheduler import MIN_SPARED, Agenda
+from orchestrator.scheduling.ledger import Ledger
+from orchestrator.scheduling.scheduler import Scheduler
+from orchestrator.scheduling.search_stage import MIN_AUDITED, SearchStage
 from orchestrator.scheduling.trials import CONFIRM_SEED, SEARCH_SEED, Fingerprints, PlannedTrial
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from tests.support.trials import distillation
+from trainables.config.phase_run import PhaseRun
 from trainables.config.value import digest
+from trainables.runtime.outcome import STOPPED_EARLY, Outcome, Status
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore, StoredPhase
+from trainables.training.stop_signals import StopReason
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 LR = "phases.distil.optimizer.lr"
@@ -43,7 +48,7 @@ class World:
     scheduler ends it half-way."""
 
     root: Path
-    identity: Fingerprints
+    fingerprints: Fingerprints
     slots: int = 2
     loss: Callable[[PlannedTrial], Any] = by_hash
     test: Callable[[PlannedTrial], float] = by_hash
@@ -52,47 +57,56 @@ class World:
     ended: list[str] = field(default_factory=list)
     trained: Counter[str] = field(default_factory=Counter)  # by phase key
     busy: dict[str, set[str]] = field(default_factory=dict)  # trial -> phases that it is training
-    agenda: Agenda = field(init=False)
+    scheduler: Scheduler = field(init=False)
     clock: int = 0
-    is_last: bool = False  # the agenda said that nothing follows
+    is_last: bool = False  # the scheduler said that nothing follows
 
     def open(self, study: Study, **options: Any) -> World:
         """A driver starts; whatever one before it had in memory is gone."""
         self.busy.clear()
         self.is_last = False
-        self.agenda = Agenda(study, self.identity, Storage(str(self.root)), **options)
-        self.agenda.known()  # as the printed plan asks
+        self.scheduler = Scheduler(study, self.fingerprints, Storage(str(self.root)), **options)
+        self.scheduler.known()  # as the printed plan asks
         return self
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.scheduler.ledger
+
+    @property
+    def search(self) -> SearchStage:
+        assert self.scheduler.search is not None
+        return self.scheduler.search
 
     @property
     def store(self) -> PhaseStore:
         return PhaseStore(Storage(str(self.root)))
 
     def fill(self) -> None:
-        while len(self.agenda.running) < self.slots and (planned := self.agenda.next()) is not None:
+        while len(self.ledger.running) < self.slots and (planned := self.scheduler.next()) is not None:
             self.clock += 1
-            assert planned.id not in self.agenda.running
+            assert planned.id not in self.ledger.running
             assert not self.is_last, "slots were released too early"
-            self.agenda.start(planned, self.clock)
+            self.scheduler.start(planned, self.clock)
             self.started.append(planned)
             lacking = {key for key in planned.keys.values() if self.store.find(key) is None}
             shared = {key for other in self.busy.values() for key in other} & lacking
             assert not shared, f"{planned.kind} {planned.point} trains a phase that another trial is training"
             self.busy[planned.id] = lacking
-        if self.agenda.running and self.agenda.nothing_follows():
+        if self.ledger.running and self.scheduler.nothing_follows():
             self.is_last = True
 
     def finish(self, planned: PlannedTrial) -> None:
         """What trainables.runtime.trial_attempt and the driver leave behind."""
         self.clock += 1
-        home = Storage(str(self.root)).sub(self.agenda.study.folder)
+        home = Storage(str(self.root)).sub(self.scheduler.study.folder)
         found = self.loss(planned)
-        stopped = found == "stop" and planned.kind == "trial" and planned.arm is None and planned.id not in self.agenda.spared  # fmt: skip
+        stopped = found == "stop" and planned.kind == "trial" and planned.arm is None and planned.id not in self.ledger.reopened  # fmt: skip
         diverged, value = found is None, by_hash(planned) if found in ("stop", None) else found
         attempts = len([name for name in home.list(f"trials/{planned.id}") if name.startswith("attempt-")]) + 1
         records, phases = [], {}
         for instance, key in planned.keys.items():
-            phase = instance.partition("[")[0]
+            phase = PhaseRun.parse(instance).phase
             if diverged and phase == planned.spec.order()[-1]:
                 continue
             for progress in (0.5,) if stopped and phase == "distil" else (0.5, 1.0):
@@ -110,26 +124,19 @@ class World:
             phases[instance] = {"key": key, "reused": False, "flops": 10.0, "seconds": 2.0, "device_seconds": 2.0, "tokens": 9}  # fmt: skip
         text = "".join(json.dumps(record) + "\n" for record in records)
         home.write(f"trials/{planned.id}/attempt-{attempts}/records.jsonl", text.encode())
-        end = {
-            "status": "ended",
-            "reason": None,
-            "attempts": attempts,
-            "node": "here",
-            "phases": phases,
-            "peak_memory": 1.0,
-        }
+        end = Outcome(Status.ENDED, attempts=attempts, node="here", phases=phases, peak_memory=1.0)
         if stopped:
-            end = {"status": "stopped", "reason": "early stopping", "attempts": attempts, "node": None}
+            end = STOPPED_EARLY
         elif diverged:
-            end |= {"status": "failed", "reason": "diverged: nan", "phases": {}}
-        self.agenda.end(planned.id, end, self.clock)
+            end = replace(end, status=Status.FAILED, reason="diverged: nan", phases={})
+        self.scheduler.end(planned.id, end, self.clock)
         self.busy.pop(planned.id)
         self.ended.append(planned.id)
 
     def step(self) -> bool:
         """Starts what can start, and lets one trial end."""
         self.fill()
-        running = list(self.agenda.running.values())
+        running = list(self.ledger.running.values())
         if not running:
             return False
         self.finish(self.order.choice(running) if self.order else running[0])
@@ -144,7 +151,7 @@ class World:
     def rows(self, *, planned: bool | None = True, kind: str | None = None) -> list[dict[str, Any]]:
         return [
             row
-            for row in self.agenda.all_rows()
+            for row in self.ledger.all_rows()
             if planned in (None, row["planned"]) and (kind is None or row["kind"] == kind)
         ]
 
@@ -152,7 +159,7 @@ class World:
         """All that a table says, but for times."""
         return {
             row["trial"]: (row["kind"], row["point"], row["arm"], row["seed"], row["status"], row["planned"], json.dumps(row["params"]))
-            for row in self.agenda.all_rows()
+            for row in self.ledger.all_rows()
         }  # fmt: skip
 
 
@@ -206,7 +213,7 @@ def test_arms_come_before_points_and_points_before_the_confirmation(make: Make, 
     assert Counter(kinds)["arm trial"] == 6 and Counter(kinds)["trial"] == 4
     assert Counter(kinds)["confirm"] == Counter(kinds)["arm confirm"] == 2
     assert [p.point for p in w.started if p.kind == "trial" and p.arm is None] == ["p000", "p001", "p002", "p003"]
-    assert w.agenda.is_complete() and w.agenda.next() is None and w.agenda.num_left() == 0
+    assert w.scheduler.is_complete() and w.scheduler.next() is None and w.scheduler.num_left() == 0
 
 
 def test_each_trial_begins_once_and_all_end(make: Make, world: NewWorld) -> None:
@@ -280,13 +287,13 @@ def test_a_teacher_that_failed_does_not_hold_up_the_rest(make: Make, world: NewW
 
 
 def test_points_are_not_all_asked_while_their_teacher_is_trained(make: Make, world: NewWorld) -> None:
-    """What is asked early is asked in ignorance."""
+    """A point that is asked early is asked without the results of running points."""
     study = make(arms={"alone": {SOFT: 0}}, seeds=1, search={"sampler": "tpe", "points": 12})
     w = world(slots=3).open(study)
     while not any(p.kind == "teacher" for p in w.started):
         assert w.step()
     w.fill()
-    asked = [p for p in w.agenda._planned.values() if p.arm is None and p.kind == "trial"]
+    asked = [p for p in w.ledger.planned.values() if p.arm is None and p.kind == "trial"]
     assert len(asked) <= 2 * w.slots
     w.run()
     assert sum(p.arm is None and p.kind == "trial" for p in w.started) == 12
@@ -322,7 +329,7 @@ def test_a_winner_at_an_edge_extends_the_grid(
     w = world(loss=lambda p: abs(math.log(lr_of(p) / best)) if "distil" in p.keys else 1.0).open(study).run()
     for arm in ("alone", "taught", "strong"):
         assert close(race(w, arm), asked)
-        tuned = w.agenda.tuned(arm)
+        tuned = w.scheduler.tuned(arm)
         assert tuned is not None and tuned[LR] == pytest.approx(chosen)
         assert {lr_of(p) for p in w.started if p.kind == "trial" and p.arm == arm} == {tuned[LR]}
 
@@ -333,10 +340,10 @@ def test_values_that_fail_do_not_win_and_do_not_stop_the_race(make: Make, world:
         loss=lambda p: None if p.kind == "tune" and lr_of(p) > 3e-3 else 1 / lr_of(p) if "distil" in p.keys else 1.0
     )
     w.open(study).run()
-    assert w.agenda.tuned("alone") == {LR: 2e-3}
+    assert w.scheduler.tuned("alone") == {LR: 2e-3}
     w = world(loss=lambda p: None if p.kind == "tune" else 1.0).open(study).run()
-    assert w.agenda.tuned("alone") == {LR: 2e-3}  # the middle; its own trials will tell
-    assert w.agenda.is_complete()
+    assert w.scheduler.tuned("alone") == {LR: 2e-3}  # the middle; its own trials will tell
+    assert w.scheduler.is_complete()
 
 
 def test_mode_max_takes_the_highest(make: Make, world: NewWorld) -> None:
@@ -345,9 +352,9 @@ def test_mode_max_takes_the_highest(make: Make, world: NewWorld) -> None:
         objective={"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "max"},
     )
     w = world(loss=lambda p: lr_of(p) if "distil" in p.keys else 1.0).open(study).run()
-    assert w.agenda.tuned("taught") == {LR: 4e-3}
-    winner = w.agenda.winner()
-    assert winner and winner.params[LR] == max(p.params[LR] for p in w.agenda._points)
+    assert w.scheduler.tuned("taught") == {LR: 4e-3}
+    winner = w.search.winner()
+    assert winner and winner.params[LR] == max(p.params[LR] for p in w.search.points)
 
 
 def test_an_arm_that_sets_the_tuned_path_itself_runs_one_tuning_trial(make: Make, world: NewWorld) -> None:
@@ -355,7 +362,7 @@ def test_an_arm_that_sets_the_tuned_path_itself_runs_one_tuning_trial(make: Make
     w = world().open(study).run()
     assert race(w, "fast") == [9e-3]
     assert {lr_of(p) for p in w.started if p.arm == "fast"} == {9e-3}
-    assert w.agenda.is_complete()
+    assert w.scheduler.is_complete()
 
 
 # ----------------------------------------------------------------------------------------------- scores and baselines
@@ -372,7 +379,7 @@ def test_a_score_is_the_difference_to_the_best_baseline_of_the_same_sizes(make: 
         make, vary={**SIZES, SOFT: {"choice": [1, 2, 4]}}, tune=tune, search={"sampler": "tpe", "points": 6}
     )
     w = world().open(study).run()
-    points = w.agenda._points
+    points = w.search.points
     assert len(points) == 6
     first = min(i for i, p in enumerate(w.started) if p.arm is None and p.kind == "trial")
     for size in ("one", "two"):
@@ -382,19 +389,19 @@ def test_a_score_is_the_difference_to_the_best_baseline_of_the_same_sizes(make: 
         best = min(by_hash(p) for p in of_size)
         for point in points:
             if point.params["sizes"] == size:
-                assert w.agenda.score(point) == pytest.approx(by_hash(point.trial) - best)
-    winner = w.agenda.winner()
-    assert winner is not None and w.agenda.score(winner) == min(w.agenda.score(p) for p in points)  # type: ignore[type-var]
+                assert w.search.score(point) == pytest.approx(by_hash(point.trial) - best)
+    winner = w.search.winner()
+    assert winner is not None and w.search.score(winner) == min(w.search.score(p) for p in points)  # type: ignore[type-var]
 
 
 def test_minus_without_sizes_and_without_tuning_still_has_its_baseline(make: Make, world: NewWorld) -> None:
     w = world().open(searched(make, tune=None)).run()
     baseline = [row for row in w.rows() if row["arm"] == "alone" and row["seed"] == SEARCH_SEED]
     assert len(baseline) == 1
-    winner = w.agenda.winner()
+    winner = w.search.winner()
     assert winner is not None
-    value = w.agenda.value(baseline[0]["trial"])
-    assert value is not None and w.agenda.score(winner) == pytest.approx(by_hash(winner.trial) - value)
+    value = w.ledger.value(baseline[0]["trial"])
+    assert value is not None and w.search.score(winner) == pytest.approx(by_hash(winner.trial) - value)
     assert len(w.rows(kind="confirm")) == 4
 
 
@@ -403,7 +410,7 @@ def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(m
         make, vary={**SIZES, SOFT: {"choice": [1, 2, 4]}}, tune=TUNE, search={"sampler": "random", "points": 6}
     )
     w = world().open(study).run()
-    winner = w.agenda.winner()
+    winner = w.search.winner()
     assert winner is not None
     confirming = [p for p in w.started if p.kind == "confirm"]
     ours, theirs = [p for p in confirming if p.arm is None], [p for p in confirming if p.arm == "alone"]
@@ -411,7 +418,7 @@ def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(m
     layers = {"one": 1, "two": 2}[winner.params["sizes"]]
     assert {p.spec.models["student"].layers for p in confirming} == {layers}
     assert {p.point for p in ours} == {winner.name} and {p.point for p in theirs} == {"alone"}
-    tuned = w.agenda.tuned("alone", {"sizes": winner.params["sizes"]})
+    tuned = w.scheduler.tuned("alone", {"sizes": winner.params["sizes"]})
     assert tuned is not None and {lr_of(p) for p in theirs} == {tuned[LR]}
     assert {lr_of(p) for p in ours} == {lr_of(winner.trial)}
     assert winner.trial.id not in {p.id for p in confirming}
@@ -419,7 +426,7 @@ def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(m
 
 def test_a_failed_baseline_leaves_no_winner_but_ends(make: Make, world: NewWorld) -> None:
     w = world(loss=lambda p: None if p.kind == "tune" else by_hash(p)).open(searched(make)).run()
-    assert w.agenda.winner() is None and w.agenda.is_complete()
+    assert w.search.winner() is None and w.scheduler.is_complete()
     assert not w.rows(kind="confirm")
 
 
@@ -429,7 +436,7 @@ def test_a_failed_point_is_no_winner(make: Make, world: NewWorld) -> None:
         .open(make())
         .run()
     )
-    winner = w.agenda.winner()
+    winner = w.search.winner()
     assert winner is not None and winner.name == "p002"
     assert Counter(row["status"] for row in w.rows(kind="trial"))["failed"] == 1
 
@@ -449,11 +456,11 @@ def test_a_used_up_space_ends_the_search_and_nothing_is_asked_twice(
         (p.params[SOFT], p.params["phases.distil.batch"]) for p in w.started if p.kind == "trial" and p.arm is None
     ]
     assert sorted(points) == [("1", "4"), ("1", "8"), ("2", "4")]
-    assert w.agenda.is_complete() and len(w.rows(kind="confirm")) == 4
+    assert w.scheduler.is_complete() and len(w.rows(kind="confirm")) == 4
     again = world(slots=slots)
     again.root = w.root
     again.open(study)
-    assert again.agenda.is_complete() and again.agenda.next() is None
+    assert again.scheduler.next() is None and again.scheduler.is_complete()
 
 
 def test_two_labels_that_mean_the_same_trial_are_one_point(make: Make, world: NewWorld) -> None:
@@ -481,7 +488,7 @@ def test_the_driver_may_die_at_any_point(make: Make, world: NewWorld, name: str)
     for steps in range(len(whole.ended)):
         w = world().open(study).run(steps)
         w.fill()
-        running = {trial: row["point"] for trial, row in ((r["trial"], r) for r in w.agenda.all_rows()) if row["status"] == "running"}  # fmt: skip
+        running = {trial: row["point"] for trial, row in ((r["trial"], r) for r in w.ledger.all_rows()) if row["status"] == "running"}  # fmt: skip
         ended = set(w.ended)
         w.started.clear()
         w.open(study).run()
@@ -510,7 +517,7 @@ def test_with_a_sampler_that_learns_no_point_is_lost_either(make: Make, world: N
     for steps in range(0, 14, 3):
         w = world(slots=3).open(study).run(steps)
         w.fill()
-        begun = {row["trial"]: row["point"] for row in w.agenda.all_rows()}
+        begun = {row["trial"]: row["point"] for row in w.ledger.all_rows()}
         w.open(study).run()
         rows = w.rows()
         assert {row["trial"]: row["point"] for row in rows if row["trial"] in begun} == begun
@@ -537,7 +544,7 @@ def test_a_complete_study_is_complete_when_opened_again(make: Make, world: NewWo
         w = world().open(study).run()
         before, w.started = w.outcome(), []
         w.open(study)
-        assert w.agenda.is_complete() and w.agenda.next() is None
+        assert w.scheduler.next() is None and w.scheduler.is_complete()
         assert w.outcome() == before, "the same rows, planned as before"
 
 
@@ -558,7 +565,7 @@ def edited(w: World, study: Study) -> list[PlannedTrial]:
     """Runs an edited study over the same storage; returns what was begun."""
     w.started, w.ended = [], []
     w.open(study).run()
-    assert w.agenda.is_complete()
+    assert w.scheduler.is_complete()
     return w.started
 
 
@@ -611,11 +618,11 @@ def test_a_changed_value_runs_what_depends_on_it(make: Make, world: NewWorld) ->
 def test_a_narrower_range_keeps_the_points_inside_with_their_numbers(make: Make, world: NewWorld, sampler: str) -> None:
     search = {"sampler": sampler, "points": 6}
     w = world().open(make(search=search)).run()
-    points = {p.name: p.params[LR] for p in w.agenda._points}
+    points = {p.name: p.params[LR] for p in w.search.points}
     middle = sorted(points.values())[3]
     narrow = make(search=search, vary={LR: {"float": [1e-3, middle], "log": True}})
     edited(w, narrow)
-    now = {p.name: p.params[LR] for p in w.agenda._points}
+    now = {p.name: p.params[LR] for p in w.search.points}
     inside = {name: lr for name, lr in points.items() if lr <= middle}
     assert inside.items() <= now.items() and len(now) == 6
     assert all(lr <= middle for lr in now.values())
@@ -648,7 +655,7 @@ def test_a_range_of_whole_numbers_may_change_its_step(make: Make, world: NewWorl
     batch = "phases.distil.batch"
     w = world().open(make(vary={batch: {"int": [2, 9]}}, search={"sampler": "random", "points": 6})).run()
     edited(w, make(vary={batch: {"int": [2, 8], "step": 2}}, search={"sampler": "tpe", "points": 4}))
-    assert all(p.params[batch] % 2 == 0 for p in w.agenda._points)
+    assert all(p.params[batch] % 2 == 0 for p in w.search.points)
 
 
 def test_another_axis_sets_points_aside(make: Make, world: NewWorld) -> None:
@@ -656,7 +663,7 @@ def test_another_axis_sets_points_aside(make: Make, world: NewWorld) -> None:
     edited(w, make(vary={LR: {"float": [1e-3, 1e-2], "log": True}, SOFT: {"choice": [1, 2]}}))
     points = [row for row in w.rows(kind="trial") if row["arm"] is None]
     assert len(points) == 4 and all(SOFT in row["params"] for row in points)
-    names = [row["point"] for row in w.agenda.all_rows() if row["kind"] == "trial" and row["arm"] is None]
+    names = [row["point"] for row in w.ledger.all_rows() if row["kind"] == "trial" and row["arm"] is None]
     assert len(names) == len(set(names)) == 8
 
 
@@ -681,16 +688,16 @@ def half_stopped(planned: PlannedTrial) -> Any:
 def test_stopped_points_are_in_no_score_and_the_spared_run_to_the_end(make: Make, world: NewWorld) -> None:
     w = world(loss=half_stopped).open(make(search=ASHA)).run()
     stopped = [trial for trial in dict.fromkeys(w.ended) if w.ended.count(trial) == 2]
-    assert len(stopped) == MIN_SPARED, "exactly so many go on"
+    assert len(stopped) == MIN_AUDITED, "exactly so many go on"
     rows = {row["trial"]: row for row in w.rows(kind="trial") if row["arm"] is None}
     assert Counter(row["status"] for row in rows.values())["stopped"] >= 3
     assert {trial for trial, row in rows.items() if row.get("spared")} == set(stopped)
     assert {rows[trial]["status"] for trial in stopped} == {"ended"}
-    for point in w.agenda._points:
-        assert (w.agenda.score(point) is None) == (rows[point.trial.id]["status"] == "stopped")
-    winner = w.agenda.winner()
+    for point in w.search.points:
+        assert (w.search.score(point) is None) == (rows[point.trial.id]["status"] == "stopped")
+    winner = w.search.winner()
     assert winner is not None and rows[winner.trial.id]["status"] == "ended"
-    assert w.agenda.is_complete() and len(w.rows(kind="confirm")) == 4
+    assert w.scheduler.is_complete() and len(w.rows(kind="confirm")) == 4
     confirming = min(i for i, p in enumerate(w.started) if p.kind == "confirm")
     last = max(i for i, p in enumerate(w.started) if p.kind == "trial")
     assert last < confirming, "the winner is known once the spared have ended"
@@ -704,7 +711,7 @@ def test_who_is_spared_is_drawn_and_not_chosen_by_score(make: Make, world: NewWo
         spared.append({row["point"] for row in w.rows(kind="trial") if row.get("spared")})
     assert spared[0] == spared[1]
     w = world(loss=half_stopped).open(make(search={**ASHA, "seed": 5})).run()
-    assert len({row["point"] for row in w.rows(kind="trial") if row.get("spared")}) == MIN_SPARED
+    assert len({row["point"] for row in w.rows(kind="trial") if row.get("spared")}) == MIN_AUDITED
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
@@ -737,7 +744,7 @@ def test_failed_trials_are_left_alone_unless_asked_for(make: Make, world: NewWor
     assert edited(w, study) == []
     w.started, w.ended = [], []
     w.open(study, retry_failed=True)
-    assert not w.agenda.is_complete()
+    assert not w.scheduler.is_complete()
     w.run()
     assert {p.arm for p in w.started} == {"strong"} and len(w.started) == 2
     assert {row["status"] for row in w.rows()} == {"ended"}
@@ -747,8 +754,8 @@ def test_failed_trials_are_left_alone_unless_asked_for(make: Make, world: NewWor
 def test_nothing_new_begins_once_closed(make: Make, world: NewWorld) -> None:
     w = world().open(make())
     w.fill()
-    w.agenda.closed = "the limit came"
-    assert w.agenda.next() is None and not w.agenda.is_complete()
+    w.scheduler.close("the limit came")
+    assert w.scheduler.next() is None and not w.scheduler.is_complete()
     w.run()
     assert len(w.started) == len(w.ended) == 2
 
@@ -756,7 +763,7 @@ def test_nothing_new_begins_once_closed(make: Make, world: NewWorld) -> None:
 @pytest.mark.parametrize("keys", [{"vary": None, "search": None, "confirm": None}, {}], ids=["arms", "search"])
 def test_slots_are_released_while_the_last_trials_run(make: Make, world: NewWorld, keys: dict[str, Any]) -> None:
     w = world(slots=4).open(make(**keys)).run()
-    assert w.is_last and w.agenda.is_complete()
+    assert w.is_last and w.scheduler.is_complete()
 
 
 def test_with_early_stopping_nobody_knows_what_follows(make: Make, world: NewWorld) -> None:
@@ -768,32 +775,32 @@ def test_a_trial_that_was_left_goes_on_at_the_next_start(make: Make, world: NewW
     study = make()
     w = world().open(study)
     w.fill()
-    left = list(w.agenda.running)
+    left = list(w.ledger.running)
     heard: list[tuple[str, str]] = []
-    w.agenda.listeners.append(lambda row, records: heard.append((row["trial"], row["status"])))
+    w.ledger.listeners.append(lambda row, records: heard.append((row["trial"], row["status"])))
     for trial in left:
-        w.agenda.leave(trial)
-    assert not w.agenda.running and heard == [(trial, "running") for trial in left]
+        w.scheduler.suspend(trial)
+    assert not w.ledger.running and heard == [(trial, "running") for trial in left]
     assert not any(Storage(str(w.root)).read(f"study/trials/{trial}/end.json") for trial in left)
     w.open(study).run()
     assert set(left) <= {p.id for p in w.started} and {row["status"] for row in w.rows()} == {"ended"}
 
 
 def stop_by_hand(w: World, planned: PlannedTrial) -> None:
-    w.agenda.end(planned.id, {"status": "stopped", "reason": "stopped by hand", "attempts": 1, "node": None}, 9)
+    w.scheduler.end(planned.id, Outcome(Status.STOPPED, StopReason.BY_HAND), 9)
     w.busy.pop(planned.id)
 
 
 def test_what_a_person_stopped_is_not_spared_and_runs_again_only_when_asked_for(make: Make, world: NewWorld) -> None:
     study = make(search=ASHA)
     w = world().open(study)
-    while not any(p.arm is None and p.kind == "trial" for p in w.agenda.running.values()):
+    while not any(p.arm is None and p.kind == "trial" for p in w.ledger.running.values()):
         assert w.step()
-    mine = next(p for p in w.agenda.running.values() if p.arm is None and p.kind == "trial")
+    mine = next(p for p in w.ledger.running.values() if p.arm is None and p.kind == "trial")
     stop_by_hand(w, mine)
     w.run()
     row = next(row for row in w.rows() if row["trial"] == mine.id)
-    assert row["status"] == "stopped" and not row.get("spared") and w.agenda.is_complete()
+    assert row["status"] == "stopped" and not row.get("spared") and w.scheduler.is_complete()
     assert edited(w, study) == []
     w.started, w.ended = [], []
     w.open(study, retry_failed=True).run()
@@ -812,14 +819,14 @@ def test_checkpoints_of_points_that_will_not_go_on_are_forgotten(make: Make, wor
     w = world(loss=loss).open(make(search={**ASHA, "points": 10}))
     looks = 0
     while w.step():
-        for trial in w.agenda.running:
+        for trial in w.ledger.running:
             Storage(str(w.root)).write(f"study/trials/{trial}/attempt-1/checkpoint.json", b"{}")
         stopped = {row["trial"] for row in w.rows() if row["status"] == "stopped"}
-        if w.agenda.spared:
+        if w.ledger.reopened:
             looks += 1
-            assert checkpoints(w) & stopped == w.agenda.spared - w.agenda.running.keys()
+            assert checkpoints(w) & stopped == w.ledger.reopened - w.ledger.running.keys()
     assert looks
-    assert len([row for row in w.rows() if row["status"] == "stopped"]) == 8 - MIN_SPARED
+    assert len([row for row in w.rows() if row["status"] == "stopped"]) == 8 - MIN_AUDITED
 
 
 def test_points_that_were_stopped_keep_checkpoints_as_far_as_there_is_room(make: Make, world: NewWorld) -> None:
@@ -829,17 +836,17 @@ def test_points_that_were_stopped_keep_checkpoints_as_far_as_there_is_room(make:
     stopped: list[str] = []
     while len(stopped) < 2:
         w.fill()
-        (planned,) = w.agenda.running.values()
+        (planned,) = w.ledger.running.values()
         Storage(str(w.root)).write(f"study/trials/{planned.id}/attempt-1/checkpoint.json", b"0" * 600)
         w.finish(planned)
-        stopped += [planned.id] * (w.agenda.rows[planned.id]["status"] == "stopped")
+        stopped += [planned.id] * (w.ledger.rows[planned.id]["status"] == "stopped")
     assert checkpoints(w) & set(stopped) == {stopped[1]}
 
 
 def test_listeners_hear_each_beginning_and_each_end(make: Make, world: NewWorld) -> None:
     w = world().open(make())
     heard: list[tuple[str, str]] = []
-    w.agenda.listeners.append(lambda row, records: heard.append((row["trial"], row["status"])))
+    w.ledger.listeners.append(lambda row, records: heard.append((row["trial"], row["status"])))
     w.run()
     for planned in w.started:
         assert [status for trial, status in heard if trial == planned.id] == ["running", "ended"]
@@ -860,7 +867,7 @@ def test_values_on_test_change_no_choice(make: Make, world: NewWorld, name: str)
     found = [world(test=test).open(study).run() for test in (by_hash, lambda p: -by_hash(p), lambda p: float("nan"))]
     assert found[0].outcome() == found[1].outcome() == found[2].outcome()
     assert [p.id for p in found[0].started] == [p.id for p in found[1].started] == [p.id for p in found[2].started]
-    winners = [w.agenda.winner() for w in found]
+    winners = [w.search.winner() for w in found]
     assert len({winner.name for winner in winners if winner}) == 1
 
 
@@ -873,11 +880,11 @@ def test_a_point_that_equals_a_tuned_trial_is_not_lost_to_the_search(make: Make,
                      vary={LR: {"choice": [1e-3, 2e-3, 4e-3]}, SOFT: {"choice": [1, 2]}}, search={"sampler": "grid", "points": 6})  # fmt: skip
     w = world().open(study).run()
     assert len(w.ended) == len(set(w.ended))
-    assert len(w.agenda._points) == 6
-    assert all(w.agenda.score(point) is not None for point in w.agenda._points)
-    before = {p.name: p.params for p in w.agenda._points}
-    winner = w.agenda.winner()
+    assert len(w.search.points) == 6
+    assert all(w.search.score(point) is not None for point in w.search.points)
+    before = {p.name: p.params for p in w.search.points}
+    winner = w.search.winner()
     assert edited(w, study) == []
-    again = w.agenda.winner()
-    assert {p.name: p.params for p in w.agenda._points} == before
+    again = w.search.winner()
+    assert {p.name: p.params for p in w.search.points} == before
     assert winner and again and winner.name == again.name

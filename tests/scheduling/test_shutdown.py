@@ -17,14 +17,17 @@ from orchestrator.study.errors import StudyError
 from trainables.storage.files import Storage
 
 
-class _Agenda:
-    """As much of an agenda as is looked at."""
+class _Scheduler:
+    """As much of a scheduler and its ledger as is read."""
 
     def __init__(self, root: Path, minutes: float | None = None) -> None:
-        self.storage = Storage(str(root))
-        self.study = SimpleNamespace(folder="study", limits=SimpleNamespace(minutes=minutes))
+        self.ledger, self.home = self, Storage(str(root)).sub("study")
+        self.study = SimpleNamespace(limits=SimpleNamespace(minutes=minutes))
         self.closed: str | None = None
         self.running: dict[str, Any] = {}
+
+    def close(self, why: str) -> None:
+        self.closed = why
 
 
 @pytest.fixture
@@ -35,39 +38,39 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., tuple[Ending, _Agenda, list[str]]]:
-    def make(*, hours: float | None = None, minutes: float | None = None) -> tuple[Ending, _Agenda, list[str]]:
-        agenda, said = _Agenda(tmp_path, minutes), list[str]()
-        return Ending(agenda, hours, said.append), agenda, said  # type: ignore[arg-type]
+def make(tmp_path: Path) -> Callable[..., tuple[Ending, _Scheduler, list[str]]]:
+    def make(*, hours: float | None = None, minutes: float | None = None) -> tuple[Ending, _Scheduler, list[str]]:
+        scheduler, said = _Scheduler(tmp_path, minutes), list[str]()
+        return Ending(scheduler, hours, said.append), scheduler, said  # type: ignore[arg-type]
 
     return make
 
 
-def asked(agenda: _Agenda, trial: str) -> bytes | None:
-    return agenda.storage.read(f"study/trials/{trial}/leave")
+def asked(scheduler: _Scheduler, trial: str) -> bytes | None:
+    return scheduler.home.read(f"trials/{trial}/leave")
 
 
-def test_the_limit_closes_the_agenda_once_and_lets_what_runs_end(make: Any, clock: list[float]) -> None:
-    it, agenda, said = make(minutes=2)
-    agenda.running = {"abc": None}
+def test_the_limit_closes_the_scheduler_once_and_lets_what_runs_end(make: Any, clock: list[float]) -> None:
+    it, scheduler, said = make(minutes=2)
+    scheduler.running = {"abc": None}
     clock[0] = 119.0
     it.tick()
-    assert agenda.closed is None
+    assert scheduler.closed is None
     for clock[0] in (121.0, 150.0):
         it.tick()
-    assert agenda.closed == "the limit of 2 minutes came: nothing new was started"
-    assert said == [agenda.closed] and asked(agenda, "abc") is None
+    assert scheduler.closed == "the limit of 2 minutes has passed: nothing new was started"
+    assert said == [scheduler.closed] and asked(scheduler, "abc") is None
 
 
 def test_after_the_hours_what_runs_is_asked_to_leave(make: Any, clock: list[float]) -> None:
-    it, agenda, said = make(hours=0.5)
-    agenda.running = {"abc": None}
+    it, scheduler, said = make(hours=0.5)
+    scheduler.running = {"abc": None}
     clock[0] = 1799.0
     it.tick()
-    assert agenda.closed is None and asked(agenda, "abc") is None
+    assert scheduler.closed is None and asked(scheduler, "abc") is None
     clock[0] = 1801.0
     it.tick()
-    assert "--hours 0.5 are over" in agenda.closed and asked(agenda, "abc") == b"leave"
+    assert "--hours 0.5 have passed" in scheduler.closed and asked(scheduler, "abc") == b"leave"
     clock[0] = 9000.0
     it.tick()  # no hurry: nobody kills
     assert len(said) == 1 and it.signal is None
@@ -76,8 +79,8 @@ def test_after_the_hours_what_runs_is_asked_to_leave(make: Any, clock: list[floa
 def test_storage_that_does_not_answer_is_asked_again(
     make: Any, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    it, agenda, _ = make(hours=0.5)
-    agenda.running = {"abc": None}
+    it, scheduler, _ = make(hours=0.5)
+    scheduler.running = {"abc": None}
 
     def away(*_: Any) -> None:
         raise OSError("away")
@@ -87,22 +90,24 @@ def test_storage_that_does_not_answer_is_asked_again(
             broken.setattr(Storage, name, away)
         for clock[0] in (10.0, 1801.0, 1810.0):
             it.tick()
-    assert agenda.closed and asked(agenda, "abc") is None
+    assert scheduler.closed and asked(scheduler, "abc") is None
     clock[0] = 1820.0
     it.tick()
-    assert asked(agenda, "abc") == b"leave"
+    assert asked(scheduler, "abc") == b"leave"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_all_to_leave_and_waits_only_so_long(make: Any, clock: list[float], number: int) -> None:
-    it, agenda, _ = make()
-    agenda.running = {"abc": None, "def": None}
+    it, scheduler, _ = make()
+    scheduler.running = {"abc": None, "def": None}
     before = signal.getsignal(number)
     with it:
         os.kill(os.getpid(), number)
-        assert agenda.closed is None, "a handler only notes it"
+        assert scheduler.closed is None, "a handler only notes it"
         it.tick()
-        assert agenda.closed and asked(agenda, "abc") == asked(agenda, "def") == b"leave" and it.signal == number
+        assert (
+            scheduler.closed and asked(scheduler, "abc") == asked(scheduler, "def") == b"leave" and it.signal == number
+        )
         clock[0] = shutdown.PATIENCE - 1
         it.tick()
         clock[0] = shutdown.PATIENCE + 1
@@ -114,20 +119,20 @@ def test_a_signal_asks_all_to_leave_and_waits_only_so_long(make: Any, clock: lis
 
 
 def test_a_drain_is_asked_for_while_a_driver_lives_and_forgotten_by_the_next(make: Any, tmp_path: Path, clock: list[float]) -> None:  # fmt: skip
-    it, agenda, _ = make()
+    it, scheduler, _ = make()
     home = Storage(str(tmp_path / "study"))
     with only_driver(home), it:
         it.tick()
-        assert "finished" in request(home, drain=True, stop=None)
+        assert "finish" in request(home, drain=True, stop=None)
         clock[0] = 5.0
         it.tick()
-        assert agenda.closed == "drained: nothing new was started"
+        assert scheduler.closed == "drained: nothing new was started"
     with pytest.raises(StudyError, match="no sweep of this study is running"):
         request(home, drain=True, stop=None)
-    again, agenda, _ = make()
+    again, scheduler, _ = make()
     with again:
         again.tick()
-    assert agenda.closed is None
+    assert scheduler.closed is None
 
 
 def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
@@ -137,9 +142,9 @@ def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
     trial_files.write_end(home, "over", {"trial": "over", "status": "ended", "attempts": 1})
     home.write("trials/over/attempt-1/attempt.json", b"{}")
     with only_driver(home):
-        with pytest.raises(StudyError, match="--stop over: is no running trial; running: abc1, abc2"):
+        with pytest.raises(StudyError, match="--stop over: no running trial begins so; running: abc1, abc2"):
             request(home, drain=False, stop="over")
-        with pytest.raises(StudyError, match="the beginning of 2 running trials"):
+        with pytest.raises(StudyError, match="2 running trials begin so"):
             request(home, drain=False, stop="abc")
         assert "trial abc2 stops" in request(home, drain=False, stop="abc2")
         home.write("trials/over/attempt-2/attempt.json", b"{}")  # it failed, and is tried again

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.scheduling.trials import Fingerprints, PlannedTrial, strata, strata_of
+from orchestrator.scheduling.trials import Fingerprints, PlannedTrial, Planner, strata, strata_of
 from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
@@ -49,12 +49,11 @@ def make(prepared: Any, tmp_path: Path) -> Make:
 @pytest.fixture
 def plan(prepared: Any) -> Callable[..., PlannedTrial]:
     """An arm at a seed, or a point."""
-    identity = Fingerprints(str(prepared[0]))
+    fingerprints = Fingerprints(str(prepared[0]))
 
     def plan(study: Study, arm: str | None = "taught", seed: int = 0, **how: Any) -> PlannedTrial:
-        return identity.plan(
-            study, study.spec(arm=arm, seed=seed, **how), "trial", arm or "p000", arm, how.get("point", {})
-        )
+        spec = study.spec(arm=arm, seed=seed, **how)
+        return Planner(study, fingerprints).plan(spec, "trial", arm or "p000", arm=arm, params=how.get("point", {}))
 
     return plan
 
@@ -97,7 +96,7 @@ def test_only_the_phases_that_read_a_change_get_a_new_key(make: Make, plan: Call
 def test_a_teacher_is_the_trial_of_one_phase(make: Make, plan: Callable[..., PlannedTrial], prepared: Any) -> None:
     study = make()
     taught = plan(study, seed=3)
-    teacher = Fingerprints(str(prepared[0])).teacher(study, taught, "teach")
+    teacher = Planner(study, Fingerprints(str(prepared[0]))).teacher(taught, "teach")
     assert (teacher.kind, teacher.point, teacher.arm, teacher.seed) == ("teacher", "teach", None, 3)
     assert teacher.keys == {"teach": taught.keys["teach"]} and set(teacher.spec.models) == {"teacher"}
 

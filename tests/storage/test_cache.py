@@ -108,12 +108,12 @@ def test_weights_of_remote_phases_are_copied_once_and_local_ones_never(home: Pat
 def test_a_cache_that_cannot_be_written_is_done_without(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     home.write_text("a file where the folder should be")
     assert cache.read(hashlib.sha256(b"x").hexdigest(), lambda: b"x") == b"x"
-    assert "nothing is kept in" in caplog.text
+    assert "no copy is kept in" in caplog.text
 
 
 def test_a_bound_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CODISTILL_CACHE_GB", "plenty")
-    with pytest.raises(ValueError, match="CODISTILL_CACHE_GB: 'plenty' is no number"):
+    with pytest.raises(ValueError, match="CODISTILL_CACHE_GB: 'plenty' is not a number"):
         cache.make_room(1)
 
 

@@ -75,7 +75,7 @@ def test_the_first_to_create_a_name_wins(storage: Storage) -> None:
     assert storage.read("a/b") == b"first"
 
 
-def test_of_many_who_create_a_name_at_once_exactly_one_wins_and_no_one_leaves_anything(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_writers_of_a_name_wins_and_none_leaves_files(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: storage.create("a/b", bytes([i]) * 10_000), range(32)))

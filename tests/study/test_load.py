@@ -1,4 +1,4 @@
-"""Reading a study file: what is valid, who overrides whom, and one clear message for each thing that can be wrong."""
+"""Reading a study file: what is valid, the order of overrides, and one clear message for each thing that can be wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from orchestrator.study.validate import metrics_of
 from tests.support.trials import wordy_documents
-from trainables.config.terms import is_off
 from trainables.data.tokenizer import train_wordpiece
 
 TEXT = """\
@@ -89,7 +88,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     def never(*_: Any) -> None:
         raise AssertionError("a bad study came as far as Ray")
 
-    monkeypatch.setattr(sweep, "_run", never)
+    monkeypatch.setattr(sweep, "run", never)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def refused(text: str | bytes | None, *arguments: str, name: str = "study.yaml", storage: str | None = None) -> str:
@@ -106,7 +105,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         assert "Traceback" not in said
         if not said.startswith("usage:"):
             assert said.startswith("error: ") and said.count("\n") == 1, said
-        assert not home.is_dir() or [p for p in home.iterdir() if not p.name.startswith(".")] == []
+        assert [p.name for p in home.glob("*") if not p.name.startswith(".")] == []
         return said
 
     return refused
@@ -121,7 +120,7 @@ def test_a_missing_file_is_named(refused: Refused) -> None:
 
 def test_a_folder_is_no_study(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    assert "is a folder; give a study file" in refused(None, name="folder")
+    assert "is a folder; expected a YAML file" in refused(None, name="folder")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only words\n", "---\n"])
@@ -129,10 +128,17 @@ def test_an_empty_file_says_what_a_study_needs(refused: Refused, text: str) -> N
     assert "is empty; a study needs at least question, trial and objective" in refused(text)
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "question: x".encode("utf-16"), b"\x00\x01\x02\x03"])  # fmt: skip
-def test_a_binary_file_is_refused(refused: Refused, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", ": not a text file (UTF-8 YAML is expected)"),
+        ("question: x".encode("utf-16"), ": not a text file (UTF-8 YAML is expected)"),
+        (b"\x00\x01\x02\x03", ": malformed YAML: "),
+    ],
+)
+def test_a_binary_file_is_refused(refused: Refused, content: bytes, why: str) -> None:
     said = refused(content)
-    assert "study.yaml" in said and ("not a text file" in said or "malformed YAML" in said)
+    assert f"study.yaml{why}" in said
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_deeply_nested_brackets_are_malformed_not_a_crash(refused: Refused) -> N
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "42\n"])
 def test_a_study_is_a_mapping(refused: Refused, text: str) -> None:
-    assert "study.yaml:1: a study is a mapping" in refused(text)
+    assert "study.yaml:1: expected a mapping" in refused(text)
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system [touch {0}]", "!!python/name:os.system", "!run [touch {0}]",
@@ -169,7 +175,7 @@ def test_a_study_is_a_mapping(refused: Refused, text: str) -> None:
 def test_a_tag_is_refused_and_runs_nothing(refused: Refused, tmp_path: Path, tag: str) -> None:
     witness = tmp_path / "witness"
     said = refused(changed("question: Does a teacher help?", f"question: {tag.format(witness)}"))
-    assert "study.yaml:1: tag " in said and "refused; a study is plain data" in said
+    assert "study.yaml:1: tag " in said and "refused; only plain data is read" in said
     assert not witness.exists()
 
 
@@ -179,12 +185,14 @@ def test_a_tag_in_an_override_runs_nothing(refused: Refused, tmp_path: Path) -> 
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("text", [changed("teach:\n", "teach: &base\n"), changed("alone: {", "alone: &off {"),
-                                  changed("taught: {}", "taught: {<<: {seed: 1}}")])  # fmt: skip
-def test_anchors_and_merges_are_refused(refused: Refused, text: str) -> None:
-    said = refused(text)
-    assert "refused" in said or "<<" in said, said
-    assert "study.yaml:" in said
+@pytest.mark.parametrize(("text", "part", "what"), [
+    (changed("teach:\n", "teach: &base\n"), "teach:", "anchors and aliases"),
+    (changed("alone: {", "alone: &off {"), "alone:", "anchors and aliases"),
+    (changed("taught: {}", "taught: {<<: {seed: 1}}"), "taught:", "merge keys"),
+])  # fmt: skip
+def test_anchors_and_merges_are_refused(refused: Refused, text: str, part: str, what: str) -> None:
+    line = line_with(text, part)
+    assert f"study.yaml:{line}: {what} are refused; use profiles, arms or vary" in refused(text)
 
 
 # ----------------------------------------------------------------------------------------------------- keys and paths
@@ -243,7 +251,7 @@ def test_a_duplicate_key_is_refused(refused: Refused, text: str) -> None:
     ("trial.phases.distil.budget.steps", ["must be path=value"]),
     ("=3", ["must be path=value"]),
     ("phases.distil.batch=3", ["paths start at the file", "trial"]),
-    ("trial.seed=3", ["seed", "expected seeds: N"]),
+    ("trial.seed=3", ["trial.seed: a study file sets no seed of a trial; expected seeds: N"]),
     ("trial.models.studnet.layers=3", ["studnet", "'student'"]),
     ("trial.models.student.layrs=3", ["layrs", "'layers'"]),
     ("sedes=3", ["paths start at the file", "'seeds'"]),
@@ -266,6 +274,7 @@ def test_a_duplicate_key_is_refused(refused: Refused, text: str) -> None:
     ("slot.cpus=0", ["slot.cpus"]),
     ("slot.gpus=-1", ["slot.gpus"]),
     ("trial.precision=fp8", ["trial.precision", "'fp32' or 'bf16'"]),
+    ("trial.precision=bf61", ["trial.precision", "(got 'bf61') (did you mean 'bf16'?)"]),
     ("trial.phases.distil.optimizer.lr=.inf", ["lr"]),
     ("trial.phases.distil.optimizer.lr=.nan", ["lr"]),
     ("trial.phases.distil.terms.soft.weight=.inf", ["weight"]),
@@ -274,6 +283,39 @@ def test_a_bad_override_is_refused(refused: Refused, override: str, wants: list[
     said = refused(TEXT, "--set", override)
     for want in wants:
         assert want in said, said
+
+
+OPTIMIZER, DECAY = "phases.distil.optimizer", "'decay' is now called 'weight_decay'"
+
+
+@pytest.mark.parametrize(("text", "where"), [
+    (changed("optimizer: {lr: 5e-3}\n      terms: {", "optimizer: {lr: 5e-3, decay: 0}\n      terms: {"),
+     "{line}: trial.phases.teach.optimizer.all.decay: "),
+    (changed("taught: {}", f"taught: {{{OPTIMIZER}.decay: 0}}"), f"{{line}}: arms.taught: {OPTIMIZER}.decay: "),
+    (changed("vary:\n", f"vary:\n  {OPTIMIZER}.decay: {{choice: [0, 1]}}\n"), f"{{line}}: vary: {OPTIMIZER}.decay: "),
+    (changed("vary:\n", f"vary:\n  both: {{choice: {{a: {{{OPTIMIZER}.decay: 0}}, b: {{{OPTIMIZER}.decay: 1}}}}}}\n"),
+     f"{{line}}: vary.both.choice.a: {OPTIMIZER}.decay: "),
+    (changed("log: true}", f"log: true, when: {{{OPTIMIZER}.decay: 0}}}}"), f"{{line}}: vary.{LR}.when: {OPTIMIZER}.decay: "),
+    (changed("search:", f"exclude: [{{{OPTIMIZER}.decay: 0}}]\nsearch:"), f"{{line}}: exclude.0: {OPTIMIZER}.decay: "),
+    (changed("search:", f"tune: {{grid: {{{OPTIMIZER}.decay: [0, 0.1, 1]}}}}\nsearch:"), f"{{line}}: tune.grid: {OPTIMIZER}.decay: "),
+    (changed("laptop: {}", f"laptop: {{trial.{OPTIMIZER}.decay: 0}}"), f"{{line}}: profiles.laptop: {OPTIMIZER}.decay: "),
+    (changed("laptop: {}", f"laptop: {{arms.taught.{OPTIMIZER}.decay: 0}}"), f"{{line}}: profiles.laptop: {OPTIMIZER}.decay: "),
+])  # fmt: skip
+def test_a_former_name_is_refused_with_the_new_one_wherever_it_stands(refused: Refused, text: str, where: str) -> None:
+    said = refused(text)
+    assert f"study.yaml:{where.format(line=line_with(text, 'decay'))}" in said and DECAY in said, said
+
+
+@pytest.mark.parametrize(
+    "path", [f"trial.{OPTIMIZER}.decay", f"arms.taught.{OPTIMIZER}.decay", f"vary.{OPTIMIZER}.decay"]
+)
+def test_a_former_name_in_an_override_is_refused_with_the_new_one(refused: Refused, path: str) -> None:
+    assert refused(TEXT, "--set", f"{path}=0") == f"error: --set: {OPTIMIZER}.decay: {DECAY}\n"
+
+
+def test_a_phase_may_have_the_former_name_of_a_field(load: Callable[..., Study]) -> None:
+    text = TEXT.replace("distil", "keep")
+    assert load(text, overrides=["trial.phases.keep.batch=4"]).spec(seed=0).phases["keep"].batch == 4
 
 
 @pytest.mark.parametrize("override", ["search=5", "search="])
@@ -455,7 +497,7 @@ def test_sizes_cannot_hang_on_a_condition(refused: Refused) -> None:
         "vary:\n", "vary:\n  precision: {choice: [fp32, bf16]}\n"
         "  models.student.layers: {choice: [1, 2], when: {precision: bf16}}\n"
     )  # fmt: skip
-    assert "vary.models.student.layers: sizes cannot hang on a condition" in refused(text)
+    assert "vary.models.student.layers: sizes cannot depend on a condition" in refused(text)
 
 
 def test_two_ends_that_are_valid_alone_but_not_together_are_named(refused: Refused) -> None:
@@ -566,7 +608,7 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, task: corpse}\nprofiles", ["no task 'corpse'", "'corpus'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: 0.3}\nprofiles", ["nothing is recorded at 0.3", "0.25, 0.5, 0.75, 1"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: end}\nprofiles", ["claims.helps.at: must be a fraction of the budget, from 0 to 1, or 'equal' (got 'end')"]),
-    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: equal, less: flops}\nprofiles", ["claims.helps: `at: equal` reads both sides at equal cost", "give one of the two"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: equal, less: flops}\nprofiles", ["claims.helps: `at: equal` compares both arms at equal cost", "give one of the two"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, less: time}\nprofiles", ["claims.helps.less", "'student_tokens', 'flops' or 'device_seconds'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, margin: small}\nprofiles", ["claims.helps.margin", "a valid number"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, split: train}\nprofiles", ["split", "'test' or 'dev'"]),
@@ -597,7 +639,7 @@ def test_equal_cost_is_read_where_something_is_recorded_on_the_way(load: Callabl
     assert load(equal).claims["helps"].at == "equal"
     once = equal.replace("budget: {steps: 20}", "budget: {steps: 20}\n      evaluate: [1.0]")
     said = refused(once)
-    assert "claims.helps: at equal device_seconds the dearer side is read on its way" in said
+    assert "claims.helps: at equal device_seconds the dearer arm is compared before its end" in said
     assert "phases.distil.evaluate fractions before the end" in said
     assert load(once.replace("at: equal, ", "")).claims["helps"].at == 1
     assert load(changed("metric: mlm_loss}\nprofiles", "metric: mlm_loss, margin: -0.5, less: flops}\nprofiles")).claims["helps"].margin == -0.5  # fmt: skip
@@ -668,7 +710,7 @@ def test_an_empty_data_file_is_refused(refused: Refused, tmp_path: Path, name: s
 @pytest.mark.parametrize(("train", "wants"), [
     ("nowhere.txt", ["no file matches", "nowhere.txt"]),
     ("", ["folder"]),
-    ("corpus.docx", ["corpus.docx", "valid suffixes: .parquet"]),
+    ("corpus.docx", ["corpus.docx", "expected one of the suffixes .parquet"]),
     ("few.txt", ["do not fill one sequence"]),
     ("latin.txt", ["latin.txt"]),
 ])  # fmt: skip
@@ -842,7 +884,7 @@ def test_axes_arms_and_claims_are_named_by_their_paths(load: Callable[..., Study
     assert study.claims == {} and list(study.arms) == ["alone", "taught", "slow"]
     lr = [study.spec(arm=arm, seed=0).phases["distil"].optimizer_of("student").lr for arm in study.arms]
     assert lr == [1e-3, 7e-3, 5e-3]
-    assert is_off(study.spec(arm="alone", seed=0).phases["distil"].terms["soft"].weight)
+    assert study.spec(arm="alone", seed=0).phases["distil"].terms["soft"].weight.is_off
 
 
 def test_words_of_yaml_1_1_are_text_and_exponents_are_numbers(load: Callable[..., Study]) -> None:

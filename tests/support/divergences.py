@@ -7,10 +7,11 @@ from typing import Any, get_args
 import numpy as np
 from pydantic import TypeAdapter
 
-from trainables.config.terms import Flow
+from trainables.config.terms import Term
+from trainables.losses.terms import DIVERGENCES
 
 Row = list[float]  # of one position
-KINDS = [member.model_fields["kind"].annotation.__args__[0] for member in get_args(Flow)]
+KINDS = [get_args(member.model_fields["kind"].annotation)[0] for member in DIVERGENCES]
 
 
 def soft_ranks(values: Row, strength: float) -> Row:
@@ -29,6 +30,6 @@ def soft_ranks(values: Row, strength: float) -> Row:
     return found
 
 
-def flow(kind: str, **more: Any) -> Flow:
+def flow(kind: str, **more: Any) -> Term:
     value = {"kind": kind, "from": "a", "to": "b", "tau_squared": False, **more}
-    return TypeAdapter(Flow).validate_python(value)  # type: ignore[no-any-return]
+    return TypeAdapter(Term).validate_python(value)  # type: ignore[no-any-return]

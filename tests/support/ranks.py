@@ -13,14 +13,14 @@ import torch.multiprocessing as mp
 from tests.support.trials import Lab, Ran
 from trainables.config.trial import TrialSpec
 from trainables.runtime.trial import run_trial
-from trainables.runtime.worker_group import _GroupSession
+from trainables.runtime.worker_group import GroupSession
 from trainables.storage.files import Storage
-from trainables.training import loop
+from trainables.training import gradients, loop
 from trainables.training.state import Environment, Suspended
 from trainables.training.stop_signals import Notice, _terminated
 
 
-class _Silent(_GroupSession):
+class _Silent(GroupSession):
     """Ranks that agree and add up as those of a group do, with nobody who listens."""
 
     def report(self, records: list[dict[str, Any]]) -> None:
@@ -48,22 +48,22 @@ def _rank(
 
 def _have_little_memory(rank: int) -> None:
     """Rank 1 has room for two sequences; what a device would do to find out is done on this machine."""
-    plain = loop._run
+    plain = gradients.run_micro_batch
 
-    def hungry(phase: Any, live: Any, parts: Any, *more: Any) -> Any:
+    def hungry(phase: Any, active: Any, parts: Any, *more: Any, **low: int) -> Any:
         if rank == 1 and len(parts["main"].ids_BT) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(phase, live, parts, *more)
+        return plain(phase, active, parts, *more, **low)
 
     begin = loop.begin
 
     def fitted(run: Any, instance: Any) -> Any:
         phase = begin(run, instance)
-        loop._fit_micro(phase)
-        run.at.storage.write(f"micro-{rank}-{instance}", str(phase.micro).encode())
+        gradients.fit_micro_batch(phase)
+        run.environment.storage.write(f"micro-{rank}-{instance}", str(phase.micro).encode())
         return phase
 
-    loop._run, loop.begin = hungry, fitted
+    gradients.run_micro_batch, loop.begin = hungry, fitted
 
 
 def run_on_ranks(lab: Lab, spec: TrialSpec, world: int, micro: int | None = None, scene: str = "") -> Ran:

@@ -20,6 +20,7 @@ DATA: dict[str, dict[str, Any]] = {
         "train": "a.jsonl",
         "split_by": "id",
         "columns": {"messages": "turns"},
+        "template": "chat",
         "tokenizer": WORDPIECE,
     },
     "instruction_hub": {"kind": "instruction_hub", "name": "x/y", "test": "train", "columns": {"context": "input"}},

@@ -26,6 +26,7 @@ from orchestrator.scheduling.trials import Fingerprints
 from tests.support.trials import Listener, wordy_documents
 from trainables.config.trial import TrialSpec
 from trainables.runtime import trial_attempt
+from trainables.runtime.outcome import Outcome
 from trainables.storage.files import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ class Bench:
         self.started.append(process)
         return process
 
-    def sweep(self, study: Path | str, *arguments: str, expect: int = 0, timeout: float = 240, **more: Any) -> Said:
+    def sweep(self, study: Path | str, *arguments: str, expect: int = 0, timeout: float = 600, **more: Any) -> Said:
         return finish(self.start(study, *arguments, **more), expect, timeout)
 
     def left(self, patience: float = 20) -> dict[int, str]:
@@ -114,7 +115,7 @@ class Said:
     err: str
 
 
-def finish(process: subprocess.Popen[str], expect: int = 0, timeout: float = 240, quiet: bool = True) -> Said:
+def finish(process: subprocess.Popen[str], expect: int = 0, timeout: float = 600, quiet: bool = True) -> Said:
     out, err = process.communicate(timeout=timeout)
     said = Said(process.returncode, out, err)
     assert process.returncode == expect, f"exit {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
@@ -198,7 +199,7 @@ def same_numbers(storage: Path, trial: str, plain: Path) -> bool:
     """Whether a trial of a sweep and an attempt in a plain process agree bit for bit."""
     keys = ("phase", "model", "task", "split", "metric", "step", "progress", "tokens", "flops")
     ours = tables(storage).results.query("trial == @trial").to_dict("records")
-    theirs = tables_.read_records(Storage(str(plain / "plain")), "trial")
+    theirs = tables_.parse_records(tables_.records_file(Storage(str(plain / "plain")), "trial"))
     one, two = (
         {tuple(r[k] for k in keys): r["value"] for r in rows if r["split"] != "system"} for rows in (ours, theirs)
     )
@@ -206,7 +207,7 @@ def same_numbers(storage: Path, trial: str, plain: Path) -> bool:
     return one == two
 
 
-def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> dict[str, Any]:
+def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> Outcome:
     """An attempt in this process, without Ray."""
     identity, spec = Fingerprints(str(storage / "data")), spec.pruned()
     job = trial_attempt.Job(trial="trial", spec=spec.model_dump_json(), fingerprints=identity.of(spec), storage=str(storage), folder="plain",
@@ -214,7 +215,7 @@ def run_alone(spec: TrialSpec, storage: Path, *, threads: int = 1) -> dict[str, 
     before = torch.get_num_threads()
     end = trial_attempt.run(job, Listener())
     torch.set_num_threads(before)
-    assert end["status"] == "ended", end
+    assert end.status == "ended", end
     return end
 
 

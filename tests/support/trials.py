@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from trainables.config.phase_run import PhaseRun
+from trainables.config.session import SingleProcess
 from trainables.config.trial import TrialSpec
 from trainables.runtime.trial import run_trial
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import loop
-from trainables.training.phase_graph import PhaseRun, phase_key
-from trainables.training.state import Environment, SingleProcess
+from trainables.training.phase_graph import phase_key
+from trainables.training.state import Environment
 
 FAMILIES = ("bert", "modernbert", "gpt2", "llama")
 
@@ -251,14 +253,14 @@ def close_numbers(a: Ran, b: Ran, *, rtol: float) -> None:
 
 def break_at(monkeypatch: pytest.MonkeyPatch, phase: str, step: int) -> None:
     """The process dies, as it were, before this step."""
-    real = loop._step
+    real = loop.step
 
     def dying(at: Any) -> None:
         if (at.instance.phase, at.progress.step) == (phase, step):
             raise Stopped
         real(at)
 
-    monkeypatch.setattr(loop, "_step", dying)
+    monkeypatch.setattr(loop, "step", dying)
 
 
 STEADY = {"lr": 5e-3, "warmup": 0.1, "eps": 1e-3, "weight_decay": 0.1}  # as in test_loop.py

@@ -14,11 +14,13 @@ from pydantic import ValidationError
 
 from tests.support.trials import Lab, flow, hard, inner, model, phase
 from trainables.config.phase import PredictionQuality
+from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
-from trainables.data.classification.tasks import TaskBatch, folds
+from trainables.data.classification.tasks import TaskBatch
+from trainables.data.order import folds
 from trainables.models import build
-from trainables.training import forward, loop
-from trainables.training.phase_graph import PhaseRun, head_of, origin_of, streams_of
+from trainables.training import forward, gradients, loop
+from trainables.training.phase_graph import head_of, origin_of, streams_of
 from trainables.training.pseudo_labels import out_of_fold, prediction_quality
 from trainables.training.streams import StreamLoader
 
@@ -234,7 +236,7 @@ def test_thresholds_may_be_each_tasks_own(new_task_lab: Any) -> None:
     assert keys[0][0] == keys[0][1] == keys[0][2] and len(set(keys[1])) == 3
     for wrong in ({"single": [0.8, 0.6]}, {**own, "number": [0.5, 0.5]}):
         with pytest.raises(
-            ValidationError, match="expected of each data set that is read here, and of no other: single, pair"
+            ValidationError, match="expected thresholds for the data sets that the stream reads: single, pair"
         ):
             with_thresholds(wrong)
 
@@ -338,26 +340,26 @@ def test_patience_is_the_mean_of_normalised_first_positions(new_task_lab: Any, m
     lab, caught = new_task_lab(), {}
     real = forward.run_terms
 
-    def watch(on: Any, live: Any, parts: Any, scale: Any, **how: Any) -> Any:
-        found = real(on, live, parts, scale, **how)
+    def watch(on: Any, active: Any, parts: Any, scale: Any, **how: Any) -> Any:
+        found = real(on, active, parts, scale, **how)
         caught.update(on=on, parts=parts, sums=found[1])
         return found
 
-    monkeypatch.setattr(loop.passes, "run_terms", watch)
+    monkeypatch.setattr(gradients, "run_terms", watch)
     trial = fine_tuning()
     trial["phases"]["distil"] |= {"for_each_dataset": ["pair"], "budget": {"steps": 1}}
     trial["phases"]["teach"] |= {"for_each_dataset": ["pair"], "budget": {"steps": 2}}
     trial["phases"]["distil"]["terms"]["p"] = {**INNER["patient"], "layers": [[1, 1]]}
     trial["models"]["student"]["dropout"] = 0
     nets = {}
-    step = loop._step
+    step = loop.step
 
     def before(at: Any) -> None:
         if at.instance.phase == "distil":
             nets.update({n: {k: t.clone() for k, t in net.state_dict().items()} for n, net in at.nets.items()})
         step(at)
 
-    monkeypatch.setattr(loop, "_step", before)
+    monkeypatch.setattr(loop, "step", before)
     lab.run(lab.spec(trial))
     batch: TaskBatch = caught["parts"]["main"]
     first = {}
@@ -381,7 +383,7 @@ def test_a_projector_is_in_the_checkpoint_and_learns(new_task_lab: Any, monkeypa
     }
     whole, broken = new_task_lab(), new_task_lab()
     expected = whole.run(whole.spec(trial))
-    step, drawn, learnt = loop._step, {}, {}
+    step, drawn, learnt = loop.step, {}, {}
 
     def watch(at: Any) -> None:
         if at.instance.phase == "distil":
@@ -392,7 +394,7 @@ def test_a_projector_is_in_the_checkpoint_and_learns(new_task_lab: Any, monkeypa
                 raise KeyboardInterrupt
         step(at)
 
-    monkeypatch.setattr(loop, "_step", watch)
+    monkeypatch.setattr(loop, "step", watch)
     with pytest.raises(KeyboardInterrupt):
         broken.run(broken.spec(trial), checkpoint_seconds=0)
     ran = broken.run(broken.spec(trial), attempt=2)
@@ -435,11 +437,11 @@ def test_a_student_with_shared_layers_trains_is_stored_and_goes_on(new_task_lab:
         (lambda t: t["phases"]["distil"]["streams"].update(main={"labels": QUALITY, "data": "number"}), "is a regression, where no answer is right or wrong"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": [0.5, 1]}}), "'median', or two numbers above 0 and below 1"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": "mean"}}), "'median', or two numbers"),
-        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": {"single": 0.5}}}), "or data set -> two such numbers"),
+        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "thresholds": {"single": 0.5}}}), "or such a pair by data set"),
         (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "labels": {**QUALITY, "of": "student"}}), "must have been trained by an earlier phase"),
-        (lambda t: t["phases"]["pretrain"]["streams"].update(main={"labels": QUALITY}), "is a corpus; labels are for tasks"),
-        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "corruption": {"probability": 0.3}}), "which is read as it is"),
-        (lambda t: t["phases"]["distil"].update(for_each_dataset=["single", "corpus"]), "neither all corpora nor all tasks"),
+        (lambda t: t["phases"]["pretrain"]["streams"].update(main={"labels": QUALITY}), "labels are for tasks, and corpus is a corpus"),
+        (lambda t: t["phases"]["distil"]["streams"].update(main={"data": "single", "corruption": {"probability": 0.3}}), "corruption is for corpora, and single is a task"),
+        (lambda t: t["phases"]["distil"].update(for_each_dataset=["single", "corpus"]), "expected data sets of one format"),
         (lambda t: t["phases"]["distil"].update(budget={"tokens": 99}), "budget of tokens is for corpora"),
         (lambda t: t["models"]["student"].update(family="gpt2", sharing={"swap": True}), "sharing is for family bert"),
         (lambda t: t["models"]["student"].update(width=32) or t["phases"]["distil"]["terms"].update(x={**INNER["patient"]}), "set projector: true"),

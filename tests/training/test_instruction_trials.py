@@ -38,17 +38,18 @@ from tests.support.trials import (
 )
 from trainables.config.data import Data
 from trainables.config.models import Model
+from trainables.config.schedules import RisesWithLoss
 from trainables.config.trial import TrialSpec
 from trainables.config.value import random_stream
 from trainables.data.prepare import prepare
 from trainables.data.prepared import open_data
 from trainables.evaluation.per_example import ROWS
+from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.metrics.rouge import rouge_l
 from trainables.models import build, lora
 from trainables.runtime import trial_attempt
-from trainables.training import controllers, loop, on_policy
-from trainables.training.schedules import lr_factor
+from trainables.training import loop, on_policy
 from trainables.training.streams import StreamLoader
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -133,11 +134,8 @@ def by_hand(net: Any, data: Any) -> dict[str, float]:
             net,
             batch.prompts,
             data.scoring,
-            end_id=data.end_id,
-            pad_id=data.pad_id,
-            vocab_size=data.vocab_size,
+            GenerationContext(data.end_id, data.end_id, data.vocab_size, "cpu"),
             seed=random_stream("scoring", seed or 0),
-            device="cpu",
             greedy=seed is None,
         )
         texts = [data.tokenizer.decode(reply.tolist(), skip_special_tokens=True) for reply in drawn.replies]
@@ -178,7 +176,7 @@ def okd(family: str = "gpt2", *, back: float = 0.7, **more: Any) -> dict[str, An
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`start`: weights of the models before the first step of `distil`, pairs by themselves; `batches`: what it read."""
     seen: dict[str, Any] = {"start": {}, "pairs": {}, "batches": {}}
-    step, batch = loop._step, StreamLoader.batch
+    step, batch = loop.step, StreamLoader.batch
 
     def watch_step(at: Any) -> None:
         if (at.instance.phase, at.progress.step) == ("distil", 0):
@@ -194,7 +192,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             seen["batches"][at] = found
         return found
 
-    monkeypatch.setattr(loop, "_step", watch_step)
+    monkeypatch.setattr(loop, "step", watch_step)
     monkeypatch.setattr(StreamLoader, "batch", watch_batch)
     return seen
 
@@ -256,7 +254,7 @@ def test_both_models_step_from_one_pass_before_any_update(shared: Lab, watched: 
         for name, optimizer in optimizers.items():
             torch.nn.utils.clip_grad_norm_(learn[name], rule.max_grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = rule.lr * lr_factor(rule, step, steps)
+                group["lr"] = rule.lr * rule.lr_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad()
     found = ran.weights("distil", "student")
@@ -370,25 +368,25 @@ def test_a_trial_that_dies_goes_on_to_the_same_bits(
     whole, lab = new_instructed_lab(), new_instructed_lab()
     ended: dict[str, Any] = {}
     with monkeypatch.context() as patch:
-        real = loop._step
-        patch.setattr(loop, "_step", lambda at: [real(at), ended.update(progress=at.progress)])
+        real = loop.step
+        patch.setattr(loop, "step", lambda at: [real(at), ended.update(progress=at.progress)])
         expected = whole.run(whole.spec(INTERRUPTED[which]()))
     progress = ended["progress"]
     if "rises" in which:
-        assert progress.made["main"]["share"]["share"] > 0.6  # else this would tell nothing of it
-        assert len(progress.made["main"]["kept"]) == 12
+        assert progress.replies["main"]["share"]["value"] > 0.6  # else this would tell nothing of it
+        assert len(progress.replies["main"]["kept"]) == 12
     if "taid" in which:
-        assert 0.4 < progress.targets["teacher_to_student"]["t"] < 1
+        assert 0.4 < progress.terms["teacher_to_student"]["t"] < 1
     died = progress.step - 3
     with monkeypatch.context() as patch:
         break_at(patch, "distil", died)
         with pytest.raises(Stopped):
             lab.run(lab.spec(INTERRUPTED[which]()), checkpoint_seconds=0)
     steps: list[int] = []
-    real = loop._step
-    monkeypatch.setattr(loop, "_step", lambda at: [steps.append(at.progress.step), real(at)])
+    real = loop.step
+    monkeypatch.setattr(loop, "step", lambda at: [steps.append(at.progress.step), real(at)])
     ran = lab.run(lab.spec(INTERRUPTED[which]()), attempt=2)
-    assert "passed over" not in caplog.text
+    assert "skipped" not in caplog.text
     assert steps == list(range(died, progress.step))
     same_numbers(ran, expected)
 
@@ -400,17 +398,17 @@ def test_a_trial_that_dies_goes_on_to_the_same_bits(
 def read(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Of each step that could read made replies: the batch, the state after it, and what was computed."""
     seen: list[dict[str, Any]] = []
-    real = on_policy.made
+    real = on_policy.replace_replies
 
-    def watch(spec: Any, state: Any, batch: Any, indices: Any, at: Any, by: Any) -> Any:
-        found, computed = real(spec, state, batch, indices, at, by)
-        kept, length = len(state["kept"]), by.length
+    def watch(spec: Any, state: Any, batch: Any, indices: Any, **more: Any) -> Any:
+        found, computed = real(spec, state, batch, indices, **more)
+        kept, length = len(state["kept"]), more["context"].generation.length
         seen.append(
             {"data": batch, "batch": found, "computed": computed, "kept": kept, "indices": indices, "length": length}
         )
         return found, computed
 
-    monkeypatch.setattr(on_policy, "made", watch)
+    monkeypatch.setattr(on_policy, "replace_replies", watch)
     return seen
 
 
@@ -478,7 +476,7 @@ def test_replayed_steps_compute_nothing_and_flops_are_those_of_what_was_made(
     shared: Lab, read: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab, flops = shared, list[float]()
-    real = loop._step
+    real = loop.step
 
     def watch(at: Any) -> None:
         before = at.progress.flops
@@ -488,7 +486,7 @@ def test_replayed_steps_compute_nothing_and_flops_are_those_of_what_was_made(
             tokens["of"] = at.token_flops["student"]
 
     tokens: dict[str, float] = {}
-    monkeypatch.setattr(loop, "_step", watch)
+    monkeypatch.setattr(loop, "step", watch)
     replay = {"size": 6, "fresh": "constant"}  # a batch: what is read again is what was read, in another order
     lab.run(lab.spec(answering(streams=sampled("student", replay=replay), budget={"steps": 12})), trial="replay")
     assert [step["kept"] for step in read] == [6] * 12 and read[0]["computed"]
@@ -550,17 +548,18 @@ def test_a_reply_that_never_ends_is_cut_and_counted(shared: Lab, read: list[Any]
 
 
 @pytest.mark.parametrize("streams", [sampled("student"), interleaved()], ids=["sampled", "interleaved"])
-def test_when_memory_runs_out_fewer_prompts_are_answered_at_a_time_and_nothing_else_changes(
+def test_out_of_memory_halves_the_prompts_at_a_time_and_changes_nothing_else(
     shared: Lab, new_instructed_lab: Callable[[], Lab], monkeypatch: pytest.MonkeyPatch, streams: Any
 ) -> None:
     small, at_once = new_instructed_lab(), list[int]()
     expected = shared.run(shared.spec(answering(streams=streams)), trial=f"roomy {streams['main']['replies']['kind']}")
 
     def hungry(real: Callable[..., Any]) -> Callable[..., Any]:
-        def draw(*given: Any, rows: int, **how: Any) -> Any:
-            found = real(*given, rows=rows, **how)
-            at_once.append(rows)
-            if rows > 2:
+        def draw(net: Any, prompts: Any, how: Any, context: GenerationContext, **more: Any) -> Any:
+            found = real(net, prompts, how, context, **more)
+            assert context.rows is not None
+            at_once.append(context.rows)
+            if context.rows > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return found
 
@@ -585,14 +584,14 @@ def test_memory_that_is_too_small_for_one_prompt_ends_the_trial(shared: Lab, mon
 
 
 @pytest.mark.parametrize("family", ["bloom", "opt"])
-def test_models_that_would_read_on_from_one_exchange_into_the_next_learn_from_each_by_itself(
+def test_models_that_do_not_support_packing_read_each_exchange_in_its_own_row(
     shared: Lab, watched: Any, family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     lab = shared
     trial = answering(family, streams={"main": {"data": "ask"}}, eval_only=["more"])
     with caplog.at_level("INFO"):
         ran = lab.run(lab.spec(trial), trial=f"apart {family}")
-    assert "each exchange has a row of its own: student, teacher would read those of one row as one" in caplog.text
+    assert "one exchange per row: student, teacher cannot separate packed exchanges" in caplog.text
     student, teacher = (restored(ran, *which) for which in (("distil", "student"), ("teach", "teacher")))
     for name in ("ask", "more"):
         data = opened(lab, name)
@@ -619,7 +618,7 @@ def test_a_type_that_the_device_lacks_is_a_row_that_failed(
         "no bf16", spec.model_dump_json(), shared.fingerprints, str(shared.root), "study", 1, "cuda:0", False, {}
     )
     end = trial_attempt.run(job, Listener())
-    assert (end["status"], end["reason"]) == (
+    assert (end.status, end.reason) == (
         "failed",
         f"{path}: device cuda:0 (Tesla T4) does not compute in bf16; expected fp32",
     )
@@ -702,14 +701,14 @@ def test_a_stream_may_be_called_as_a_data_set_that_is_only_scored(shared: Lab) -
 
 def test_the_share_rises_with_the_loss_of_who_makes_the_replies(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another model learns beside it, and stands first."""
-    told: list[float] = []
-    real = controllers.share_look
+    reported: list[float] = []
+    real = RisesWithLoss.observe
 
-    def watch(share: Any, state: Any, dev_loss: float) -> Any:
-        told.append(dev_loss)
-        return real(share, state, dev_loss)
+    def watch(share: Any, state: Any, loss: Any, source_loss: Any) -> Any:
+        reported.append(loss())
+        return real(share, state, loss, source_loss)
 
-    monkeypatch.setattr(controllers, "share_look", watch)
+    monkeypatch.setattr(RisesWithLoss, "observe", watch)
     trial = okd(streams={**sampled("student", share={"kind": "rises_with_loss"}), "side": {"data": "ask"}})
     for name in ("student_hard", "teacher_hard"):
         trial["phases"]["distil"]["terms"][name]["on"] = "side"
@@ -719,7 +718,7 @@ def test_the_share_rises_with_the_loss_of_who_makes_the_replies(shared: Lab, mon
         for r in ran.records
         if (r["phase"], r["model"], r["metric"], r["split"]) == ("distil", "student", "lm_loss", "dev")
     ]
-    assert told == [next(r["value"] for r in of if r["progress"] == progress) for progress in (0, 1)]
+    assert reported == [next(r["value"] for r in of if r["progress"] == progress) for progress in (0, 1)]
 
 
 def test_weights_kept_on_the_way_are_plain_models(shared: Lab) -> None:
@@ -778,16 +777,16 @@ def test_dolly_is_learnt_and_the_papers_other_files_are_scored(lab: Lab, tmp_pat
     learn |= {"budget": {"steps": 2}, "batch": 4, "optimizer": {"lr": 1e-4}}
     spec = home.spec({"models": {"m": {"pretrained": model_at}}, "phases": {"learn": learn}})
     lines = preview._data(spec, sets)
-    told = {name: next(line for line in lines if line.startswith(f"{name}: ")) for name in data}
-    assert told["self_inst"].startswith("self_inst: test 3 exchanges; alpaca template; ")
+    reported = {name: next(line for line in lines if line.startswith(f"{name}: ")) for name in data}
+    assert reported["self_inst"].startswith("self_inst: test 3 exchanges; alpaca template; ")
     assert (
-        "rows left out: 82 with a prompt over 256 tokens" in told["self_inst"]
-        and "train 8 exchanges, dev 3 " in told["dolly"]
+        "rows left out: 82 with a prompt over 256 tokens" in reported["self_inst"]
+        and "train 8 exchanges, dev 3 " in reported["dolly"]
     )
-    assert told["natural"].startswith(
+    assert reported["natural"].startswith(
         "natural: test 2 exchanges; scored against the best of up to 3 references; alpaca template; 0.0% of the replies cut"
     )
-    assert "rows left out: 1 with an empty reply" in told["natural"]
+    assert "rows left out: 1 with an empty reply" in reported["natural"]
     shown = [line for line in lines if line.startswith("natural, an example: ")]
     assert len(shown) == 2 and shown[0].endswith("### Response: «two</s>»")
     assert all(any(line.startswith(f"{name}, an example: ") for line in lines) for name in data)

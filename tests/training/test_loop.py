@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -38,16 +39,18 @@ from trainables.config.errors import ModelError
 from trainables.config.models import Depth, Model
 from trainables.config.phase import Masking
 from trainables.config.trial import NUMERICS, TrialSpec, trial_id
-from trainables.data.corpus import documents
-from trainables.data.corpus.sequences import open_corpus
 from trainables.data.prepare import prepare
-from trainables.data.sources import files, python_docs
-from trainables.evaluation.language_modelling import evaluate
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.data.prepared import open_data
+from trainables.data.sources import python_docs, read
+from trainables.evaluation.language_modelling import evaluate_corpus
+from trainables.evaluation.per_example import ROWS, Placement, Targets
+from trainables.losses.logits import cross_entropy
+from trainables.losses.terms import divergence
 from trainables.models import build
 from trainables.runtime import trial_attempt
+from trainables.runtime.outcome import Outcome
 from trainables.runtime.trial_attempt import Job
-from trainables.training import loop
+from trainables.training import gradients, loop
 from trainables.training.streams import StreamLoader
 
 REFERENCE = Path(__file__).parents[1] / "references" / "trajectory.json"
@@ -106,7 +109,7 @@ def test_every_schedule_trains_a_step(lab: Lab, schedule: str) -> None:
 def test_every_budget_ends(lab: Lab, budget: str) -> None:
     ran = one_step(lab, {"phases.distil.budget": BUDGETS[budget], "phases.distil.batch": 40})
     step = max(r["step"] for r in ran.records if r["phase"] == "distil")
-    about = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    about = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     assert step == {"steps": 3, "tokens": 1, "epochs": -(-int(0.5 * len(about.train)) // 40)}[budget]
     assert ran.phases["distil"]["tokens"] == step * 40 * 32
 
@@ -133,12 +136,13 @@ def test_every_data_set_and_tokenizer_trains_a_step(
     lab: Lab, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     text = Path(lab.data["corpus"]["train"]).read_text().split("\n\n")
-    monkeypatch.setattr(files, "read_hub", lambda data, split, what: text[:40] if split == "train" else text[40:60])
-    monkeypatch.setattr(
-        python_docs, "documents", lambda: text[60:]
-    )  # the real ones take seconds: test_corpus.py has them
-    documents._load.cache_clear()
-    request.addfinalizer(documents._load.cache_clear)
+    hub = {"train": text[:40], "validation": text[40:60]}
+    load_dataset = lambda name, config, *, revision, split: datasets.Dataset.from_dict({"text": hub[split]})  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    # the real documents take seconds: test_corpus.py has them
+    monkeypatch.setattr(python_docs, "documents", lambda: text[60:])
+    read._load.cache_clear()  # private: the cache outlives the patches
+    request.addfinalizer(read._load.cache_clear)
     value = {**DATA[kind], "length": 32, "evaluate": 4}
     value |= {"train": lab.data["corpus"]["train"], "columns": {}} if kind == "files" else {}
     corpus = prepare(TypeAdapter(Data).validate_python(value), str(tmp_path / "data"))
@@ -218,8 +222,8 @@ def test_a_trial_that_dies_between_evaluations_goes_on_from_its_latest_checkpoin
         with pytest.raises(Stopped):
             lab.run(with_dropout(lab), checkpoint_seconds=0)
     steps: list[tuple[str, int]] = []
-    real = loop._step
-    monkeypatch.setattr(loop, "_step", lambda at: [steps.append((at.instance.phase, at.progress.step)), real(at)])
+    real = loop.step
+    monkeypatch.setattr(loop, "step", lambda at: [steps.append((at.instance.phase, at.progress.step)), real(at)])
     ran = lab.run(with_dropout(lab), attempt=2)
     assert steps == [("distil", s) for s in range(step, 8)]
     same_numbers(ran, expected)
@@ -294,15 +298,15 @@ def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes
 ) -> None:
     small, full = new_lab(), new_lab()
     expected = small.run(small.spec(together()), micro_batch=2)
-    real = loop._run
+    real = gradients.run_micro_batch
 
-    def hungry(at: Any, live: Any, parts: Any, *more: Any) -> Any:
-        found = real(at, live, parts, *more)
+    def hungry(at: Any, active: Any, parts: Any, *more: Any, **low: int) -> Any:
+        found = real(at, active, parts, *more, **low)
         if len(parts["main"].ids_BT) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(loop, "_run", hungry)
+    monkeypatch.setattr(gradients, "run_micro_batch", hungry)
     same_numbers(full.run(full.spec(together())), expected)
 
 
@@ -430,37 +434,37 @@ def test_seeds_differ(new_lab: Callable[[], Lab], base: Ran) -> None:
 def test_the_gradient_of_each_flow_reaches_only_its_target(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Co-training's gradients are those of each model learning alone from the other's logits as constants."""
     seen: dict[str, Any] = {}
-    real = loop._backward
+    real = gradients.backward
 
     def watch(at: Any, terms: Any, weights: Any, batches: Any) -> Any:
         nets = {name: {k: t.clone() for k, t in net.state_dict().items()} for name, net in at.nets.items()}
         sums = real(at, terms, weights, batches)
         grads = {n: {k: p.grad.clone() for k, p in net.named_parameters()} for n, net in at.nets.items()}
-        seen.update(nets=nets, grads=grads, batch=batches["main"], live=at.nets, sums=sums)
+        seen.update(nets=nets, grads=grads, batch=batches["main"], at_step=at.nets, sums=sums)
         return sums
 
     spec = lab.spec(together(budget={"steps": 3}))
-    monkeypatch.setattr(loop, "_backward", watch)
+    monkeypatch.setattr(gradients, "backward", watch)
     lab.run(spec)
     terms, batch = spec.phases["co"].terms, seen["batch"]
     nets = {}
-    for name, net in seen["live"].items():
+    for name, net in seen["at_step"].items():
         nets[name] = build.restore(build.plain_config(net.config), seen["nets"][name])
     logits = {n: net(input_ids=batch.ids_BT).logits.flatten(0, 1)[batch.positions_N] for n, net in nets.items()}
     for to, source, name in (("small", "big", "big_to_small"), ("big", "small", "small_to_big")):
         soft = divergence(terms[name], logits[source].detach(), logits[to])  # type: ignore[arg-type]
         hard_loss = cross_entropy(logits[to], batch.labels_N)
-        ((hard_loss + float(terms[name].weight) * soft) / len(batch.labels_N)).backward()  # type: ignore[arg-type, no-untyped-call]
+        ((hard_loss + terms[name].weight.value_at(0) * soft) / len(batch.labels_N)).backward()  # type: ignore[arg-type, no-untyped-call]
         for key, parameter in nets[to].named_parameters():
             torch.testing.assert_close(seen["grads"][to][key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
         assert seen["sums"][name].item() == pytest.approx(soft.item(), rel=1e-5)
         assert not seen["sums"][name].requires_grad
 
 
-def test_what_is_frozen_stays_in_eval_mode_and_does_not_move_and_what_is_trained_is_in_train_mode(
+def test_frozen_models_stay_in_eval_mode_and_trained_ones_are_in_train_mode(
     lab: Lab, watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, modes, ends = loop._step, set(), {}
+    real, modes, ends = loop.step, set(), {}
 
     def watch(at: Any) -> None:
         real(at)
@@ -469,7 +473,7 @@ def test_what_is_frozen_stays_in_eval_mode_and_does_not_move_and_what_is_trained
             modes.add((at.instance.phase, name, {m.training for m in net.modules()} == {True}, net.training, trained))
             ends[at.instance.phase, name] = {key: tensor.clone() for key, tensor in net.state_dict().items()}
 
-    monkeypatch.setattr(loop, "_step", watch)
+    monkeypatch.setattr(loop, "step", watch)
     dropout = {"models.teacher.dropout": 0.3, "models.student.dropout": 0.3}
     ran = lab.run(lab.spec(distillation(), dropout))  # evaluated in between, which must leave no trace
     assert modes == {
@@ -508,8 +512,8 @@ def test_a_step_at_which_every_weight_is_zero_changes_nothing_and_breaks_nothing
     lab: Lab, watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after: list[Any] = []
-    real = loop._step
-    monkeypatch.setattr(loop, "_step", lambda at: [real(at), after.append(at.nets["teacher"].state_dict()["cls.predictions.bias"].clone())])  # fmt: skip
+    real = loop.step
+    monkeypatch.setattr(loop, "step", lambda at: [real(at), after.append(at.nets["teacher"].state_dict()["cls.predictions.bias"].clone())])  # fmt: skip
     rising = {"kind": "step", "start": 0, "end": 1, "at": 0.5}
     trial = {
         "models": {"teacher": model()},
@@ -552,7 +556,7 @@ def test_the_off_switch_latches_saves_the_teachers_pass_and_survives_a_resume(ne
     same_numbers(lab.run(switching(lab, teacher_steps=1), attempt=2), expected)
 
 
-def test_a_student_that_learns_only_from_the_switched_flow_stands_still_when_it_is_off(lab: Lab) -> None:
+def test_a_student_that_learns_only_from_a_switched_off_flow_stands_still(lab: Lab) -> None:
     only = {"f": flow("teacher", "student", weight={"kind": "off_when_better", "weight": 1})}
     trial = switching(lab, teacher_steps=1).model_dump(mode="json")
     ran = lab.run(lab.spec(trial, {"phases.distil.terms": only, "phases.distil.evaluate": [0, 0.25, 0.5, 1]}))
@@ -697,11 +701,11 @@ def log_of(lab: Lab, of: Job) -> str:
 def test_an_attempt_ends_with_its_phases_and_says_where_it_ran(lab: Lab) -> None:
     this = job(lab, lab.spec(distillation()))
     end = trial_attempt.run(json_round_trip(this), Listener())
-    assert (end["status"], end["reason"], end["attempts"]) == ("ended", None, 1)
-    assert set(end["phases"]) == {"teach", "distil"} and end["peak_memory"] > 1e6
-    assert json.loads(json.dumps(end)) == end
+    assert (end.status, end.reason, end.attempts) == ("ended", None, 1)
+    assert set(end.phases) == {"teach", "distil"} and end.peak_memory > 1e6
+    assert Outcome.from_json(end.to_json()) == end
     assert "ended" in log_of(lab, this)
-    published = lab.store.find(end["phases"]["teach"]["key"])
+    published = lab.store.find(end.phases["teach"]["key"])
     assert published is not None and published.provenance["commit"] == "abc" and published.provenance["torch"]
 
 
@@ -728,20 +732,20 @@ def test_divergence_is_an_outcome_with_a_reason_and_a_log_and_attempts_count_up(
     this = job(lab, lab.spec(distillation(), changes))
     for number in (1, 2):
         end = trial_attempt.run(this, Listener())
-        assert (end["status"], end["attempts"]) == ("failed", number)
-        assert end["reason"].startswith(reason)
-        assert reason in "\n".join(end["last_lines"])
+        assert (end.status, end.attempts) == ("failed", number)
+        assert end.reason.startswith(reason)
+        assert reason in "\n".join(end.last_lines)
         assert f"attempt {number} of trial {this.trial}" in log_of(lab, this)
     assert lab.storage.list("phases") == []
 
 
 def test_out_of_memory_is_an_outcome(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hungry(*_: Any) -> Any:
+    def hungry(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(loop, "_run", hungry)
+    monkeypatch.setattr(gradients, "run_micro_batch", hungry)
     end = trial_attempt.run(job(lab, lab.spec(distillation())), Listener())
-    assert (end["status"], end["reason"]) == ("failed", "out of memory: CUDA out of memory. Tried to allocate 2 GiB")
+    assert (end.status, end.reason) == ("failed", "out of memory: CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def test_an_error_of_ours_is_an_outcome_with_a_traceback_in_the_log(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -750,15 +754,15 @@ def test_an_error_of_ours_is_an_outcome_with_a_traceback_in_the_log(lab: Lab, mo
 
     this = job(lab, lab.spec(distillation()))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_backward", wrong)
+        patch.setattr(gradients, "backward", wrong)
         end = trial_attempt.run(this, Listener())
-    assert (end["status"], end["reason"]) == ("failed", "KeyError: 'oops'")
+    assert (end.status, end.reason) == ("failed", "KeyError: 'oops'")
     assert "Traceback" in log_of(lab, this)
     refused = trial_attempt.run(job(lab, lab.spec(distillation(student=model("gpt2")))), Listener())
-    assert refused["status"] == "failed" and refused["reason"].startswith("model 'student' (gpt2) is a decoder")
+    assert refused.status == "failed" and refused.reason.startswith("model 'student' (gpt2) is a decoder")
 
 
-def test_a_stop_from_outside_passes_through_leaves_its_log_and_the_next_attempt_goes_on(
+def test_a_stop_passes_through_and_leaves_a_log_and_the_next_attempt_resumes(
     lab: Lab, base: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tune(Listener):
@@ -772,11 +776,11 @@ def test_a_stop_from_outside_passes_through_leaves_its_log_and_the_next_attempt_
         trial_attempt.run(this, Tune())
     assert "attempt 1" in log_of(lab, this)
     steps: list[int] = []
-    real = loop._step
-    monkeypatch.setattr(loop, "_step", lambda at: [steps.append(at.progress.step), real(at)])
+    real = loop.step
+    monkeypatch.setattr(loop, "step", lambda at: [steps.append(at.progress.step), real(at)])
     end = trial_attempt.run(this, Listener())
-    assert (end["status"], end["attempts"], steps) == ("ended", 2, [2, 3, 4, 5, 6, 7])
-    assert end["phases"]["distil"]["key"] == base.phases["distil"]["key"]
+    assert (end.status, end.attempts, steps) == ("ended", 2, [2, 3, 4, 5, 6, 7])
+    assert end.phases["distil"]["key"] == base.phases["distil"]["key"]
     assert "attempt 2" in log_of(lab, this)
 
 
@@ -791,16 +795,17 @@ def test_a_step_costs_three_forwards_and_a_teachers_pass_one_more(new_lab: Calla
     assert base.phases["distil"]["tokens"] == alone.phases["distil"]["tokens"] == 8 * 8 * 32
 
 
-def test_evaluation_does_not_depend_on_how_the_split_is_divided_and_leaves_the_model_as_it_was(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+def test_evaluation_does_not_depend_on_batches_and_leaves_the_model_unchanged(
+    lab: Lab,
 ) -> None:
-    corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    corpus = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     shape = Model.model_validate(model(dropout=0.3))
     net = build.build(shape, name="m", seed=0, vocab_size=corpus.vocab_size, special_ids={}, length=32)
     net.train()
-    whole = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
-    monkeypatch.setattr("trainables.evaluation.per_example.ROWS", 5)
-    parts = evaluate(net, corpus, "dev", Masking(), device="cpu").metrics
+    whole, parts = (
+        evaluate_corpus(net, corpus, "dev", Targets(Masking()), on=Placement("cpu", rows=rows)).metrics
+        for rows in (ROWS, 5)
+    )
     assert net.training and parts["mlm_accuracy"] == whole["mlm_accuracy"]
     assert parts["mlm_loss"] == pytest.approx(whole["mlm_loss"], rel=1e-6)
 
@@ -841,12 +846,12 @@ def reference_trial() -> dict[str, Any]:
 def test_the_reference_trajectory_holds(lab: Lab) -> None:
     """Whoever changes these numbers on purpose raises NUMERICS, so that no phase from before is taken for one of now."""
     ran = lab.run(lab.spec(reference_trial()))
-    corpus = open_corpus(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    corpus = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"])
     values = {"/".join(map(str, key[:6])): value for key, value in ran.values.items() if "accuracy" not in key[4]}
     if os.environ.get("CODISTILL_STORE"):
         store_reference({"numerics": NUMERICS, "tokenizer": corpus.tokenizer_identity, "values": values})
     stored = json.loads(REFERENCE.read_text())
-    anew = "raise NUMERICS (trainables/spec/trial.py) and store it anew: CODISTILL_STORE=1 pytest tests/training/test_loop.py"
+    anew = "raise NUMERICS (trainables/config/trial.py) and store it anew: CODISTILL_STORE=1 pytest tests/training/test_loop.py"
     assert stored["tokenizer"] == corpus.tokenizer_identity, "another version of tokenizers made another vocabulary"
     assert stored["numerics"] == NUMERICS, f"NUMERICS is {NUMERICS}, the trajectory is of {stored['numerics']}: {anew}"
     assert stored["values"].keys() == values.keys(), anew

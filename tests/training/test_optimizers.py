@@ -14,7 +14,7 @@ from tests.support.trials import hard, phase
 from trainables.config.errors import ModelError
 from trainables.config.phase import Phase
 from trainables.training import optimizers
-from trainables.training.optimizers import Several, check_optimizers, make_optimizer
+from trainables.training.optimizers import JointOptimizer, check_optimizers, make_optimizer
 
 KINDS = ("adamw", "adafactor", "adamw_8bit")
 
@@ -106,7 +106,7 @@ def test_kinds_beside_each_other_do_what_each_does_alone(kinds: tuple[str, ...])
     named = dict(zip("abc", kinds, strict=False))
     together, alone = parameters(named), parameters(named)
     several = make_optimizer(spec(**named), together)
-    assert isinstance(several, Several)
+    assert isinstance(several, JointOptimizer)
     assert list(dict.fromkeys(group["model"] for group in several.param_groups)) == list(named)
     go(several, together, range(3))
     for group in several.param_groups:  # as the loop sets the schedule

@@ -21,9 +21,10 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from trainables.config.terms import Flow
+from trainables.config.terms import Term
 from trainables.losses.hidden import scores
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.losses.logits import cross_entropy
+from trainables.losses.terms import divergence
 
 B, T, VOCABULARY = 4, 12, 40
 MASK_BT = (torch.arange(T) < torch.tensor([12, 9, 5, 2])[:, None]).long()
@@ -140,7 +141,7 @@ def test_scores_are_what_an_encoder_of_transformers_attends_by() -> None:
 #
 #   theirs                                       ours
 #   teacher_logits, student_logits               from, to; theirs leaves detaching the teacher to the caller
-#   0 < beta < 1                                 jsd, same beta: it weighs the teacher, in the mixture and outside
+#   0 < beta < 1                                 jsd, same beta: the weight of the teacher, in the mixture and outside
 #   beta = 0                                     forward_kl: a jump, for the jsd itself vanishes there
 #   beta = 1                                     reverse_kl: the same
 #   temperature                                  temperature, tau_squared: false (theirs never multiplies by its square)
@@ -162,9 +163,9 @@ def jsd_of_trl(monkeypatch: pytest.MonkeyPatch) -> Theirs:
     return gkd.GKDTrainer.generalized_jsd_loss  # type: ignore[no-any-return]
 
 
-def flow(kind: str, **more: Any) -> Flow:
+def flow(kind: str, **more: Any) -> Term:
     value = {"kind": kind, "from": "teacher", "to": "student", "tau_squared": False, **more}
-    return TypeAdapter(Flow).validate_python(value)  # type: ignore[no-any-return]
+    return TypeAdapter(Term).validate_python(value)  # type: ignore[no-any-return]
 
 
 def some_logits(seed: int) -> Tensor:

@@ -9,11 +9,11 @@ import pytest
 
 from tests.support.trials import distillation, flow, hard, model, phase
 from trainables.config.phase import Phase
+from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
 from trainables.training.phase_graph import (
     SHARED_SEED,
     Origin,
-    PhaseRun,
     num_steps,
     origin_of,
     phase_key,

@@ -1,8 +1,9 @@
-"""Data sets of a trial: corpora, tasks, instructions, and how they are made into tokens."""
+"""Data sets of a trial: where their text is, how the text becomes tokens, and what a phase may do with them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
@@ -25,34 +26,101 @@ class PretrainedTokenizer(Value):
 
 
 class SameTokenizer(Value):
-    """The tokenizer of another data set of the trial: a task is read as the models were pretrained."""
+    """The tokenizer of another data set of the trial, so that a model reads both with one vocabulary."""
 
     kind: Literal["same"] = "same"
     as_: Name = Field("corpus", alias="as", validation_alias=AliasChoices("as", "as_"))
 
 
 Tokenizer = Annotated[WordPiece | PretrainedTokenizer, Field(discriminator="kind")]
+TokenizerOrSame = Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Field(discriminator="kind")]
+
+Rule = Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"]
+BINARY_RULES: frozenset[Rule] = frozenset({"f1", "accuracy_and_f1"})  # of two classes, the second is the positive one
+Feature = Literal["corruption", "token_budget", "labels", "fold", "replies", "hidden_terms"]
 
 
-class Columns(Value):
-    """Which column of a data file holds what."""
+@dataclass(frozen=True)
+class Format:
+    """What the data sets of one format have in common, whatever their source: what a phase may do with them."""
 
-    text: str = "text"
+    name: Literal["corpus", "task", "instructions"]
+    noun: str
+    plural: str
+    supports: frozenset[Feature]
+
+
+CORPUS = Format("corpus", "a corpus", "corpora", frozenset({"corruption", "token_budget", "hidden_terms"}))
+TASK = Format("task", "a task", "tasks", frozenset({"labels", "fold", "hidden_terms"}))
+INSTRUCTIONS = Format("instructions", "a set of instructions", "instructions", frozenset({"replies"}))
+FORMATS = (CORPUS, TASK, INSTRUCTIONS)
 
 
 class _Data(Value):
+    """What every data set answers; a kind of data overrides what differs."""
+
+    format: ClassVar[Format]
+    preparation: ClassVar[tuple[str, ...]]  # fields that say how text becomes tokens; the others say where the text is
+
+    @property
+    def unprepared(self) -> Self:
+        """The data set without its preparation: equal for two data sets that read the same text."""
+        return self.model_copy(update=dict.fromkeys(self.preparation))
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs of a model's head on these data: one for each class, 1 for a number; None for a language model."""
+        return None
+
+    @property
+    def rule(self) -> Rule | None:
+        """How predicted labels are scored; None where there are no labels."""
+        return None
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of a test set that are scored one by one; none where the test set is one part."""
+        return ()
+
+    @property
+    def has_train(self) -> bool:
+        return True
+
+    @property
+    def reads_chats(self) -> bool:
+        """Whether the tokenizer's chat template shapes the text."""
+        return False
+
+    @property
+    def glue_task(self) -> GlueTask | None:
+        return None
+
+
+class _Corpus(_Data):
+    """Documents, packed end to end into sequences of `length` tokens."""
+
+    format = CORPUS
+    preparation = ("tokenizer", "length", "evaluate")
+    scoring: ClassVar[None] = None
+
     tokenizer: Tokenizer
-    length: int = Field(128, ge=8)  # tokens of a packed sequence, special ones included
-    evaluate: int = Field(256, ge=1)  # at most so many sequences of dev, and of test, are scored
+    length: int = Field(128, ge=8)  # tokens of a packed sequence, special tokens included
+    evaluate: int = Field(256, ge=1)  # sequences of dev, and of test, that are evaluated at most
 
 
-class PythonDocs(_Data):
+class PythonDocs(_Corpus):
     """CPython's own English: the language reference and the standard library's docstrings. On every machine."""
 
     kind: Literal["python_docs"]
 
 
-class Files(_Data):
+class Columns(Value):
+    """The column of a data file that holds the text."""
+
+    text: str = "text"
+
+
+class Files(_Corpus):
     """Local or remote files by suffix: Parquet, JSON (an object a line, or one array), CSV, text; a path, a glob or a URI.
 
     Without `dev` or `test`, documents are split by a hash of their text.
@@ -65,7 +133,7 @@ class Files(_Data):
     columns: Columns = Columns()
 
 
-class Hub(_Data):
+class Hub(_Corpus):
     """A data set of the Hugging Face hub, at a revision."""
 
     kind: Literal["hub"]
@@ -78,31 +146,37 @@ class Hub(_Data):
     columns: Columns = Columns()
 
 
-class _Task(Value):
+class _Task(_Data):
     """Labelled examples, each a text or a pair of texts, and how predictions are scored (x 100, as `score`)."""
 
-    tokenizer: Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Field(discriminator="kind")] = SameTokenizer()
-    length: int = Field(128, ge=8)  # tokens at most, special ones included; longer texts are cut
-    examples: int | None = Field(None, ge=1)  # at most so many of train
-    evaluate: int | None = Field(None, ge=1)  # at most so many of dev, and of test, are scored
+    format = TASK
+    preparation: ClassVar[tuple[str, ...]] = ("tokenizer", "length", "examples", "evaluate")
+    scoring: ClassVar[None] = None
+
+    tokenizer: TokenizerOrSame = SameTokenizer()
+    length: int = Field(128, ge=8)  # tokens of an example at most, special tokens included; longer texts are cut
+    examples: int | None = Field(None, ge=1)  # examples of train that are used at most
+    evaluate: int | None = Field(None, ge=1)  # examples of dev, and of test, that are evaluated at most
 
     @property
     def num_labels(self) -> int:
-        """Outputs of a model of this task: one for each class, or one number."""
+        """Outputs of a model's head: one for each class, or 1 for a number."""
         raise NotImplementedError
 
     @property
-    def is_regression(self) -> bool:
-        return self.num_labels == 1
+    def rule(self) -> Rule:
+        return "pearson_and_spearman" if self.num_labels == 1 else "accuracy"
 
 
 GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+GLUE_RULES: dict[GlueTask, Rule] = {"cola": "matthews", "mrpc": "accuracy_and_f1", "qqp": "accuracy_and_f1"}
 
 
 class Glue(_Task):
     """A task of GLUE from the hub, or from a folder with `<task>/train.parquet` and so on, with the hub's columns.
 
-    `test` is the official validation set, `dev` a part of train: official test labels are hidden.
+    `test` is the official validation set, `dev` a part of train: official test labels are hidden. Scored by the rules of
+    Wang et al. 2019.
     """
 
     kind: Literal["glue"]
@@ -114,9 +188,21 @@ class Glue(_Task):
     def num_labels(self) -> int:
         return {"stsb": 1, "mnli": 3}.get(self.task, 2)
 
+    @property
+    def rule(self) -> Rule:
+        return GLUE_RULES.get(self.task, super().rule)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return ("matched", "mismatched") if self.task == "mnli" else ()
+
+    @property
+    def glue_task(self) -> GlueTask:
+        return self.task
+
 
 class PythonTask(_Task):
-    """Made of CPython's own English: which part of the library a text is about (`topic`); whether a text describes a
+    """Made of CPython's own English: the part of the library that a text is about (`topic`); whether a text describes a
     signature (`signature`, a pair). On every machine."""
 
     kind: Literal["python_task"]
@@ -128,7 +214,7 @@ class PythonTask(_Task):
 
 
 class LabelledColumns(Value):
-    """Which column of a file holds what; without `second` each example is a single text."""
+    """The columns of a data file that hold texts and labels; without `second` each example is a single text."""
 
     first: str = "sentence"
     second: str | None = None
@@ -136,11 +222,13 @@ class LabelledColumns(Value):
 
 
 class LabelledFiles(_Task):
-    """A task of one's own: Parquet, JSON or CSV files, by suffix; a path, a glob or a URI.
+    """A user's task: Parquet, JSON or CSV files, by suffix; a path, a glob or a URI.
 
-    `classes` lists the labels as they stand in the file; without it labels are numbers to be predicted. Without `dev` or
-    `test`, examples are split by a hash of their text.
+    `classes` lists the labels as they stand in the file; without `classes` labels are numbers to be predicted. Without
+    `dev` or `test`, examples are split by a hash of their text.
     """
+
+    preparation = (*_Task.preparation, "score")
 
     kind: Literal["labelled_files"]
     train: str
@@ -148,11 +236,15 @@ class LabelledFiles(_Task):
     test: str | None = None
     columns: LabelledColumns = LabelledColumns()
     classes: tuple[str | int, ...] | None = Field(None, min_length=2)
-    score: Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"] | None = None
+    score: Rule | None = None
 
     @property
     def num_labels(self) -> int:
         return len(self.classes) if self.classes else 1
+
+    @property
+    def rule(self) -> Rule:
+        return self.score or super().rule
 
     @model_validator(mode="after")
     def _the_score_fits_the_labels(self) -> LabelledFiles:
@@ -162,7 +254,7 @@ class LabelledFiles(_Task):
             raise ValueError(
                 f"score {self.score} is for {'numbers' if self.classes else 'classes'}, and the labels are not"
             )
-        if self.score in ("f1", "accuracy_and_f1") and self.num_labels != 2:
+        if self.score in BINARY_RULES and self.num_labels != 2:
             raise ValueError(f"score {self.score} is for two classes, of which the second is the positive one")
         return self
 
@@ -172,27 +264,34 @@ class Sampling(Value):
 
     temperature: Positive = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda k: k or None)] = None  # 0: of all
-    max_tokens: int = Field(128, ge=1)  # of a reply; one that has not ended by then stays as it is, and is counted
+    top_k: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda k: k or None)] = None  # 0: no limit
+    max_tokens: int = Field(128, ge=1)  # of a reply; a longer reply is cut and counted as unfinished
 
 
 class Scoring(Sampling):
-    """How replies are made to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one."""
+    """How replies are drawn to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one."""
 
     max_tokens: int = Field(256, ge=1)
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
 
 
-class _Instructions(Value):
-    """Prompts with replies; what is learnt and scored is the reply, its end included."""
+class _Instructions(_Data):
+    """Prompts with replies; the reply, its end included, is learnt and scored."""
 
-    tokenizer: Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Field(discriminator="kind")] = SameTokenizer()
+    format = INSTRUCTIONS
+    preparation = ("tokenizer", "template", "length", "prompt_length", "examples", "evaluate", "scoring")
+
+    tokenizer: TokenizerOrSame = SameTokenizer()
     template: Literal["alpaca", "chat"] = "alpaca"  # chat: the tokenizer's own
     length: int = Field(512, ge=8)  # tokens of prompt and reply; longer replies are cut
-    prompt_length: int = Field(256, ge=4)  # tokens; what has a longer prompt is left out
-    examples: int | None = Field(None, ge=1)  # at most so many of train
-    evaluate: int | None = Field(None, ge=1)  # at most so many of dev, and of test, are scored
+    prompt_length: int = Field(256, ge=4)  # tokens; rows with a longer prompt are left out
+    examples: int | None = Field(None, ge=1)  # rows of train that are used at most
+    evaluate: int | None = Field(None, ge=1)  # rows of dev, and of test, that are evaluated at most
     scoring: Scoring = Scoring()
+
+    @property
+    def reads_chats(self) -> bool:
+        return self.template == "chat"
 
     @model_validator(mode="after")
     def _there_is_room_for_a_reply(self) -> _Instructions:
@@ -208,8 +307,10 @@ class PythonInstructions(_Instructions):
 
 
 class InstructionColumns(Value):
-    """Which column of a file holds what. `response`: a text, or a list of texts of which any will do where replies are
-    scored. `messages`: instead of the three, lists of {role, content}, of which the last one, the assistant's, is the reply.
+    """The columns of a data file that hold prompts and replies.
+
+    `response`: a text, or a list of texts of which any is right where replies are scored. `messages`, instead of the other
+    three: lists of {role, content}, of which the last one, the assistant's, is the reply.
     """
 
     prompt: str = "instruction"
@@ -218,9 +319,9 @@ class InstructionColumns(Value):
     messages: str | None = None
 
 
-class _Instructed(_Instructions):
-    """Without `dev` or `test` (where there is `train`) rows are split by a hash of the column `split_by`, by default that
-    of the prompt; without `train` they are only there to be scored."""
+class _InstructionRows(_Instructions):
+    """Rows of a table. Without `dev` or `test` (where there is `train`) rows are split by a hash of the column `split_by`,
+    by default that of the prompt; without `train` they are only scored."""
 
     columns: InstructionColumns = InstructionColumns()
     split_by: str | None = None
@@ -228,22 +329,30 @@ class _Instructed(_Instructions):
     dev: str | None = None
     test: str | None = None
 
+    @property
+    def has_train(self) -> bool:
+        return self.train is not None
+
     @model_validator(mode="after")
-    def _there_are_rows(self) -> _Instructed:
+    def _there_are_rows(self) -> _InstructionRows:
         if self.train is None and self.test is None:
             raise ValueError("needs train, or test (then it is only scored)")
         if self.train is None and self.dev is not None:
             raise ValueError("dev is for choices in training, and there is no train; name it as test")
+        if self.columns.messages is not None and self.template != "chat":
+            raise ValueError(
+                "columns.messages: conversations have turns, which only `template: chat`, the tokenizer's own, can tell apart"
+            )
         return self
 
 
-class InstructionFiles(_Instructed):
+class InstructionFiles(_InstructionRows):
     """Parquet, JSON or CSV files, by suffix; a path, a glob or a URI."""
 
     kind: Literal["instruction_files"]
 
 
-class InstructionHub(_Instructed):
+class InstructionHub(_InstructionRows):
     """A data set of the Hugging Face hub, at a revision; `train`, `dev`, `test` name its splits."""
 
     kind: Literal["instruction_hub"]

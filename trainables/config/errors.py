@@ -1,4 +1,4 @@
-"""Errors whose message is for the person who wrote the study: what is wrong, where, and what is expected."""
+"""Errors whose message is for the author of a study: what is wrong, where, and what is expected."""
 
 
 class DataError(ValueError):
@@ -6,4 +6,4 @@ class DataError(ValueError):
 
 
 class ModelError(ValueError):
-    """The model cannot be made or loaded; the message is one sentence."""
+    """The model cannot be built or loaded; the message is one sentence."""

@@ -1,4 +1,4 @@
-"""Models of a trial: a shape or pretrained weights, and where fresh weights come from."""
+"""Models of a trial: a shape or pretrained weights, and the initialisation of fresh weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from trainables.config.value import Name, Positive, Value
 class Random(Value):
     """Fresh weights. `std`: the family's own rule, or N(0, 1/sqrt(width)) for every matrix, or a number.
 
-    `positions`: sinusoids let a small encoder leave the unigram level hundreds of steps earlier than drawn ones.
+    `positions`: with sinusoids a small encoder leaves the unigram level hundreds of steps earlier than with random
+    ones.
     """
 
     kind: Literal["random"] = "random"
@@ -21,31 +22,32 @@ class Random(Value):
 
 
 Depth = Literal["copy_last", "stack", "interpolate", "spread", "every_other", "first", "identity", "random"]
-Width = Literal[  # how hidden size, heads and inner layer change; exact: all outputs stay as they are
-    "replicate",  # copies, whose readers share. Exact: inner layer, heads; hidden size by a whole factor. Down: averages
-    "replicate_noise",  # the same, and noise in the readers that cancels over copies, so that these learn apart
-    "aki",  # as replicate, but copies come from the next layer, whose knowledge is advanced; never exact
-    "zero_pad",  # new parts are fresh, nobody reads them yet. Exact: inner layer, heads; hidden size under RMSNorm
-    "mean_pad",  # the same, new hidden channels hold the mean. Exact there: under LayerNorm before each block (GPT-2)
-    "prefix",  # what overlaps, per head, zeros beside it; nothing is rescaled, and what is added may never learn
-    "select",  # down: evenly spaced channels, heads, neurons. What grows is padded
-    "importance",  # down: those that do most on random inputs (the least damage). What grows is padded
+# how hidden size, heads and inner layer change; exact: all outputs stay the same; replicate averages on the way down
+Width = Literal[
+    "replicate",  # copies, whose outgoing weights are divided. Exact: inner layer, heads; hidden size by a whole factor
+    "replicate_noise",  # the same, with noise in the outgoing weights that cancels over copies, so that copies diverge
+    "aki",  # as replicate, but copies come from the next layer; never exact
+    "zero_pad",  # new parts are fresh, with zero outgoing weights. Exact: inner layer, heads; hidden size under RMSNorm
+    "mean_pad",  # the same, but new hidden channels hold the mean. Exact under LayerNorm before each block (GPT-2)
+    "prefix",  # copies the overlap, per head, and adds zeros; nothing is rescaled, and added parts may never learn
+    "select",  # down: evenly spaced channels, heads, neurons. Up: padded
+    "importance",  # down: the most important on random inputs (the least damage). Up: padded
 ]
 
 
 class Remap(Value):
-    """Weights from another model of the trial, as it is when this one is first used.
+    """Weights from another model of the trial, as they are when this model is first used.
 
-    Without `width` the shapes differ in depth at most. With it heads may change in number and in size (exactly where
-    they only grow, rotary ones to a multiple of their size), and the norms take the source's epsilon, times the ratio of
-    the hidden sizes where these are padded: exactness needs that.
+    Without `width` the shapes may differ in depth only. With `width` heads may change in number and in size (exactly
+    where they only grow, rotary ones to a multiple of their size); for exactness the norms take the source's epsilon,
+    times the ratio of the hidden sizes where these are padded.
     """
 
     kind: Literal["remap"]
     from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
     depth: Depth
-    width: Width | None = Field(None, exclude_if=lambda width: width is None)  # ids of trials without it stay the same
-    rest: Random = Random()  # what the plan leaves open keeps this initialisation
+    width: Width | None = None
+    rest: Random = Random()  # of parameters that the remap does not set
 
 
 Init = Annotated[Random | Remap, Field(discriminator="kind")]
@@ -54,8 +56,8 @@ Init = Annotated[Random | Remap, Field(discriminator="kind")]
 class Sharing(Value):
     """Layers that run more than once, for depth without parameters (Cho & Kang 2022, shuffled parameter sharing).
 
-    `order`: all n once more (`twice`), each at once again (`each_twice`), back from n to 1 (`mirror`), or the upper or the
-    lower half once more. `swap`: each further run of a layer has its query and key projections swapped.
+    `order`: all n once more (`twice`), each twice in a row (`each_twice`), back from n to 1 (`mirror`), or the upper or
+    the lower half once more. `swap`: in each further run of a layer its query and key projections are swapped.
     """
 
     order: Literal["twice", "each_twice", "mirror", "upper_twice", "lower_twice"] = "twice"
@@ -75,8 +77,8 @@ class Model(Value):
     pretrained: str | None = None
     revision: str | None = None
     init: Init = Random()
-    sharing: Sharing | None = Field(None, exclude_if=lambda sharing: sharing is None)
-    dtype: Literal["fp32", "bf16"] = Field("fp32", exclude_if=lambda dtype: dtype == "fp32")  # of the weights
+    sharing: Sharing | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
 
     @model_validator(mode="after")
     def _either_a_shape_or_pretrained_weights(self) -> Model:
@@ -101,7 +103,7 @@ class Model(Value):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.num_heads}")
         if self.sharing is not None and self.family != "bert":
             raise ValueError(
-                f"sharing is for family bert, whose query and key can change places; not for {self.family}"
+                f"sharing is for family bert, whose query and key projections can be swapped; not for {self.family}"
             )
         return self
 

@@ -1,19 +1,22 @@
-"""A phase: who is trained on which streams, by which terms, for how long."""
+"""A phase: which models are trained, on which streams, by which terms, for how long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from trainables.config.data import Sampling
-from trainables.config.terms import Cosine, Linear, Step, Term, is_off, reads, target
+from trainables.config.schedules import Constant, Share
+from trainables.config.terms import Term
 from trainables.config.value import Fraction, Name, Positive, Value, by_key, single
 
 
 class Masking(Value):
-    """BERT's corruption: a fixed share of each sequence is supervised; of it `mask` masked, `random` replaced."""
+    """BERT's corruption: `probability` of each sequence is supervised; of these tokens `mask` are masked, `random`
+    replaced."""
 
     kind: Literal["mask"] = "mask"
     probability: float = Field(0.15, gt=0, lt=1)
@@ -37,18 +40,20 @@ def _thresholds(value: Any) -> Any:
         numbers = isinstance(pair, list | tuple) and all(isinstance(v, int | float) and 0 < v < 1 for v in pair)
         if not (numbers and len(pair) == 2):
             raise ValueError(
-                "must be 'median', or two numbers above 0 and below 1: for right answers, and for wrong ones; or data set "
-                "-> two such numbers"
+                "expected 'median', or two numbers above 0 and below 1, for right and for wrong predictions; or such a "
+                "pair by data set"
             )
     return value
 
 
 class PredictionQuality(Value):
-    """Labels of a task's examples by how a model trained on it does there: 0 right and confident, 1 right and not, 2 wrong
-    and confident, 3 wrong and not (Cho & Kang 2022, pretraining with the teacher's predictions).
+    """Labels a task's examples by the predictions of a model trained on the task: 0 right and confident, 1 right and
+    not confident, 2 wrong and confident, 3 wrong and not confident (Cho & Kang 2022, pretraining with the teacher's
+    predictions).
 
-    Confident: its largest probability is above the threshold, one for right answers and one for wrong ones, given
-    (for all tasks, or for each by its name) or the median. Several models: each labels the fold of examples that it was not trained on (`Fold`), the first fold 0.
+    Confident: the largest probability is above a threshold, one for right and one for wrong predictions: given for all
+    tasks or by task, or the median. Several models: each labels the fold that it was not trained on (`Fold`), the first
+    fold 0.
     """
 
     NUM: ClassVar = 4
@@ -58,17 +63,17 @@ class PredictionQuality(Value):
     thresholds: Annotated[
         tuple[float, float] | dict[Name, tuple[float, float]] | Literal["median"], BeforeValidator(_thresholds)
     ] = "median"
-    permuted: bool = False  # dealt out anew at random: as many of each label, and nothing to learn from them
+    permuted: bool = False  # at random over the examples: a control with the same label counts
 
     def on(self, data: str) -> PredictionQuality:
-        """With the thresholds of this data set: what those of others are is nothing to it."""
+        """The rule with the thresholds of this data set only."""
         if not isinstance(self.thresholds, dict):
             return self
         return self.model_copy(update={"thresholds": self.thresholds[data]})
 
 
 class Fold(Value):
-    """All training examples but one part in `num`."""
+    """All training examples except one of `num` parts."""
 
     num: int = Field(ge=2)
     held_out: int = Field(ge=0)
@@ -80,68 +85,53 @@ class Fold(Value):
         return self
 
 
-class RisesWithLoss(Value):
-    """`start`, and `step` more each time that the loss on dev has risen by `tolerance` since the last time (DistiLLM)."""
-
-    kind: Literal["rises_with_loss"]
-    start: Fraction = 0.0
-    step: float = Field(0.1, gt=0, le=1)
-    tolerance: float = Field(0.1, ge=0)
-
-
-Share = Annotated[
-    Annotated[Fraction, Tag("number")]
-    | Annotated[
-        Annotated[Linear | Cosine | Step | RisesWithLoss, Field(discriminator="kind")],
-        Tag("schedule"),
-    ],
-    Discriminator(lambda value: "number" if isinstance(value, int | float | str | None) else "schedule"),
-]
-
-
 class Replay(Value):
-    """The last `size` replies, read again. Of the steps that read made replies, as many have fresh ones as `fresh` says of
-    the budget: it falls from 1 to 0, rises, or is a half all the time; all of them until `size` are there (DistiLLM)."""
+    """The last `size` replies, read again. Of the steps that read generated replies, a fraction generates fresh ones:
+    it falls from 1 to 0 over the budget, rises, or is always a half; it is 1 until `size` replies are kept
+    (DistiLLM)."""
 
     size: int = Field(1000, ge=1)
     fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
 
+    def fresh_share(self, progress: float) -> float:
+        """The fraction of fresh steps once `size` replies are kept."""
+        return {"decreasing": 1 - progress, "constant": 0.5, "increasing": progress}[self.fresh]
 
-class _Made(Value):
-    """Replies that models make, instead of those of the data, in a `share` of the steps."""
 
-    share: Share = 1.0
+class _Generated(Value):
+    """Replies that models generate, in place of those of the data, in a `share` of the steps."""
+
+    share: Share = Constant(1.0)
     replay: Replay | None = None
 
     @model_validator(mode="after")
-    def _the_share_is_one(self) -> _Made:
-        ends = (getattr(self.share, "start", 0.0), getattr(self.share, "end", 0.0))
-        if max(ends) > 1:
-            raise ValueError(f"share {max(ends):g}: it is a fraction of the steps, 0 … 1")
+    def _the_share_is_a_fraction(self) -> Self:
+        if max(self.share.ends) > 1:
+            raise ValueError(f"share {max(self.share.ends):g}: expected a fraction of the steps, 0 … 1")
         return self
 
 
-class Sampled(_Made, Sampling):
-    """By one model: the student (on-policy), or the teacher (sequence-level distillation)."""
+class Sampled(_Generated, Sampling):
+    """Replies of one model: the student (on-policy), or the teacher (sequence-level distillation)."""
 
     kind: Literal["sampled"]
     by: Name
-    once: bool = False  # each prompt is answered once, and that reply is kept
+    once: bool = False  # each prompt is answered once, and the reply is kept
 
     @property
-    def makers(self) -> tuple[str, ...]:
+    def models(self) -> tuple[str, ...]:
         return (self.by,)
 
     @model_validator(mode="after")
-    def _what_is_kept_is_not_kept_twice(self) -> Sampled:
+    def _replies_are_kept_once_or_replayed(self) -> Sampled:
         if self.once and self.replay is not None:
             raise ValueError("once keeps every reply: remove replay")
         return self
 
 
-class Interleaved(_Made, Sampling):
-    """`draft` proposes `block` tokens at a time; the first that is not among the `top` likeliest of `teacher` is drawn
-    anew by it, and the rest of the block is dropped (speculative distillation, Xu et al. 2025)."""
+class Interleaved(_Generated, Sampling):
+    """`draft` proposes `block` tokens at a time; `teacher` draws a replacement for the first one that is not among its
+    `top` likeliest, and the rest of the block is dropped (speculative distillation, Xu et al. 2025)."""
 
     kind: Literal["interleaved"]
     draft: Name
@@ -152,25 +142,34 @@ class Interleaved(_Made, Sampling):
     teacher_top_p: float = Field(1.0, gt=0, le=1)
 
     @property
-    def makers(self) -> tuple[str, ...]:
+    def models(self) -> tuple[str, ...]:
         return (self.draft, self.teacher)
 
 
-Made = Annotated[Sampled | Interleaved, Field(discriminator="kind")]
+ReplySource = Annotated[Sampled | Interleaved, Field(discriminator="kind")]
 
 
 class Stream(Value):
-    """What a phase reads: the sequences of a corpus, the examples of a task, or instructions with replies.
+    """The data that a phase reads: the sequences of a corpus, the examples of a task, or instructions with replies.
 
-    Of a corpus without corruption each token is the label of the position before it. Tasks and instructions are read as
-    they are; `replies` of models take the place of those of the data.
+    In a corpus without corruption each token is the label of the position before. Tasks and instructions are never
+    corrupted.
     """
 
     data: Name = "corpus"
     corruption: Masking | None = Masking()
-    labels: PredictionQuality | None = Field(None, exclude_if=lambda labels: labels is None)  # by default the data's
-    fold: Fold | None = Field(None, exclude_if=lambda fold: fold is None)
-    replies: Made | None = Field(None, exclude_if=lambda replies: replies is None)  # by default the data's
+    labels: PredictionQuality | None = None  # by default those of the data
+    fold: Fold | None = None
+    replies: ReplySource | None = None  # by default those of the data
+
+    @property
+    def reply_models(self) -> tuple[str, ...]:
+        return self.replies.models if self.replies is not None else ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models whose predictions label the stream, or that generate its replies."""
+        return (*(self.labels.of if self.labels is not None else ()), *self.reply_models)
 
 
 class Steps(Value):
@@ -196,9 +195,9 @@ Budget = Annotated[
 
 
 class Lora(Value):
-    """Only a low-rank change of some projections learns (Hu et al. 2022): alpha / rank times B A, B zero at the start.
+    """Trains only low-rank changes of projections (Hu et al. 2022): alpha / rank times B A, B zero at the start.
 
-    `targets` are logical: where a family keeps several projections in one matrix, each has a pair of its own.
+    `targets` are logical: where a family keeps several projections in one matrix, each has its own pair.
     """
 
     kind: Literal["lora"]
@@ -215,9 +214,9 @@ How = Annotated[
 
 
 class Optimizer(Value):
-    """Decoupled decay on matrices, linear warm-up, then `schedule` down to `min_lr_ratio` times `lr`.
+    """Decoupled weight decay on matrices, linear warm-up, then `schedule` down to `min_lr_ratio` times `lr`.
 
-    `adamw_8bit` keeps both moments in 8 bits; `adafactor` keeps rows and columns of the second, and takes no betas.
+    `adamw_8bit` keeps both moments in 8 bits; `adafactor` keeps row and column means of the second, and takes no betas.
     """
 
     kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
@@ -230,29 +229,36 @@ class Optimizer(Value):
     min_lr_ratio: Fraction = 0.0
     max_grad_norm: Positive | None = 1.0  # norm of this model's gradient
 
+    def lr_factor(self, step: int, num_steps: int) -> float:
+        """Computes the learning rate of optimizer step `step` (from 0) as a fraction of `lr`."""
+        num_warmup = round(self.warmup * num_steps)
+        if step < num_warmup:
+            return (step + 1) / num_warmup
+        if self.schedule == "constant":
+            return 1.0
+        done = (step - num_warmup) / max(1, num_steps - num_warmup)
+        shape = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
+
 
 class Phase(Value):
     """One stage of training."""
 
     train: dict[Name, How] = Field(min_length=1)
-    start: dict[
-        Name, str
-    ] = {}  # model -> phase, or phase@fraction; by default the latest earlier phase that trained it
+    # model -> phase, or phase@fraction; by default the latest earlier phase that trained the model
+    start: dict[Name, str] = {}
     streams: dict[Name, Stream] = {"main": Stream()}
     terms: dict[Name, Term] = Field(min_length=1)
     budget: Budget
-    batch: int = Field(ge=1)  # sequences of a step over all workers; the micro-batch is found, not chosen
-    optimizer: Annotated[dict[Name, Optimizer], single("lr", "all")]  # by model; `all` for each that is not named
+    batch: int = Field(ge=1)  # sequences of a step over all workers; the micro-batch follows from the memory
+    optimizer: Annotated[dict[Name, Optimizer], single("lr", "all")]  # by model; `all` for each model not named
     seed: Literal["trial", "shared"] = "trial"
     evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
-    save_at: tuple[
-        Annotated[float, Field(gt=0, lt=1)], ...
-    ] = ()  # weights are kept at these fractions too: `phase@0.5`
-    eval_only: tuple[Name, ...] = Field(
-        (), exclude_if=lambda names: not names
-    )  # further data: each trained model, on test
-    gradient_checkpointing: bool = Field(False, exclude_if=lambda is_on: not is_on)  # activations, to save memory
-    for_each_dataset: tuple[Name, ...] = ()  # fan out: once for each of these data sets, as phase[data], never chained
+    # fractions at which weights are kept, as `phase@0.5`
+    save_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    eval_only: tuple[Name, ...] = ()  # further data, on whose test split each trained model is evaluated
+    gradient_checkpointing: bool = False
+    for_each_dataset: tuple[Name, ...] = ()  # run once for each of these data sets, as phase[data], never chained
 
     @property
     def pace(self) -> str:
@@ -262,19 +268,28 @@ class Phase(Value):
     def optimizer_of(self, model: str) -> Optimizer:
         return self.optimizer.get(model) or self.optimizer["all"]
 
-    def without_what_is_off(self) -> Phase:
-        """Without terms of weight zero, and without the models that then learn nothing."""
-        terms = {name: term for name, term in self.terms.items() if not is_off(term.weight)}
-        taught = {target(term) for term in terms.values()}
-        streams = {n: s for n, s in self.streams.items() if any(t.on == n for t in terms.values())}
-        used = taught | {model for term in terms.values() for model in reads(term)} | set(makers(streams))
-        return self.model_copy(
+    @property
+    def taught(self) -> set[str]:
+        """The models that a term teaches."""
+        return {term.target for term in self.terms.values()}
+
+    @property
+    def models(self) -> set[str]:
+        """The models that the phase trains or reads."""
+        of_terms = {model for term in self.terms.values() for model in term.reads}
+        return of_terms | {model for stream in self.streams.values() for model in stream.models}
+
+    def pruned(self) -> Phase:
+        """Drops terms of weight zero, and the models that then learn nothing."""
+        terms = {name: term for name, term in self.terms.items() if not term.weight.is_off}
+        used = {term.on for term in terms.values()}
+        streams = {name: stream for name, stream in self.streams.items() if name in used}
+        lean = self.model_copy(update={"terms": terms, "streams": streams})
+        return lean.model_copy(
             update={
-                "terms": terms,
-                "train": {model: how for model, how in self.train.items() if model in taught},
-                "start": {model: start for model, start in self.start.items() if model in used},
-                "optimizer": {model: self.optimizer_of(model) for model in self.train if model in taught},
-                "streams": streams,
+                "train": {model: how for model, how in self.train.items() if model in lean.taught},
+                "start": {model: start for model, start in self.start.items() if model in lean.models},
+                "optimizer": {model: self.optimizer_of(model) for model in self.train if model in lean.taught},
             }
         )
 
@@ -283,26 +298,16 @@ class Phase(Value):
         for name, term in self.terms.items():
             if term.on not in self.streams:
                 raise ValueError(f"term {name!r} reads stream {term.on!r}; there is {', '.join(self.streams)}")
-        taught = {target(term) for term in self.terms.values()}
         for model in self.train:
-            if model not in taught:
+            if model not in self.taught:
                 raise ValueError(f"model {model!r} is trained but no term teaches it")
             if "all" not in self.optimizer and model not in self.optimizer:
                 raise ValueError(f"no optimizer for model {model!r}")
         for model in set(self.optimizer) - set(self.train) - {"all"}:
             raise ValueError(f"optimizer for {model!r}, which this phase does not train")
         for name, term in self.terms.items():
-            if target(term) not in self.train:
-                raise ValueError(f"term {name!r} teaches {target(term)!r}, which this phase does not train")
+            if term.target not in self.train:
+                raise ValueError(f"term {name!r} teaches {term.target!r}, which this phase does not train")
         if not self.evaluate or self.evaluate[-1] != 1.0 or list(self.evaluate) != sorted(set(self.evaluate)):
             raise ValueError("evaluate must rise and end in 1")
         return self
-
-
-def makers(streams: Mapping[str, Stream]) -> Iterator[str]:
-    """The models whose predictions label a stream, or that make its replies."""
-    for stream in streams.values():
-        if stream.labels is not None:
-            yield from stream.labels.of
-        if stream.replies is not None:
-            yield from stream.replies.makers

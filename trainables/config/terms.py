@@ -1,63 +1,91 @@
-"""Terms: named, weighted losses of one model, or flows between models; and weights over a phase's budget."""
+"""Terms: named, weighted losses of one model, or flows from one model to another.
+
+A term is a value that knows which models it reads, which one it teaches, what its loss is computed from and averaged
+over, and its own state. Its loss is a pure function of tensors in `trainables.losses.terms`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
+from trainables.config.layer_maps import LayerMap, Pairs, layer_pairs
+from trainables.config.schedules import Constant, OffWhenBetter, State, Weight
 from trainables.config.value import Fraction, Name, Positive, Value
 
 
-class Linear(Value):
-    """From `start` to `end` in a straight line over the phase's budget."""
+class _Term(Value):
+    """How every term behaves, unless its class says otherwise."""
 
-    kind: Literal["linear"]
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
+    inputs: ClassVar[Literal["logits", "hidden_states", "attention_scores", "relations"]] = "logits"
+    has_state: ClassVar[bool] = False  # whether `next_state` is to be called after each step
+
+    kind: str
+    on: Name = "main"  # the stream
+    weight: Weight = Constant(1.0)
+
+    @property
+    def source(self) -> str | None:
+        """The model whose outputs are the target, or None for a hard loss."""
+        return None
+
+    @property
+    def target(self) -> str:
+        """The one model that the gradient reaches."""
+        raise NotImplementedError
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The models whose outputs the term needs."""
+        return (self.target,) if self.source is None else (self.source, self.target)
+
+    @property
+    def averaged_over(self) -> Literal["labels", "tokens", "rows"]:
+        """What the sum that the loss gives is divided by."""
+        return "labels" if self.inputs == "logits" else "tokens"
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether a learnt matrix takes the states of `to` to the width of `from`."""
+        return False
+
+    @property
+    def formula(self) -> str:
+        """The loss as the plan prints it, behind its weight."""
+        raise NotImplementedError
+
+    def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
+        """Pairs the layers that are compared, as (from, to). Raises ValueError where no layers correspond."""
+        return ()
+
+    def at_state(self, state: State) -> Self:
+        """The term as it is at a step."""
+        return self
+
+    def next_state(self, state: State, loss: float, progress: float) -> State:
+        """Computes the state after a step from the mean loss of its global batch and the progress before it; at first
+        empty."""
+        return state
 
 
-class Cosine(Value):
-    """From `start` to `end` along half a cosine over the phase's budget."""
-
-    kind: Literal["cosine"]
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
-
-
-class Step(Value):
-    """`start` until the fraction `at` of the budget, `end` from there on."""
-
-    kind: Literal["step"]
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
-    at: Fraction
-
-
-class OffWhenBetter(Value):
-    """`weight` until `to` beats `from` on dev (looked at each evaluation), then zero for good (DWT's off-switch)."""
-
-    kind: Literal["off_when_better"]
-    weight: float = Field(gt=0)
-
-
-Schedule = Annotated[Linear | Cosine | Step | OffWhenBetter, Field(discriminator="kind")]
-Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
-    Discriminator(lambda value: "number" if isinstance(value, int | float | str | None) else "schedule"),
-]
-
-
-class CrossEntropy(Value):
+class CrossEntropy(_Term):
     """The hard loss of one model: cross-entropy with the stream's labels, mean over supervised positions.
 
-    Where the labels are numbers (regression): squared error, the cross-entropy of a Gaussian but for constants.
+    Where the labels are numbers (regression): squared error, the cross-entropy of a Gaussian up to constants.
     """
 
     kind: Literal["cross_entropy"]
     of: Name
-    on: Name = "main"
-    weight: Weight = 1.0
+
+    @property
+    def target(self) -> str:
+        return self.of
+
+    @property
+    def formula(self) -> str:
+        return f"cross-entropy of {self.of}"
 
     @model_validator(mode="after")
     def _only_a_flow_can_switch_off_when_better(self) -> CrossEntropy:
@@ -66,26 +94,44 @@ class CrossEntropy(Value):
         return self
 
 
-class _Flow(Value):
-    """A loss whose gradient reaches only `to`; what `from` gives is detached."""
+class _Flow(_Term):
+    """A loss whose gradient reaches only `to`; the outputs of `from` are detached."""
 
     from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
     to: Name
-    on: Name = "main"
-    weight: Weight = 1.0
+
+    @property
+    def source(self) -> str:
+        return self.from_
+
+    @property
+    def target(self) -> str:
+        return self.to
+
+    @property
+    def formula(self) -> str:
+        values = self.model_dump(mode="json", exclude={*_Flow.model_fields, "kind"}).items()
+        about = ", ".join(f"{name} {value}" for name, value in values if value)
+        return f"{self.kind}({self.from_} → {self.to}; {about}), gradient into {self.to} only"
 
     @model_validator(mode="after")
-    def _a_flow_joins_two_models(self) -> _Flow:
+    def _a_flow_joins_two_models(self) -> Self:
         if self.from_ == self.to:
             raise ValueError(f"flows from {self.from_!r} to itself")
         return self
 
 
 class _Soft(_Flow):
-    """At the logits, at the supervised positions. Where they are numbers (regression), squared difference instead."""
+    """At the logits of supervised positions. Where these are numbers (regression): squared difference."""
 
     temperature: Positive = 1.0  # of both sides
     tau_squared: bool  # no default: papers disagree, so every study states it
+
+    @property
+    def formula(self) -> str:
+        factor = f"τ²={self.temperature**2:g} x " if self.tau_squared else ""
+        flow = f"{self.kind}({self.from_} → {self.to}) at τ={self.temperature:g}"
+        return f"{factor}{flow}, gradient into {self.to} only"
 
 
 class ForwardKL(_Soft):
@@ -134,8 +180,8 @@ class TotalVariation(_Soft):
 
 
 class AdaptiveKL(_Soft):
-    """KL(from || to) and KL(to || from), each position's share by where the sides differ more: in the head of `from`, its
-    likeliest tokens up to the mass `head`, or in the tail (AKL, Wu et al. 2024)."""
+    """KL(from || to) and KL(to || from), each position's share by where the sides differ more: in the head of `from`,
+    its likeliest tokens up to the mass `head`, or in the tail (AKL, Wu et al. 2024)."""
 
     kind: Literal["adaptive_kl"]
     head: float = Field(0.5, gt=0, lt=1)
@@ -144,9 +190,13 @@ class AdaptiveKL(_Soft):
 class InterpolatedKL(_Soft):
     """KL(p_t || to), where the logits of p_t are t of `from` and 1 - t of `to`, detached (TAID, Shing et al. 2025).
 
-    t rises from `start` to `end` over the budget, and faster while the loss falls: by alpha sigmoid(m) (1 - t) a step, m
-    the relative fall of the loss, averaged with momentum `beta`.
+    t rises from `start` to `end` over the budget, and faster while the loss falls: by alpha sigmoid(m) (1 - t) a step,
+    m the relative fall of the loss, averaged with momentum `beta`; t is never below the straight line from `start` to
+    `end`. As in the authors' code the first step only sets the loss that the second is compared with. There the loss is
+    a cross-entropy with the target, here the true divergence: its relative falls are larger.
     """
+
+    has_state: ClassVar[bool] = True
 
     kind: Literal["interpolated_kl"]
     start: Fraction = 0.4
@@ -160,6 +210,20 @@ class InterpolatedKL(_Soft):
             raise ValueError(f"t rises: end {self.end:g} is below start {self.start:g}")
         return self
 
+    def at_state(self, state: State) -> InterpolatedKL:
+        """The term whose `start` is the t of the step."""
+        return self.model_copy(update={"start": state["t"]}) if state else self
+
+    def next_state(self, state: State, loss: float, progress: float) -> State:
+        if not state:
+            return {"t": self.start, "momentum": 0.0, "loss": loss}
+        fall = (state["loss"] - loss) / (state["loss"] + 1e-15)
+        momentum = self.beta * state["momentum"] + (1 - self.beta) * fall
+        sigmoid = (1 + math.tanh(momentum / 2)) / 2  # does not overflow
+        risen = state["t"] + self.alpha * sigmoid * (1 - state["t"])
+        line = self.start + (self.end - self.start) * progress
+        return {"t": min(self.end, max(line, risen)), "momentum": momentum, "loss": loss}
+
 
 class RankCorrelation(_Soft):
     """1 - the correlation of soft ranks among the `top` likeliest tokens of either side (RLKD, 2025)."""
@@ -169,55 +233,85 @@ class RankCorrelation(_Soft):
     strength: Positive = 1.0  # of the regularisation that makes ranks soft
 
 
-LayerMap = Annotated[
-    Annotated[Literal["even", "last", "uniform", "top"], Tag("name")]
-    | Annotated[tuple[tuple[int, int], ...], Tag("pairs")],
-    Discriminator(lambda value: "name" if isinstance(value, str) else "pairs"),
-]
+class _Hidden(_Flow):
+    inputs: ClassVar = "hidden_states"
+
+    projector: bool = False
+
+    @property
+    def has_projector(self) -> bool:
+        return self.projector
 
 
-class HiddenMSE(_Flow):
-    """Mean squared error between outputs of layers; `layers` pairs them, (from, to) counted from 1 as they are executed.
+class HiddenMSE(_Hidden):
+    """Mean squared error between outputs of layers, paired by `layers` (see `layer_maps.layer_pairs`).
 
-    `even`: output j of m layers, the last one not, with layer j L / m where that is whole; `last`: the last but one of both
-    and so on; `uniform`: every one, embeddings too; `top`: the last with the last. `first`: only each sequence's first
-    position; `normalise`: vectors of length one. Patient KD (Sun et al. 2019) is `even`, `first`, normalised; TinyBERT's
-    (Jiao et al. 2020) `uniform` with a projector. `projector`: a learnt matrix takes `to`'s outputs to `from`'s width.
+    `first`: only each sequence's first position; `normalise`: vectors of length one; `projector`: a learnt matrix takes
+    the outputs of `to` to the width of `from`. Patient KD (Sun et al. 2019) is `even`, `first`, normalised; TinyBERT's
+    (Jiao et al. 2020) `uniform` with a projector.
     """
 
     kind: Literal["hidden_mse"]
     layers: LayerMap = "even"
     positions: Literal["first", "all"] = "all"
     normalise: bool = False
-    projector: bool = False
+
+    @property
+    def averaged_over(self) -> Literal["tokens", "rows"]:
+        return "rows" if self.positions == "first" else "tokens"
+
+    def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
+        """Patient KD's maps leave out the last layer: a `to` of one layer has no pairs and the loss 0, as published."""
+        pairs = layer_pairs(self.layers, num_from, num_to)
+        return pairs if self.layers in ("even", "last") and num_to == 1 else _not_empty(pairs)
 
 
-class HiddenCosine(_Flow):
+class HiddenCosine(_Hidden):
     """1 - cosine between the last hidden states at every token (DistilBERT, Sanh et al. 2019)."""
 
     kind: Literal["hidden_cosine"]
-    projector: bool = False
+
+    def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
+        return ((num_from, num_to),)
 
 
 class AttentionMSE(_Flow):
     """Mean squared error between attention scores before the softmax (TinyBERT); both need the same number of heads."""
 
+    inputs: ClassVar = "attention_scores"
+
     kind: Literal["attention_mse"]
     layers: LayerMap = "uniform"
 
+    def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
+        pairs = layer_pairs(self.layers, num_from, num_to)
+        return _not_empty(tuple(pair for pair in pairs if 0 not in pair))  # the embeddings attend to nothing
+
 
 class RelationKL(_Flow):
-    """KL between relations of queries, of keys and of values, in `heads` relation heads of one layer each (MiniLMv2, Wang
-    et al. 2021). Layers are counted from 1; by default the last ones. Widths may differ."""
+    """KL between relations of queries, of keys and of values, in `heads` relation heads of one layer each (MiniLMv2,
+    Wang et al. 2021). Layers are counted from 1; by default the last ones. Widths may differ."""
+
+    inputs: ClassVar = "relations"
 
     kind: Literal["relation_kl"]
     heads: int = Field(ge=1)
     from_layer: int | None = Field(None, ge=1)
     to_layer: int | None = Field(None, ge=1)
 
+    def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
+        return layer_pairs(((self.from_layer or num_from, self.to_layer or num_to),), num_from, num_to)
 
-Flow = (
-    ForwardKL
+
+def _not_empty(pairs: Pairs) -> Pairs:
+    if not pairs:
+        raise ValueError("no layers correspond; expected another map, or explicit pairs")
+    return pairs
+
+
+Term = Annotated[
+    CrossEntropy
+    | ForwardKL
     | ReverseKL
     | Jeffreys
     | JSD
@@ -227,30 +321,9 @@ Flow = (
     | AdaptiveKL
     | InterpolatedKL
     | RankCorrelation
-)
-AtLogits = CrossEntropy | Flow
-Inner = HiddenMSE | HiddenCosine | AttentionMSE | RelationKL  # inside the models, not at their logits
-Term = Annotated[AtLogits | Inner, Field(discriminator="kind")]
-
-
-def target(term: Term) -> str:
-    """The one model that the term's gradient reaches."""
-    return term.of if isinstance(term, CrossEntropy) else term.to
-
-
-def reads(term: Term) -> tuple[str, ...]:
-    """The models whose outputs the term needs."""
-    return (term.of,) if isinstance(term, CrossEntropy) else (term.from_, term.to)
-
-
-def is_off(weight: Weight) -> bool:
-    """Whether the weight is zero all the way: the term is then not there at all."""
-    match weight:
-        case OffWhenBetter():
-            return False
-        case Step(at=0):
-            return weight.end == 0
-        case Linear() | Cosine() | Step():
-            return weight.start == weight.end == 0
-        case _:
-            return weight == 0
+    | HiddenMSE
+    | HiddenCosine
+    | AttentionMSE
+    | RelationKL,
+    Field(discriminator="kind"),
+]

@@ -1,4 +1,4 @@
-"""What all parts of a spec are made of, and their canonical hash."""
+"""Frozen values with strict fields, and their canonical hash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Value(BaseModel):
 
 
 def by_key(*keys: str) -> Discriminator:
-    """Tells members of a union apart by the key that each must have, so that an error speaks of one of them only."""
+    """Tells members of a union apart by the key that each must have, so that an error names one member only."""
 
     def find(value: Any) -> str | None:
         if isinstance(value, Mapping):
@@ -36,16 +36,16 @@ def by_key(*keys: str) -> Discriminator:
 
 
 def single(key: str, name: str) -> BeforeValidator:
-    """Lets one value stand for a mapping: `{key: …}` is read as `{name: {key: …}}`."""
+    """Reads one value as a mapping: `{key: …}` as `{name: {key: …}}`."""
     return BeforeValidator(lambda v: {name: v} if isinstance(v, Mapping) and key in v else v)
 
 
 def digest(value: Any, num_hex: int = 64) -> str:
-    """SHA-256 of the canonical JSON of a value."""
+    """Returns hex digits of the SHA-256 of the canonical JSON of a value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:num_hex]
 
 
 def random_stream(*purpose: str | int | float) -> int:
-    """A 63-bit seed for one purpose: (seed, what for, whose, when). Independent of any order of construction."""
+    """Returns a 63-bit seed for one purpose, e.g. (seed, "mask", phase, stream, step), whatever was drawn before."""
     return int(digest(list(purpose), 16), 16) >> 1

@@ -1,1 +1,1 @@
-"""Text in, sequences of tokens out: sources, splits, tokenizer, packed files, masks. Knows no model and no phase."""
+"""From sources of text to batches of tokens: splits, tokenizers, files, masks. Knows no model and no phase."""

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on a corpus, or pretrained. Each ends as an ordinary Hugging Face folder."""
+"""Tokenizers, trained on a data set or pretrained; each is saved as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBE = "The naïve Café's  RÉSUMÉ, don't_split: 1,234.5e-6 x[0] = {'key': \"
 
 
 def train_wordpiece(texts: Sequence[str], size: int) -> Any:
-    """A lower-casing BERT tokenizer with `size` entries at most. The same texts give the same vocabulary."""
+    """Trains a lower-casing BERT tokenizer with `size` entries at most. The same texts give the same vocabulary."""
     normalizer = normalizers.BertNormalizer(lowercase=True)
     counts: Counter[str] = Counter()
     for text in texts:
@@ -59,7 +59,7 @@ def train_wordpiece(texts: Sequence[str], size: int) -> Any:
 
 
 def load_pretrained(spec: PretrainedTokenizer) -> Any:
-    """From a folder if there is one, else from the hub."""
+    """Loads a tokenizer from a folder if there is one, else from the hub."""
     folder = Path(spec.name).expanduser()
     if not folder.is_dir() and spec.name.startswith(("/", ".", "~")):
         raise DataError(f"tokenizer: there is no folder {spec.name!r}; name a tokenizer's folder or a hub id")
@@ -76,30 +76,42 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
 
 
 def open_tokenizer(folder: str) -> Any:
-    """From a folder that `prepare` wrote."""
+    """Opens a tokenizer in a folder that `prepare` wrote."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def chat_template(tokenizer: Any) -> str:
+    """Returns the template of a chat model's tokenizer. Raises DataError where there is none."""
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError:  # there is none, or several without a default
+        raise DataError(
+            "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
+            "tokenizer of a chat model"
+        ) from None
+    return template
+
+
 def num_ids(tokenizer: Any) -> int:
-    """One more than its greatest id. That is `len`, but where a vocabulary has gaps."""
+    """Returns one more than the greatest id: `len`, unless the vocabulary has gaps."""
     greatest: int = max(tokenizer.get_vocab().values())
     return max(len(tokenizer), 1 + greatest)
 
 
 def identity(tokenizer: Any) -> str:
-    """Hash of the sorted token -> id map: equal where logits of two models mean the same tokens."""
+    """Hashes the sorted token -> id map: equal where logits of two models mean the same tokens."""
     return digest(sorted(tokenizer.get_vocab().items()), 16)
 
 
 def behaviour(tokenizer: Any) -> str:
-    """Hash of whatever of a tokenizer changes the ids of a corpus; where it lies does not count."""
+    """Hashes all of a tokenizer that changes the ids of a corpus; its path does not count."""
     return digest([identity(tokenizer), encode(tokenizer, [PROBE]), ends(tokenizer), special_ids(tokenizer)], 16)
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, is_template: bool = False) -> list[list[int]]:
-    """Ids of each text, to which no special tokens are added: `[MASK]` written in a text is text.
+    """Encodes texts without adding special tokens; `[MASK]` written in a text is text.
 
-    `is_template`: special tokens are what they are, since a chat template is made of them.
+    `is_template`: special tokens in the texts are special, since a chat template is made of them.
     """
     encoded: list[list[int]] = tokenizer(
         list(texts),
@@ -113,17 +125,17 @@ def encode(tokenizer: Any, texts: Sequence[str], *, is_template: bool = False) -
 
 
 def ends(tokenizer: Any) -> tuple[int | None, int | None]:
-    """(what starts a sequence, what ends a document): [CLS] or BOS, [SEP] or EOS, or None."""
+    """Returns the tokens that (start a sequence, end a document): [CLS] or BOS, [SEP] or EOS, or None."""
     pairs = ((tokenizer.cls_token_id, tokenizer.bos_token_id), (tokenizer.sep_token_id, tokenizer.eos_token_id))
     start, end = (first if first is not None else second for first, second in pairs)
     return start, end
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Never supervised under masking and never drawn."""
+    """Returns the ids that are never masked and never drawn."""
     return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def _splits_words(char: str) -> bool:
-    """Whether BERT's pre-tokenizer makes a word of its own of it, so that it never continues one."""
+    """Whether BERT's pre-tokenizer makes a word of the character, so that it never continues a word."""
     return unicodedata.category(char).startswith("P") or (char.isascii() and not char.isalnum())

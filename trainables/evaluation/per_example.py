@@ -1,10 +1,10 @@
-"""TODO."""
+"""What every evaluation returns: metrics of a split, and the loss and prediction of each example."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROWS = 32  # sequences of an evaluation batch; no number depends on it beyond float error
+from trainables.config.phase import Masking
+from trainables.config.session import Ranks, SingleProcess
 
-
-LOGITS = 2**27  # numbers of whole logits that are there at once where replies are scored
-
+ROWS = 32  # sequences of an evaluation batch
+LOGITS = 2**27  # numbers of whole logits in memory at once where replies are scored
 
 Floats = NDArray[np.float64]
 
 
 class Scored(NamedTuple):
-    """How a model does on a split: over all, and on each example E."""
+    """The scores of a model on a split: over all examples, and on each example E."""
 
     metrics: dict[str, float]
     labels_E: Floats | None  # class or number; None for a corpus, as `predictions_E`
@@ -32,9 +32,37 @@ class Scored(NamedTuple):
     parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
 
 
+class Targets(NamedTuple):
+    """What a stream supervises, where that is not what the data set itself says."""
+
+    corruption: Masking | None = None  # of a corpus; None: the next token
+    labels_E: Tensor | None = None  # of a task, by another model; None: the labels of the data set
+
+
+DEFAULT_TARGETS = Targets()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an evaluation runs; no number depends on it beyond float error."""
+
+    device: str
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ranks: Ranks = field(default_factory=SingleProcess)
+    rows: int = ROWS  # sequences of a batch
+
+    def is_mine(self, index: int) -> bool:
+        """Whether this rank evaluates batch `index`."""
+        return index % self.ranks.world == self.ranks.rank
+
+    def total(self, values: Floats) -> Floats:
+        """Sums over the ranks."""
+        return np.asarray(self.ranks.total(values.tolist()))
+
+
 @dataclass
 class ExampleSums:
-    """Sums by example of what is known of supervised tokens."""
+    """Loss, number and correctness of supervised tokens, summed by example."""
 
     losses_E: Floats
     counts_E: Floats
@@ -50,11 +78,9 @@ class ExampleSums:
         np.add.at(self.counts_E, examples_N.numpy(), 1.0)
         self.correct += (logits_NV.argmax(-1) == labels_N).sum().item()
 
-    def over(self, session: Any) -> ExampleSums:
-        """Of all ranks."""
-        if not session:
-            return self
-        return ExampleSums(total(session, self.losses_E), total(session, self.counts_E), *session.total([self.correct]))
+    def over(self, on: Placement) -> ExampleSums:
+        """Sums over the ranks."""
+        return ExampleSums(on.total(self.losses_E), on.total(self.counts_E), *on.ranks.total([self.correct]))
 
     def metrics(self, kind: str) -> dict[str, float]:
         num = self.counts_E.sum()
@@ -69,11 +95,3 @@ def in_eval_mode(net: Any) -> Iterator[None]:
         yield
     finally:
         net.train(was_training)
-
-
-def is_mine(index: int, session: Any) -> bool:
-    return session is None or index % session.world == session.rank
-
-
-def total(session: Any, values: Floats) -> Floats:
-    return np.asarray(session.total(values.tolist()))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reads tokens with a model and its cache of keys and values; rows of a batch can be joined, dropped and cut back."""
 
 from __future__ import annotations
 
@@ -8,51 +8,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
+from trainables.generation.context import GenerationContext, GenerationError, Tokens
 
-class GenerationError(ValueError):
-    """A prompt that cannot be answered, or a model that cannot answer so; the message says which and why."""
-
-
-# layers that keep keys and values of tokens and nothing else, as configs name them
-KEEPING_TOKENS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+# layers whose only state is keys and values of tokens, as configs name them
+ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 
 
 def check(net: Any) -> None:
-    """Raises GenerationError for a model, of any device, that has no cache of keys and values to go on from."""
+    """Raises GenerationError for a model, on any device, without a standard cache of keys and values."""
     kinds = set(getattr(net.config.get_text_config(), "layer_types", None) or ())
-    if getattr(net, "_is_stateful", False) or cache_name(net) is None or kinds - KEEPING_TOKENS:
+    if getattr(net, "_is_stateful", False) or cache_name(net) is None or kinds - ATTENTION_LAYERS:
         raise _refused(net)
 
 
 def cache_name(net: Any) -> str | None:
-    """What the model's forward calls its cache, if it has one: `cache` since transformers 5.24."""
+    """Finds the argument of the model's forward that takes a cache, if any: `cache` since transformers 5.24."""
     takes = inspect.signature(net.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in takes), None)
 
 
 def _refused(net: Any) -> GenerationError:
-    kind = net.config.model_type
     return GenerationError(
-        f"a {kind} cannot answer: it keeps more than keys and values of tokens; expected llama, gpt2 …"
+        f"generation unsupported for a {net.config.model_type}: no standard KV cache; expected llama, gpt2 …"
     )
 
 
 class CachedModel:
-    """A model, and what it has read of each row. The last slot of every row is its last token; padding is on the left.
-
-    So whatever lies one slot further is one token further, as masks, windows and biases by distance take it to be.
+    """A model and the cache of the tokens that it has read. The last slot of every row is its last token; padding is on
+    the left, so that a distance in slots is a distance in tokens, as masks, windows and biases by distance assume.
     """
 
     def __init__(self, net: Any, vocab_size: int) -> None:
         self.net, self.vocab_size = net, vocab_size
-        self.cache = Cache(
-            layer_class_to_replicate=KeyValueCache
-        )  # windows are masks here: a layer that forgets cannot go back
+        # windows are masks here: a layer that forgets tokens could not be cut back
+        self.cache = Cache(layer_class_to_replicate=KeyValueCache)
         self.mask_BT: Tensor | None = None
         self.num_tokens = 0
         self.takes = inspect.signature(net.forward).parameters.keys()
@@ -61,29 +54,25 @@ class CachedModel:
         self.cache_name = cache_name(net)
 
     def read(self, ids_BT: Tensor, mask_BT: Tensor, num: int) -> Tensor:
-        """Reads on; logits after each of the last `num` tokens, [B, num, vocab_size]."""
+        """Reads further tokens; returns logits after each of the last `num`, [B, num, vocab_size]."""
         self.num_tokens += ids_BT.numel()
         self.mask_BT = mask_BT if self.mask_BT is None else torch.cat([self.mask_BT, mask_BT], 1)
         more: dict[str, Any] = {str(self.cache_name): self.cache}
         if "position_ids" in self.takes:
-            places_BT = (self.mask_BT.long().cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
-            # only what is thrown away lies beyond the last position
-            more["position_ids"] = places_BT if self.limit is None else places_BT.clamp_max(self.limit - 1)
+            position_ids_BT = (self.mask_BT.long().cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
+            # only tokens that are dropped afterwards lie beyond the last position
+            more["position_ids"] = position_ids_BT if self.limit is None else position_ids_BT.clamp_max(self.limit - 1)
         if "logits_to_keep" in self.takes:
             more["logits_to_keep"] = num
-        logits_BTV: Tensor = self.net(
-            input_ids=ids_BT,
-            attention_mask=self.mask_BT.long(),
-            use_cache=True,
-            **more,
-        ).logits
+        mask_BT = self.mask_BT.long()
+        logits_BTV: Tensor = self.net(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True, **more).logits
         if self.cache.get_seq_length() != self.mask_BT.shape[1]:
             raise _refused(self.net)
         return logits_BTV[:, -num:, : self.vocab_size].float()
 
     def join(self, others: Sequence[CachedModel]) -> None:
-        """Goes on with the rows of others, too, behind its own; the others are used up."""
-        masks = [one.mask_BT for one in (self, *others) if one.mask_BT is not None]
+        """Appends the rows of others, whose caches are emptied."""
+        masks = [each.mask_BT for each in (self, *others) if each.mask_BT is not None]
         longest = max(mask_BT.shape[1] for mask_BT in masks)
         self.mask_BT = torch.cat([functional.pad(mask_BT, (longest - mask_BT.shape[1], 0)) for mask_BT in masks])
         for own, *more in zip(self.cache.layers, *(other.cache.layers for other in others), strict=True):
@@ -91,7 +80,7 @@ class CachedModel:
         self.num_tokens += sum(other.num_tokens for other in others)
 
     def keep(self, rows_B: Tensor, drop_B: Tensor | None = None) -> None:
-        """Goes on with these rows only, each without its last `drop_B` tokens."""
+        """Keeps these rows only, each without its last `drop_B` tokens."""
         assert self.mask_BT is not None
         num, slots = self.mask_BT.shape
         drop_B = torch.zeros_like(rows_B) if drop_B is None else drop_B
@@ -108,19 +97,17 @@ class CachedModel:
             layer.take(rows_B, slots_BT)
 
 
-def prefill(
-    net: Any, vocab_size: int, prompts: Sequence[Tokens], pad_id: int, device: str
-) -> tuple[CachedModel, Tensor]:
-    """The prompts, shortest first, as the model has read them, and logits after each, [B, vocab_size].
+def prefill(net: Any, prompts: Sequence[Tokens], context: GenerationContext) -> tuple[CachedModel, Tensor]:
+    """Reads prompts, which are sorted by length; returns the model's cache, and logits after each, [B, vocab_size].
 
-    Read in four parts, since a padded place costs as much as a token: where lengths are spread evenly, parts spare three
-    quarters of the padding.
+    In four parts, since padding costs as much as tokens: where lengths are spread evenly, this saves three quarters of
+    it.
     """
     num_parts = 4 if len(prompts[0]) < len(prompts[-1]) else 1
     parts = [part.tolist() for part in np.array_split(np.arange(len(prompts)), num_parts) if len(part)]
-    readings = [CachedModel(net, vocab_size) for _ in parts]
+    readings = [CachedModel(net, context.vocab_size) for _ in parts]
     logits = [
-        reading.read(*left_padded([prompts[i] for i in part], pad_id, device), 1)[:, 0]
+        reading.read(*left_padded([prompts[i] for i in part], context), 1)[:, 0]
         for reading, part in zip(readings, parts, strict=True)
     ]
     if len(readings) > 1:
@@ -129,7 +116,7 @@ def prefill(
 
 
 class KeyValueCache(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [B, H, T, D] with room behind them, so that a further token does not copy all earlier ones."""
+    """Keys and values [B, H, T, D] with extra slots, so that a further token does not copy all earlier ones."""
 
     keys: Tensor
     values: Tensor
@@ -149,11 +136,12 @@ class KeyValueCache(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def join(self, others: Sequence[KeyValueCache]) -> None:
-        """The rows of others behind its own, their last tokens in the same slot. Layer by layer: one is held twice."""
+        """Appends the rows of others, their last tokens in the same slot. Layer by layer, to hold only a single layer
+        twice."""
         every = [self, *others]
         num, longest = sum(len(layer.keys) for layer in every), max(layer.get_seq_length() for layer in every)
-        # what is masked is multiplied by 0 and must be finite
-        rooms = [one.new_zeros((num, one.shape[1], _roomy(longest), one.shape[3])) for one in (self.keys, self.values)]
+        # masked values are multiplied by 0 and must be finite
+        rooms = [kv.new_zeros((num, kv.shape[1], _roomy(longest), kv.shape[3])) for kv in (self.keys, self.values)]
         start = 0
         for layer in every:
             stop = start + len(layer.keys)
@@ -165,33 +153,32 @@ class KeyValueCache(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, :longest] for room in rooms)
 
     def take(self, rows_B: Tensor, slots_BT: Tensor) -> None:
-        """Each of these rows, at these of its slots."""
+        """Keeps these rows, and of each these slots."""
         kept = [states[rows_B[:, None], :, slots_BT].transpose(1, 2) for states in (self.keys, self.values)]
         self._move(slots_BT.shape[1], kept, kept)
         assert self.rooms is not None
         self.keys, self.values = (room[:, :, : slots_BT.shape[1]] for room in self.rooms)
 
     def _move(self, least: int, like: Sequence[Tensor], states: Sequence[Tensor] | None) -> None:
-        """To rooms for `least` tokens and some, of the rows, heads, widths and types of `like`."""
-        rooms = [one.new_empty((*one.shape[:2], _roomy(least), one.shape[3])) for one in like]
-        for room, one in zip(rooms, states or (), strict=False):
-            room[:, :, : one.shape[2]] = one
+        """Allocates slots for `least` tokens and more, with other sizes and types as in `like`; copies `states`
+        there."""
+        rooms = [kv.new_empty((*kv.shape[:2], _roomy(least), kv.shape[3])) for kv in like]
+        for room, kv in zip(rooms, states or (), strict=False):
+            room[:, :, : kv.shape[2]] = kv
         self.rooms = (rooms[0], rooms[1])
 
 
 def _roomy(num: int) -> int:
-    """So many slots and some."""
+    """`num` slots and extra ones."""
     return num + num // 4 + 32
 
 
-Tokens = NDArray[np.int32]
-
-
-def left_padded(prompts: Sequence[Tokens], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
-    """[B, T] ids, and which of them are no padding."""
+def left_padded(prompts: Sequence[Tokens], context: GenerationContext) -> tuple[Tensor, Tensor]:
+    """Pads prompts to [B, T] ids, and a mask that is False at padding."""
     longest = max(map(len, prompts))
-    ids_BT = np.full((len(prompts), longest), pad_id, np.int64)
+    ids_BT = np.full((len(prompts), longest), context.pad_id, np.int64)
     for row, prompt in zip(ids_BT, prompts, strict=True):
         row[longest - len(prompt) :] = prompt
     lengths_B1 = torch.tensor([[len(prompt)] for prompt in prompts])
-    return torch.from_numpy(ids_BT).to(device), (torch.arange(longest) >= longest - lengths_B1).to(device)
+    mask_BT = torch.arange(longest) >= longest - lengths_B1
+    return torch.from_numpy(ids_BT).to(context.device), mask_BT.to(context.device)

@@ -1,10 +1,11 @@
-"""The terms of a stream from hidden states and head weights, so that no logits beyond a chunk of positions are ever there.
+"""Computes the terms of a stream from hidden states and head weights, with the logits of one chunk of positions at a
+time.
 
-The plain path, `losses.logits` on whole logits, keeps several tensors [N, V] for each side and term until the backward.
-Here a chunk of positions at a time goes through everything: the logits of all sides, each term by the same plain function,
-its gradient down to the logits by autograd, and from there by two matrix products to what made them. All gradients are
-there when the forward ends, of every side at once, for the matrix products of the plain path and no more. (Making the
-logits again in the backward, with `torch.utils.checkpoint`, would be shorter, but takes half as long again.)
+The plain path, `term_loss` on whole logits, keeps several tensors [N, V] for each side and term until the backward.
+Here each chunk of positions goes through the logits of all models, each term by the same plain function, its gradient
+down to the logits by autograd, and from there by two matrix products to hidden states and head. All gradients are
+computed in the forward, with the matrix products of the plain path and no more. (Computing the logits again in the
+backward, with `torch.utils.checkpoint`, would be shorter, but takes half as long again.)
 
 Legend: N positions, C positions of a chunk, V vocabulary, D width of a side.
 """
@@ -20,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainables.config.terms import AtLogits, CrossEntropy, reads, target
-from trainables.losses.logits import cross_entropy, divergence
+from trainables.config.terms import Term
+from trainables.losses.terms import term_loss
 
 
 class LogitSource(NamedTuple):
-    """What makes a model's logits: hidden @ weight.T + bias. What requires a gradient learns; the rest is frozen.
+    """The tensors of a model's logits: hidden @ weight.T + bias. A tensor that requires a gradient learns.
 
-    Without a weight `hidden` are the logits themselves, [N, V]: for a model whose head is more than a linear layer.
+    Without a weight `hidden` holds the logits themselves, [N, V]: for a model whose head is more than a linear layer.
     """
 
     hidden_ND: Tensor
@@ -36,38 +37,38 @@ class LogitSource(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """`loss`: the weighted sum of all terms, with every gradient. `values`: each term by itself, for the record only."""
+    """`loss`: the weighted sum of all terms, with every gradient. `values`: each term's own sum, detached."""
 
     loss: Tensor
     values: dict[str, Tensor]
 
 
 def chunked_terms(
-    sides: Mapping[str, LogitSource],
+    sources: Mapping[str, LogitSource],
     labels_N: Tensor,
-    terms: Mapping[str, AtLogits],
+    terms: Mapping[str, Term],
     weights: Mapping[str, float],
     *,
     chunk: int,
     vocab_size: int | None = None,
 ) -> Fused:
-    """All terms over the same N positions, `chunk` of them at a time; `sides` by the model's name.
+    """Computes all terms over the same N positions, `chunk` of them at a time; `sources` by the model's name.
 
-    Values are sums over positions, nats, as the plain functions give them: what they are to be divided by belongs in the
-    weights. A flow's gradient reaches only `to`; a term of weight zero has a value and no gradient. A side with more rows
-    than another, or than `vocab_size`, which pads its embeddings, is cut to the fewest. Under autocast, and it is to be called there, products
-    are in its type, softmax and sums in fp32, as in the plain path.
+    Values are sums over positions, in nats, as the plain functions give them; the weights contain the divisors. A
+    flow's gradient reaches only `to`; a term of weight zero has a value and no gradient. A side with more rows than
+    another, or than `vocab_size` (embeddings may be padded), is cut to the fewest. To be called under autocast, if
+    there is one: products are in its type, softmax and sums in fp32, as in the plain path.
 
     Memory: a few tensors [C, V] at a time, and until the backward a gradient for each tensor that learns.
     """
-    read = dict.fromkeys(model for term in terms.values() for model in reads(term))
-    taught = {target(term) for name, term in terms.items() if weights[name]} if torch.is_grad_enabled() else set()
-    fewest = min(num_rows(sides[model]) for model in read)
+    read = dict.fromkeys(model for term in terms.values() for model in term.reads)
+    taught = {term.target for name, term in terms.items() if weights[name]} if torch.is_grad_enabled() else set()
+    fewest = min(num_rows(sources[model]) for model in read)
     fewest = fewest if vocab_size is None else min(fewest, vocab_size)
-    heads = {model: _head(sides[model], fewest, is_taught=model in taught) for model in read}
-    values = _walk(heads, labels_N, terms, weights, chunk)
+    heads = {model: _head(sources[model], fewest, is_taught=model in taught) for model in read}
+    values = _walk(heads, labels_N, terms, weights, chunk=chunk)
     loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()
-    pairs = [pair for model in read for pair in zip(sides[model], heads[model].gradients, strict=True)]
+    pairs = [pair for model in read for pair in zip(sources[model], heads[model].gradients, strict=True)]
     learning = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
     if learning:
         loss = _Known.apply(loss, [gradient for _, gradient in learning], *(tensor for tensor, _ in learning))  # type: ignore[no-untyped-call]
@@ -75,21 +76,18 @@ def chunked_terms(
 
 
 def _walk(
-    heads: Mapping[str, _Head],
-    labels_N: Tensor,
-    terms: Mapping[str, AtLogits],
-    weights: Mapping[str, float],
-    chunk: int,
+    heads: Mapping[str, _Head], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float], *, chunk: int
 ) -> dict[str, Tensor]:
-    """Each term's value; the gradients of their weighted sum are left with the heads."""
+    """Computes each term's value, and adds the gradients of their weighted sum to the heads."""
     values: dict[str, Tensor] = {}
     for start in range(0, max(1, len(labels_N)), chunk):  # where there is no position, one empty chunk
         part = slice(start, start + chunk)
         logits = {model: head.logits(part) for model, head in heads.items()}
         for name, term in terms.items():
             with torch.enable_grad():
-                value = _value(term, logits, labels_N[part])
-                if logits[target(term)].requires_grad and weights[name]:  # one term at a time has tensors [C, V]
+                # no variable holds the source's logits beyond this line: memory
+                value = term_loss(term, term.source and logits[term.source], logits[term.target], labels_N[part])
+                if logits[term.target].requires_grad and weights[name]:  # one term at a time has tensors [C, V]
                     (weights[name] * value).backward()  # type: ignore[no-untyped-call]
             values[name] = values[name] + value.detach() if name in values else value.detach()
         for model, head in heads.items():
@@ -99,15 +97,9 @@ def _walk(
     return values
 
 
-def _value(term: AtLogits, logits: Mapping[str, Tensor], labels_C: Tensor) -> Tensor:
-    if isinstance(term, CrossEntropy):
-        return cross_entropy(logits[term.of], labels_C)
-    return divergence(term, logits[term.from_], logits[term.to])
-
-
 @dataclass(frozen=True)
 class _Head:
-    """A side on its way: as the products see it, and the gradients so far (None for what does not learn)."""
+    """A side as the products use it, and its gradients so far (None for a frozen tensor)."""
 
     hidden_ND: Tensor
     weight_VD: Tensor | None  # in the type of the products
@@ -117,7 +109,7 @@ class _Head:
 
     @torch.no_grad()
     def logits(self, part: slice) -> Tensor:
-        """[C, V]; a leaf, if anything of this side learns."""
+        """[C, V]; a leaf that requires a gradient, if any tensor of this side learns."""
         if self.weight_VD is None:
             logits_CV = self.hidden_ND[part, : self.num_rows].detach()
         else:
@@ -126,7 +118,7 @@ class _Head:
 
     @torch.no_grad()
     def take(self, part: slice, slope_CV: Tensor) -> None:
-        """Adds what a chunk gives, from the gradient of its logits."""
+        """Adds the gradients of a chunk, from the gradient of its logits."""
         hidden, weight, bias = self.gradients
         if hidden is not None:
             if self.weight_VD is None:
@@ -154,7 +146,8 @@ def _head(side: LogitSource, num_rows: int, *, is_taught: bool) -> _Head:
 
 
 def _as_multiplied(tensor: Tensor) -> Tensor:
-    """In the type that autocast gives to products, once for all chunks: of a slice autocast itself keeps no copy."""
+    """Casts to the type that autocast gives to products, once for all chunks: autocast does not cache casts of
+    slices."""
     kind = tensor.device.type
     is_cast = kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32
     return tensor.to(torch.get_autocast_dtype(kind)) if is_cast else tensor
@@ -166,7 +159,7 @@ def num_rows(side: LogitSource) -> int:
 
 
 class _Known(torch.autograd.Function):
-    """A number whose gradients are there already."""
+    """A number whose gradients have already been computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_tensors: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Soft ranks of a few items, and how two sides' ranks of the same items correlate: a Spearman correlation with a gradient.
+"""Soft ranks of a few items, and the correlation of two sides' ranks: a Spearman correlation with a gradient.
 
-Legend: N positions, V vocabulary, K items of a position (some of them twice: those are masked out).
+Legend: N positions, V vocabulary, K items of a position (repeated items are masked out).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def union(from_NV: Tensor, to_NV: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest of each side, [N, 2 top], and which of these count: each token once.
+    """Finds the `top` largest of each side, [N, 2 top], and a mask in which each token counts once.
 
-    (RLKD's code leaves in what is twice in a position, unless that is so at all of them.)
+    (RLKD's code keeps tokens that are repeated in a position, unless they are repeated at all positions.)
     """
     top = min(top, from_NV.shape[-1])
     from_NK, to_NK = (side.detach().topk(top, dim=-1).indices for side in (from_NV, to_NV))
@@ -23,13 +23,13 @@ def union(from_NV: Tensor, to_NV: Tensor, top: int) -> tuple[Tensor, Tensor]:
 def soft_rank(values_NK: Tensor, is_item_NK: Tensor, strength: float) -> Tensor:
     """Ranks from 1 (the smallest) to the number of items: the projection of values / strength onto the permutahedron.
 
-    Blondel et al. 2020 (Fast Differentiable Sorting and Ranking), with l2 regularisation. As strength falls they tend to
-    the ranks, as it rises to their mean. What is no item changes nothing, and has a value that means nothing.
+    Blondel et al. 2020 (Fast Differentiable Sorting and Ranking), with l2 regularisation. As strength falls they tend
+    to the ranks, as it rises to their mean. Masked entries change nothing; their own value has no meaning.
 
-    The projection of s, sorted to fall, is s - v, v the falling sequence next to s - (n, …, 1): isotonic regression, here
-    v_i = min_{a <= i} max_{b >= i} mean(s - w)_{a … b}, all [K, K] means of a position at once: for few items. Gaps in s
-    of n or more hold two neighbours apart whatever their size; all are cut to K, so that far values lose no digits, and
-    what is no item is put K below.
+    The projection of s, sorted in descending order, is s - v, where v is the descending sequence nearest to s - (n, …,
+    1): isotonic regression, here v_i = min_{a <= i} max_{b >= i} mean(s - w)_{a … b}, with all [K, K] means of a
+    position at once: for few items. Neighbours in s with a gap of n or more never interact; larger gaps are cut to K,
+    so that far values lose no digits, and masked entries are put K below.
     """
     num = values_NK.shape[-1]
     order_NK = values_NK.detach().masked_fill(~is_item_NK, -torch.inf).argsort(dim=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""How much of a reply's words stand, in their order, in a reference: ROUGE-L, by the package that the papers used."""
+"""Metrics of generated replies. ROUGE-L comes from the package that the papers used."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-REMEMBERED = 16_384  # texts, a few KB each
+from trainables.metrics.metric import Examples, Floats, Metric
+
+CACHED_TEXTS = 16_384  # a few KB each
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """x 100: F-measure of the longest common subsequence of stemmed words (Lin 2004); of several references the best.
+    """Computes the ROUGE-L F-measure, x 100, of stemmed words (Lin 2004): the best over the references.
 
-    Words are runs of a-z and 0-9, so that text without any, and text in another script, scores 0.
+    Words are runs of a-z and 0-9, so a text without any, or in another script, scores 0.
     """
     if not references:
         raise ValueError("nothing to compare a reply with: there is no reference")
@@ -23,9 +25,25 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 @lru_cache(maxsize=1)
 def _scorer() -> Any:
-    from rouge_score import rouge_scorer  # here, since it brings nltk along, and only scoring needs it
+    # imported here because rouge_score imports nltk, which only scoring needs
+    from rouge_score import rouge_scorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    # references come again for each sample and at each look, and stemming is most of the work
-    words = lru_cache(maxsize=REMEMBERED)(DefaultTokenizer(use_stemmer=True).tokenize)
+    # each evaluation scores the same references again, and stemming is most of the work
+    words = lru_cache(maxsize=CACHED_TEXTS)(DefaultTokenizer(use_stemmer=True).tokenize)
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
+
+
+def _mean(examples: Examples) -> float:
+    return float(examples.prediction_E.mean())
+
+
+def _resampled_mean(examples: Examples, weights_RE: Floats) -> Floats:
+    mean_R: Floats = (weights_RE @ examples.prediction_E) / weights_RE.sum(1)
+    return mean_R
+
+
+ROUGE_L = Metric("rougeL", "ROUGE-L of sampled replies, x 100", "higher", (0.0, 100.0), ("prediction",), _mean,
+                 _resampled_mean)  # fmt: skip
+GREEDY_ROUGE_L = Metric("greedy_rougeL", "ROUGE-L of greedy replies, x 100", "higher", (0.0, 100.0))
+UNFINISHED = Metric("unfinished", "sampled replies without an end token, %", "lower", (0.0, 100.0))

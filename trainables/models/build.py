@@ -1,6 +1,6 @@
-"""Hugging Face models made from a `Model` value: shape or pretrained, initialised by keyed streams, head where supervised.
+"""Builds the transformers model of a `Model` value, from a shape or from pretrained weights, and restores a stored one.
 
-No family is named here: what differs between families is read off the transformers config and module tree.
+No family is named here: what differs between families is read from the transformers config and the module tree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from trainables.config.models import Model, Random
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
 from trainables.models import shared_bert
-from trainables.models.initialise import _positions, initialise
+from trainables.models.initialise import initialise, position_table
+from trainables.models.layouts import INNER_SIZES
 from trainables.storage.hub import why_not
 
 
@@ -48,11 +49,11 @@ def build(
     length: int,
     num_labels: int | None = None,
 ) -> Any:
-    """A model on the CPU, in its own type. Its initial weights depend on (seed, name, module) and on nothing else: those
-    in bf16 are those in fp32, rounded.
+    """Builds a model on the CPU, in its own type. The initial weights depend on (seed, name, module) alone; weights in
+    bf16 are those in fp32, rounded.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
-    `num_labels`: a head for so many classes (1: a number), drawn anew, instead of that of a language model.
+    `num_labels`: classes of a fresh classifier's head (1: a number); None: the head of a language model.
     """
     if model.pretrained is not None:
         return _load(model, vocab_size, num_labels, special_ids, name=name, seed=seed)
@@ -66,14 +67,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _cast(net: Any, dtype: torch.dtype) -> Any:
-    """Weights in another type; buffers keep theirs, as transformers does: frequencies of rotations need their digits."""
+    """Casts weights. Buffers keep their type, as in transformers: frequencies of rotary positions need their digits."""
     for parameter in net.parameters():
         parameter.data = parameter.data.to(dtype)
     return net
 
 
 def check_dtype(dtype: str, device: str) -> None:
-    """Raises ModelError where a device does not compute in `fp32` or `bf16`. CPUs do in both."""
+    """Raises ModelError where a device does not compute in `dtype`. CPUs compute in both."""
     if dtype == "bf16" and device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ModelError(
             f"device {device} ({torch.cuda.get_device_name(device)}) does not compute in bf16; expected fp32"
@@ -81,24 +82,21 @@ def check_dtype(dtype: str, device: str) -> None:
 
 
 def check_types(precision: str, models: Mapping[str, Model], device: str) -> None:
-    """Raises ModelError, which begins with the path in the trial, where the device lacks a type that a trial asks for."""
-    for where, dtype in {
-        "precision": precision,
-        **{f"models.{n}.dtype": model.dtype for n, model in models.items()},
-    }.items():
+    """Raises ModelError, with the path in the trial, where the device lacks a type that a trial asks for."""
+    for path, dtype in {"precision": precision, **{f"models.{n}.dtype": m.dtype for n, m in models.items()}}.items():
         try:
             check_dtype(dtype, device)
         except ModelError as error:
-            raise ModelError(f"{where}: {error}") from None
+            raise ModelError(f"{path}: {error}") from None
 
 
 def initial(model: Model) -> Random:
-    """How what no other weights fill is drawn."""
+    """How weights are drawn that no other model's weights replace."""
     return model.init if isinstance(model.init, Random) else model.init.rest
 
 
 def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
-    """The transformers config of a shape. Fields that a family does not have are refused, not ignored."""
+    """The transformers config of a shape. Raises ModelError for fields that the family does not have."""
     assert model.family is not None and model.width is not None
     if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise ModelError(
@@ -111,9 +109,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
         "hidden_size": model.width,
         "num_attention_heads": model.num_heads,
     }
-    inner = next(
-        (key for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim") if hasattr(config, key)), None
-    )
+    inner = next((key for key in INNER_SIZES if hasattr(config, key)), None)
     if inner is not None:
         fields[inner] = model.intermediate_size or 4 * model.width
     if hasattr(config, "max_position_embeddings"):
@@ -121,9 +117,8 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
         if hasattr(config, key):
             fields[key] = special_ids.get(key)
-    for key in ("num_key_value_heads",):  # grouped queries are a choice of their own: state it in `config`
-        if hasattr(config, key):
-            fields[key] = model.num_heads
+    if hasattr(config, "num_key_value_heads"):  # heads that share keys and values must be asked for in `config`
+        fields["num_key_value_heads"] = model.num_heads
     if getattr(config, "head_dim", None) is not None:
         fields["head_dim"] = model.width // model.num_heads
     if model.dropout is not None:
@@ -143,20 +138,16 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
 
 @cache
 def _position_offset(family: str) -> int:
-    """Rows of the position table that no position uses: RoBERTa and its kin count on from the padding index."""
+    """Rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
     with torch.device("meta"):
-        table = _positions(from_config(AutoConfig.for_model(family)))
+        table = position_table(from_config(AutoConfig.for_model(family)))
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def dropouts(config: Any) -> Iterator[str]:
-    """The fields of a transformers config that are rates of dropout, but for that of a classifier's head."""
+    """The fields of a transformers config that are dropout rates, except that of a classifier's head."""
     for key, value in config.to_dict().items():
-        if (
-            isinstance(value, float)
-            and (key.endswith(("dropout", "dropout_prob", "pdrop")))
-            and "classifier" not in key
-        ):
+        if isinstance(value, float) and key.endswith(("dropout", "dropout_prob", "pdrop")) and "classifier" not in key:
             yield key
 
 
@@ -165,7 +156,7 @@ def is_masked_lm(family: str) -> bool:
 
 
 def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
-    """A masked stream needs an encoder with a masked-LM head, a next-token stream a decoder."""
+    """Raises ModelError unless a masked stream has an encoder and a next-token stream a decoder."""
     if (corruption is not None) != is_masked_lm(config.model_type):
         need = (
             "is an encoder: give its stream `corruption`" if corruption is None else "is a decoder: `corruption: null`"
@@ -174,7 +165,7 @@ def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
 
 
 def check_task(config: Any, name: str) -> None:
-    """Whether the family has a head for classes, and knows where a padded sequence of its own ends."""
+    """Raises ModelError where the family has no classifier, or cannot tell where a padded sequence ends."""
     if config.model_type not in (*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, shared_bert.FAMILY):
         raise ModelError(f"model {name!r}: transformers has no classifier of family {config.model_type!r}")
     if not is_masked_lm(config.model_type) and config.pad_token_id is None:
@@ -204,14 +195,13 @@ def _load(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=num_labels is not None,  # a head of other classes is none of ours
+            ignore_mismatched_sizes=num_labels is not None,  # a head of other classes is drawn anew
         )
     except ModelError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise _unreachable(
-            str(model.pretrained), "a folder with config.json and model.safetensors, or a hub id", error
-        ) from None
+        expected = "a folder with config.json and model.safetensors, or a hub id"
+        raise _missing(str(model.pretrained), expected, error) from None
     if net.config.vocab_size < vocab_size:
         raise ModelError(
             f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
@@ -224,7 +214,7 @@ def _load(
 
 @torch.no_grad()
 def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) -> None:
-    """The family's own rule for these modules, from their own streams: transformers drew them from the process'."""
+    """Draws these modules by the family's rule, from their own streams; transformers drew them from the process'."""
     modules = dict(net.named_modules())
     with torch.random.fork_rng(devices=[]):
         for path in sorted(paths):
@@ -235,16 +225,15 @@ def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) 
 
 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """A model as it was stored, types included: `plain_config` and `weights_of`. Raises ModelError where they do not fit."""
+    """A model as it was stored by `plain_config` and `weights_of`, types included. Raises ModelError if they do not fit."""
     made = AutoConfig.for_model(**config)
     net = _typed(from_config(made, made.num_labels if _is_classifier(config) else None), weights)
     missing, unexpected = net.load_state_dict(dict(weights), strict=False)
     net.tie_weights()
     state = net.state_dict()
     loaded = {state[name].data_ptr() for name in weights if name in state}
-    absent = [
-        name for name in missing if state[name].data_ptr() not in loaded
-    ]  # a tied tensor is there by another name
+    # a tied tensor was loaded under its other name
+    absent = [name for name in missing if state[name].data_ptr() not in loaded]
     if absent or unexpected:
         raise ModelError(f"stored weights do not fit a {config['model_type']}: {sorted([*absent, *unexpected])[0]}")
     return net
@@ -260,10 +249,10 @@ def with_head(
     name: str,
     seed: int,
 ) -> Any:
-    """A stored model with a head of its own for `num_labels` (None: of a language model), drawn anew.
+    """A stored model with a fresh head for `num_labels` classes (None: of a language model), in the type of the weights.
 
-    As transformers does, what has a name and shape in both is carried on; from one classifier to another only the trunk
-    is, whose head may have as many labels of another meaning. The new head has the type of the stored weights.
+    As in transformers, tensors of equal name and shape are copied; from one classifier to another only the trunk's, since
+    as many labels may mean something else.
     """
     net = from_config(AutoConfig.for_model(**config), num_labels)
     initialise(net, init, name=name, seed=seed)
@@ -277,7 +266,7 @@ def with_head(
 
 
 def _typed(net: Any, weights: Mapping[str, Tensor]) -> Any:
-    """`net` in the type in which its weights were stored."""
+    """Casts `net` to the type of stored weights."""
     return _cast(net, next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32))
 
 
@@ -286,7 +275,7 @@ def _is_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def from_config(config: Any, num_labels: int | None = None) -> Any:
-    """A language model of this config with weights of no meaning (none at all on the meta device); or a classifier."""
+    """A language model, or a classifier, of this config, with arbitrary weights (none on the meta device)."""
     _refuse_code_of_the_hub(config, config.model_type)
     if num_labels is not None:
         config = copy.deepcopy(config)
@@ -307,8 +296,8 @@ def _give_labels(config: Any, num_labels: int) -> None:
     config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
 
 
-def recompute(net: Any) -> None:
-    """From now on the backward makes activations again. Raises ModelError where the family cannot."""
+def enable_gradient_checkpointing(net: Any) -> None:
+    """Lets the backward pass compute activations again. Raises ModelError where the family cannot."""
     try:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
@@ -316,7 +305,7 @@ def recompute(net: Any) -> None:
 
 
 def _refuse_code_of_the_hub(config: Any, where: str) -> None:
-    """An attention called `owner/name` is a program that transformers would fetch and run, whatever it trusts else."""
+    """Refuses an attention called `owner/name`: transformers would fetch and run this code, whatever else it trusts."""
     for field in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(getattr(config, field, None)):
             raise ModelError(
@@ -325,7 +314,7 @@ def _refuse_code_of_the_hub(config: Any, where: str) -> None:
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict, with tied tensors under their first name only (safetensors refuses second names)."""
+    """The state dict with each tied tensor once, under its first name: safetensors refuses a second one."""
     seen: set[int] = set()
     state = {}
     for name, tensor in net.state_dict().items():
@@ -336,39 +325,38 @@ def weights_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """What `restore` needs of a transformers config."""
+    """The fields of a transformers config that `restore` needs."""
     drop = ("transformers_version", "_name_or_path", "dtype")
     return {key: value for key, value in config.to_dict().items() if key not in drop}
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str:
-    """SHA-256 over config and weights: of a folder's files, or of what the hub's cache holds for that revision."""
-    folder = _folder(name, revision, ["config.json", "*.safetensors"])
-    found = sorted((*folder.glob("config.json"), *folder.glob("*.safetensors")))
-    if not any(path.suffix == ".safetensors" for path in found):
+    """SHA-256 over the config and weights of a folder, or of a revision of a hub repository."""
+    folder = model_folder(name, revision, ["config.json", "*.safetensors"])
+    files = sorted((*folder.glob("config.json"), *folder.glob("*.safetensors")))
+    if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(f"{name!r} holds no *.safetensors; pickled weights are refused")
     total = hashlib.sha256()
-    for path in found:
+    for path in files:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
-def _folder(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Where the files of a model lie: its folder, or what of the hub's is brought here. Raises ModelError."""
+def model_folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder of a model: a local one, or the hub's files of these patterns, downloaded. Raises ModelError."""
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise _unreachable(name, "a folder, or a hub id that can be reached", error) from None
+        raise _missing(name, "a folder, or a hub id that can be reached", error) from None
 
 
-def _unreachable(name: str, valid: str, error: BaseException) -> ModelError:
-    """Why there is no model of that name, with the variable that lets it be had where there is one."""
-    return ModelError(f"no weights at {name!r} (expected {valid}): {why_not(name, 'model', error)}")
+def _missing(name: str, expected: str, error: BaseException) -> ModelError:
+    return ModelError(f"no weights at {name!r} (expected {expected}): {why_not(name, 'model', error)}")
 
 
 def num_parameters(net: nn.Module) -> int:
-    """Distinct parameters: tied ones count once."""
+    """Number of distinct parameters: tied ones count once."""
     return sum(p.numel() for p in net.parameters())

@@ -1,6 +1,6 @@
-"""What the channels, heads and neurons of a model do, seen on random inputs: whom a smaller model should keep.
+"""Scores the channels, heads and neurons of a model on random inputs, to choose those that a smaller model keeps.
 
-Minitron's criteria (arXiv 2407.14679), with random tokens in place of calibration text, which a remap does not have.
+Minitron's criteria (arXiv 2407.14679), with random tokens instead of calibration text, which a remap does not have.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from trainables.models.layouts import family_of, is_transposed, place_of, shape_
 
 
 def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
-    """By layer, for hidden channels (`x`, alike in all layers), query heads (`q`) and neurons (`inner`): how much they do.
+    """By layer, scores of hidden channels (`x`, equal in all layers), query heads (`q`) and neurons (`inner`).
 
-    Channels: mean size of what norms put out. Heads, neurons: mean size of what they add to the residual stream.
-    `layers`: where the list of layers lies in the state dict.
+    Channels: mean absolute output of norms. Heads, neurons: mean norm of what they add to the residual stream.
+    `layers`: the prefix of the layers in the state dict.
     """
     family, shape = family_of(net.config), shape_of(net.config)
     channels = torch.zeros(shape.hidden, dtype=torch.float64)
     found = [{"x": channels} for _ in range(net.config.num_hidden_layers)]
 
-    def look(name: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
+    def record(name: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
         place = place_of(family, f"{name}.weight")
         if place == "norm":
             channels.add_(made.flatten(0, -2).abs().mean(0))
@@ -41,15 +41,15 @@ def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
             square_HCC = torch.einsum("dhc,dhe->hce", weight_DHC, weight_DHC)
             layer["q"] = torch.einsum("nhc,hce,nhe->nh", given_NHC, square_HCC, given_NHC).clamp_min(0).sqrt().mean(0)
 
-    _watch(net, look)
+    _watch(net, record)
     return found
 
 
 def shares(net: Any, kept: Tensor) -> dict[str, float]:
-    """By norm: root mean square of its input over the kept channels, over that of all; its gain is to shrink by that."""
+    """By norm: root mean square of the input's kept channels, divided by that of all channels; the gain shrinks so."""
     family, found = family_of(net.config), dict[str, float]()
 
-    def look(name: str, module: nn.Module, given: Tensor, _made: Tensor) -> None:
+    def record(name: str, module: nn.Module, given: Tensor, _made: Tensor) -> None:
         if place_of(family, f"{name}.weight") in ("norm", "last norm"):
             whole, part = given, given[..., kept]
             if isinstance(module, nn.LayerNorm):
@@ -57,17 +57,17 @@ def shares(net: Any, kept: Tensor) -> dict[str, float]:
             whole, part = (t.square().mean(-1).sqrt() for t in (whole, part))
             found[name] = float((part / whole)[whole > 0].mean())  # the row of the padding token is zero
 
-    _watch(net, look)
+    _watch(net, record)
     return found
 
 
 @torch.no_grad()
-def _watch(net: Any, look: Callable[[str, nn.Module, Tensor, Tensor], None]) -> None:
-    """Shows the first input and the output of each module that has a weight, on random tokens in float64."""
+def _watch(net: Any, record: Callable[[str, nn.Module, Tensor, Tensor], None]) -> None:
+    """Calls `record(name, module, first input, output)` for each module with a weight, on random tokens in float64."""
     net = copy.deepcopy(net).double().eval()
     for name, module in net.named_modules():
         if hasattr(module, "weight"):
-            module.register_forward_hook(lambda m, given, made, name=name: look(name, m, given[0].detach(), made))
+            module.register_forward_hook(lambda m, given, made, name=name: record(name, m, given[0].detach(), made))
     generator = torch.Generator().manual_seed(0)
     shape = (16, min(32, net.config.max_position_embeddings))
     ids_BT = torch.randint(net.config.vocab_size, shape, generator=generator)

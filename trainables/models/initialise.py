@@ -1,4 +1,4 @@
-"""TODO."""
+"""Draws the initial weights of a model, each module from a random stream of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from trainables.config.errors import ModelError
 from trainables.config.models import Random
@@ -19,8 +17,8 @@ from trainables.config.value import random_stream
 def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> None:
     """Draws each module's weights from its own stream, so that equal shapes get equal weights in every arm.
 
-    `std: family` calls the family's own rule module by module; `width` draws every matrix from N(0, 1/sqrt(width)),
-    which lets a small encoder leave the unigram level hundreds of steps earlier.
+    `std: family` calls the family's own rule for each module; `width` draws every matrix from N(0, 1/sqrt(width)), with
+    which a small encoder learns more than unigrams hundreds of steps earlier. Raises ModelError without learned positions.
     """
     for tensor in [*net.parameters(), *net.buffers()]:
         tensor._is_hf_initialized = False  # type: ignore[attr-defined]
@@ -34,7 +32,7 @@ def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> N
                     torch.manual_seed(random_stream(seed, "init", name, path))
                     parameter.normal_(0.0, std)
     if init.positions == "sinusoid":
-        table = _positions(net)
+        table = position_table(net)
         if table is None:
             raise ModelError(
                 f"model {name!r} ({net.config.model_type}) has no learned positions; remove `positions: sinusoid`"
@@ -43,26 +41,23 @@ def initialise(net: PreTrainedModel, init: Random, *, name: str, seed: int) -> N
 
 
 def _draw_modules(net: PreTrainedModel, module: nn.Module, path: str, *, seed: int, name: str) -> None:
-    """Calls the family's rule on each module, inner ones first as transformers does: a block that scales the projections
-    inside it (GPT-2, ModernBERT) has the last word."""
+    """Calls the family's rule on each module, children first as transformers does: a block that scales the projections
+    inside (GPT-2, ModernBERT) comes last."""
     for child, inner in module.named_children():
         _draw_modules(net, inner, f"{path}.{child}" if path else child, seed=seed, name=name)
     torch.manual_seed(random_stream(seed, "init", name, path))
     net._init_weights(module)
     if module is net.base_model:
-        for tensor in module.parameters():  # a head that is tied to the embeddings keeps their draw
+        for tensor in module.parameters():  # a head tied to the embeddings keeps their draw
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _positions(net: PreTrainedModel) -> nn.Embedding | None:
+def position_table(net: PreTrainedModel) -> nn.Embedding | None:
+    """The embeddings of learned positions; None where the family has none."""
     length = getattr(net.config, "max_position_embeddings", None)
     for path, module in net.named_modules():
-        leaf = path.rsplit(".", 1)[-1]
-        if (
-            isinstance(module, nn.Embedding)
-            and module.num_embeddings == length
-            and leaf in ("position_embeddings", "wpe")
-        ):
+        is_table = path.rsplit(".", 1)[-1] in ("position_embeddings", "wpe")
+        if is_table and isinstance(module, nn.Embedding) and module.num_embeddings == length:
             return module
     return None
 

@@ -1,7 +1,7 @@
-"""Where a family's tensors stand: which space of the transformer each writes to, and which it reads from.
+"""The role of each parameter in an architecture: which space of the transformer a module writes to and reads from.
 
-The spaces: the residual stream (`x`), the heads' queries, keys and values (`q`, `k`, `v`), the values as the output
-projection reads them (`o`), the inner layer (`inner`). What changes a model's width or looks into it reads this table.
+Spaces: the residual stream (`x`), the heads' queries, keys and values (`q`, `k`, `v`), the values as the output projection
+reads them (`o`), the inner layer of the MLP (`inner`). Width remaps, LoRA and losses inside the model read this table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> place; linear ones: writes <- reads
+LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> role; of linear layers: writes <- reads
     "bert": {
         "word_embeddings": "table",
         "position_embeddings": "table",
@@ -76,45 +76,50 @@ LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> pl
         "score": "head",
     },
 }
-PRE_NORM = ("modernbert", "gpt2", "llama")  # blocks add to the residual stream: one that adds 0 changes nothing
+PRE_NORM = ("modernbert", "gpt2", "llama")  # blocks add to the residual stream: a block that adds 0 changes nothing
 NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}
 
 
 def family_of(config: Any) -> str:
-    """The family whose layout a transformers config has: layers that run more than once lie as those that run once."""
+    """The family whose layout a transformers config has; a family with shared layers has that of the plain one."""
     return str(config.model_type).removeprefix("shared_")
 
 
 def place_of(family: str, name: str) -> str | None:
-    """Where the tensor `name` stands, by the longest known end of its module's path; None: nowhere that is known."""
+    """The role of the tensor `name`, by the longest known end of its module's path; None where no role is known."""
     path, layout = name.rpartition(".")[0], LAYOUTS.get(family, {})
     known = [end for end in layout if path == end or path.endswith(f".{end}")]
     return layout[max(known, key=len)] if known else None
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether its weight lies as [reads, writes] (GPT-2's Conv1D)."""
+    """Whether the module's weight is [inputs, outputs] (GPT-2's Conv1D)."""
     return type(module).__name__ == "Conv1D"
 
 
 LOGICAL = {"q": "query", "k": "key", "v": "value", "o": "output"}
 USUAL = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))  # within one module
-USUAL_OUTPUTS = ("o_proj", "out_proj", "out_lin", "dense")  # beside them; BERT's kin: one module up, `output.dense`
+USUAL_OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "out_lin",
+    "dense",
+)  # in the same module; like BERT: one module up, `output.dense`
+INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")  # fields of configs for the inner layer's size
 
-
-# families without a layout whose query, key and value are one matrix: (it, the output), ends of paths
+# families without a layout whose query, key and value are one matrix: ends of its path and of the output's
 FUSED = {
     "phi3": ("self_attn.qkv_proj", "self_attn.o_proj"),
     "gpt_neox": ("attention.query_key_value", "attention.dense"),
     "bloom": ("self_attention.query_key_value", "self_attention.dense"),
 }
-HEAD_BY_HEAD = ("gpt_neox", "bloom")  # of which each head's three stand side by side
+HEAD_BY_HEAD = ("gpt_neox", "bloom")  # fused matrices that hold the three projections of each head side by side
 Outputs = NDArray[np.int64]
 
 
 def projections_of(net: nn.Module) -> dict[str, dict[str, Outputs]]:
-    """Path of a linear layer of attention -> the projections that it makes (query, key, value, output) -> which of its
-    outputs are theirs. Families without a layout: where it is known, or the names are usual ones."""
+    """Path of a linear layer of attention -> its projections (query, key, value, output) -> the indices of their outputs.
+    Families without a layout: where the fused matrix is known, or modules have the usual names."""
     family, found = family_of(net.config), dict[str, dict[str, Outputs]]()
     if family in FUSED:
         return _fused_projections(net, family)
@@ -163,17 +168,17 @@ def is_linear(module: Any) -> bool:
 
 
 def num_outputs(module: Any) -> int:
-    """Of a linear layer."""
+    """Outputs of a linear layer."""
     return int(module.weight.shape[1 if is_transposed(module) else 0])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a remap of width may change, and how attention uses them."""
+    """The sizes that a width remap may change, and how attention uses them."""
 
     hidden: int
     heads: int
-    kv_heads: int  # as many as heads, or fewer: each serves a group of them
+    kv_heads: int  # as many as heads, or fewer: each serves a group of heads
     head_size: int
     inner: int
     is_rotary: bool
@@ -182,7 +187,7 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config."""
-    inner = (getattr(config, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"))
+    inner = (getattr(config, key, None) for key in INNER_SIZES)
     heads = config.num_attention_heads
     return Shape(
         hidden=config.hidden_size,

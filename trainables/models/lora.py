@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2022, arXiv 2106.09685) on logical projections, by peft: h = W x + alpha / rank · B A x, W frozen.
 
-Where a family keeps query, key and value in one matrix, that becomes a layer for each of them first: every target has a
-pair of its own, and what is no target does not change by one bit. `merged` puts the matrices together again.
+A matrix that holds query, key and value is first split into a layer for each: every target has a pair of its own, and
+other projections do not change by one bit. `merged` joins the matrices again.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from trainables.config.value import random_stream
 from trainables.models.build import dropouts, weights_of
 from trainables.models.layouts import Outputs, is_linear, is_transposed, projections_of
 
-ADAPTER = "default"  # what peft calls an only one
+ADAPTER = "default"  # peft's name of a single adapter
 
 
 class Split(nn.Module):
-    """A matrix that makes several projections, as one layer for each: outputs stand where they stood before."""
+    """A matrix of several projections as one layer for each; the order of outputs stays."""
 
-    order: Tensor | None  # of an output: where it is when those of each projection stand together
+    order: Tensor | None  # of each output of the matrix: its index among the outputs of all projections, concatenated
 
     def __init__(self, whole: Any, outputs: Mapping[str, Outputs]) -> None:
         super().__init__()
-        self.axis = 1 if is_transposed(whole) else 0  # along which the outputs lie
+        self.output_axis = 1 if is_transposed(whole) else 0
         for name, places in outputs.items():
             own = torch.from_numpy(places).to(whole.weight.device)
             part = copy.deepcopy(whole)
-            part.weight = nn.Parameter(whole.weight.detach().index_select(self.axis, own))
+            part.weight = nn.Parameter(whole.weight.detach().index_select(self.output_axis, own))
             part.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().index_select(0, own))
             setattr(part, "nf" if is_transposed(whole) else "out_features", len(places))
             self.add_module(name, part)
@@ -49,20 +49,20 @@ class Split(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.together([part(x) for part in self.children()], -1)
+        return self.join([part(x) for part in self.children()], -1)
 
-    def together(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """What each projection has, as the matrix has it."""
+    def join(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """Joins a tensor of each projection in the matrix's order of outputs."""
         whole = torch.cat(list(parts), axis)
         return whole if self.order is None else whole.index_select(axis, self.order.to(whole.device))
 
 
 def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
-    """`net` itself, with a pair at each target: only pairs learn, in fp32 at least; its outputs are as before at first.
+    """Adds a pair at each target to `net`: only pairs learn, in fp32 at least; at first no output changes.
 
-    The base's dropout is off, whatever `net.train` is called with; that before A is `how.dropout`. A is drawn from
-    U(±sqrt(1 / inputs)), Kaiming's rule as peft has it, by (seed, name, path, target) alone; B is zero.
-    Raises ModelError where a target has no projection; names the linear layers there are.
+    The base's dropout stays off in training; the dropout before A is `how.dropout`. A is drawn from U(±sqrt(1 / inputs)),
+    Kaiming's rule as in peft, by (seed, name, path, target) alone; B is zero.
+    Raises ModelError where a target has no projection; the message names the linear layers.
     """
     import peft  # takes seconds to import, and few trials need it
 
@@ -97,14 +97,14 @@ def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
 
 
 def is_attached(net: nn.Module) -> bool:
-    """Whether there are pairs."""
+    """Whether a model has LoRA pairs."""
     return next(_layers(net), None) is not None
 
 
 @torch.no_grad()
 def merged(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model with the change added, as `models.weights_of`: names, shapes and types of the
-    family's own class. (Weights in bf16 round the sum.)"""
+    """The state dict of the plain model with the pairs added to its weights, in names, shapes and types of the family's own
+    class, as `build.weights_of`. (Weights in bf16 round the sum.)"""
     state = {name: tensor for name, tensor in weights_of(net).items() if ".lora_" not in name}
     for path, layer in _layers(net):
         base = state[f"{path}.base_layer.weight"]
@@ -112,16 +112,16 @@ def merged(net: nn.Module) -> dict[str, Tensor]:
     state = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
     for path, module in net.named_modules():
         if isinstance(module, Split):
-            for leaf, axis in (("weight", module.axis), ("bias", 0)):
+            for leaf, axis in (("weight", module.output_axis), ("bias", 0)):
                 names = [f"{path}.{part}.{leaf}" for part, _ in module.named_children()]
                 if names[0] in state:
-                    state[f"{path}.{leaf}"] = module.together([state.pop(name) for name in names], axis)
+                    state[f"{path}.{leaf}"] = module.join([state.pop(name) for name in names], axis)
     return state
 
 
 @contextmanager
 def original(net: nn.Module) -> Iterator[None]:
-    """Inside it `net` is the base model, without its change."""
+    """Inside, `net` is the base model: its pairs are off."""
     layers = [layer for _, layer in _layers(net)]
     try:
         for layer in layers:
@@ -139,7 +139,7 @@ def adapter_state(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts stored pairs in place of those of `net`. Raises ModelError where they are not the same by name and shape."""
+    """Loads stored pairs into `net`. Raises ModelError where names or shapes differ."""
     pairs = _pairs(net)
     for name in sorted(pairs.keys() | state.keys()):
         shapes = [tuple(side[name].shape) if name in side else None for side in (pairs, state)]
@@ -157,7 +157,7 @@ def _pairs(net: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """peft's layers with their paths, without importing peft where there are none."""
+    """Yields peft's layers with their paths; imports no peft."""
     for path, module in net.named_modules():
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             yield path, module
@@ -169,14 +169,14 @@ def _check_targets(net: nn.Module, how: Lora, known: set[str], name: str) -> Non
         linear = (path for path, module in net.named_modules() if is_linear(module))
         kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", path) for path in linear)
         raise ModelError(
-            f"model {name!r} ({net.config.model_type}): no projection is known to be its {absent[0]}; "  # type: ignore[union-attr]
-            f"it has {', '.join(kinds)}; valid targets: {', '.join(sorted(known)) or 'none'}"
+            f"model {name!r} ({net.config.model_type}): no projection is known as {absent[0]}; "  # type: ignore[union-attr]
+            f"linear layers: {', '.join(kinds)}; expected targets: {', '.join(sorted(known)) or 'none'}"
         )
 
 
 def _without_dropout(net: Any) -> None:
-    """Sets every rate to zero, wherever families keep it: in modules, as a number of a module, in the config that inner
-    modules read. The model's own config, which is stored with it, keeps what it says."""
+    """Sets every dropout rate to zero: of modules, in attributes of modules, in configs that inner modules read. The
+    model's own config, which is stored, keeps its rates."""
     quiet: dict[int, Any] = {}
     for module in net.modules():
         if isinstance(module, nn.Dropout):

@@ -1,8 +1,12 @@
-"""TODO."""
+"""Runs a model up to the positions that are needed: their logits, what its head reads there, or a classifier's logits.
+
+A hook between trunk and head keeps the wanted positions, so that every family's own code of the head runs unchanged.
+Legend: B rows, T tokens of a row, N positions b*T+t of the flattened batch, D width, V vocabulary, C classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -18,43 +22,50 @@ def logits_at(
     ids_BT: Tensor,
     positions_N: Tensor,
     *,
-    places_BT: Tensor | None = None,
-    through: nn.Module | None = None,
+    position_ids_BT: Tensor | None = None,
+    through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Logits at flat positions b*T+t only, [N, V]: the head never sees the others. `through`: what wraps `net`, if any.
+    """Logits at flat positions only, [N, V]: the head never sees the others. `through`: the wrapper of `net`, if any.
 
-    `places_BT`: where several sequences lie in one row, the place of each token in its own, from 0; none sees another.
-
-    Between trunk and head stands a hook that keeps the wanted positions, so that any family's own head code runs as it
-    is. Heads of language models act on each position by itself; the parity test holds every family to that. The few
-    families whose forward goes around their trunk (OPT) give all logits, and the wanted ones are taken afterwards.
+    `position_ids_BT`: of rows that hold several sequences, the index of each token in its own; no sequence sees another.
+    Heads of language models act on each position alone; the parity test holds every family to that. The few families whose
+    forward goes around their trunk (OPT) give all logits, and the wanted ones are selected afterwards.
     """
     with keep_positions(net.base_model, positions_N):  # type: ignore[arg-type]
-        logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_placed(places_BT), **_no_cache(net)).logits
-    whole = logits_BTV.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
-    return logits_BTV.flatten(0, 1).index_select(0, positions_N) if whole else logits_BTV[0]
+        logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_options(net, position_ids_BT)).logits
+    return _selected(logits_BTV, ids_BT, positions_N)
 
 
 def class_logits(
-    net: nn.Module, ids_BT: Tensor, mask_BT: Tensor, types_BT: Tensor | None, *, through: nn.Module | None = None
+    net: nn.Module,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    types_BT: Tensor | None,
+    *,
+    through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """[B, C]: one row a sequence. `mask_BT` is 0 at padding; `types_BT` tells a pair's halves apart, where a family can."""
+    """A classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a family can."""
     takes_types = types_BT is not None and getattr(net.config, "type_vocab_size", 0) > 1
     inputs = {"token_type_ids": types_BT} if takes_types else {}
-    logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_no_cache(net)).logits
+    logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_options(net)).logits
     return logits_BC
 
 
-def _placed(places_BT: Tensor | None) -> dict[str, Tensor]:
-    return {} if places_BT is None else {"position_ids": places_BT}
+def _options(net: nn.Module, position_ids_BT: Tensor | None = None) -> dict[str, Any]:
+    cache = {} if is_masked_lm(net.config.model_type) else {"use_cache": False}  # type: ignore[union-attr,arg-type]
+    return cache if position_ids_BT is None else {**cache, "position_ids": position_ids_BT}
 
 
-def _no_cache(net: nn.Module) -> dict[str, bool]:
-    return {} if is_masked_lm(net.config.model_type) else {"use_cache": False}  # type: ignore[union-attr,arg-type]
+def _selected(given: Tensor, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+    """[N, …] of [1, N, …], or of [B, T, …] where the forward went around the trunk."""
+    is_whole = given.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
+    return given.flatten(0, 1).index_select(0, positions_N) if is_whole else given[0]
 
 
 @contextmanager
 def keep_positions(trunk: nn.Module, positions_N: Tensor) -> Iterator[None]:
+    """Inside, the trunk gives its hidden states at these flat positions only, as one row."""
+
     def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden_BTD = output[0]
         kept_1ND = hidden_BTD.flatten(0, 1).index_select(0, positions_N)[None]
@@ -69,7 +80,7 @@ def keep_positions(trunk: nn.Module, positions_N: Tensor) -> Iterator[None]:
 
 
 class Head(NamedTuple):
-    """The last layer of a language model: logits = hidden @ weight.T + bias. The weight may be that of the embeddings."""
+    """The last layer of a language model: logits = hidden @ weight.T + bias. The embeddings may be its weight."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -77,9 +88,9 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def head_of(net: nn.Module) -> Head | None:
-    """The head of `net`, or None where it is more than a linear layer (softcaps and scales of logits): a forward tells.
+    """The head of `net`, found by a forward pass; None where logits are more than a linear layer (softcaps, scales).
 
-    To be asked under the autocast of later forwards: there some families (Mamba) cast their logits back.
+    Call this under the autocast of later passes: under autocast some families (Mamba) cast their logits back.
     """
     device = next(net.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws
@@ -96,27 +107,25 @@ def head_inputs(
     ids_BT: Tensor,
     positions_N: Tensor,
     *,
-    places_BT: Tensor | None = None,
-    through: nn.Module | None = None,
+    position_ids_BT: Tensor | None = None,
+    through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """What the head turns into logits at flat positions b*T+t, [N, D]: logits_at = hidden_at @ weight.T + bias.
+    """What the head turns into logits at flat positions, [N, D]: logits_at = head_inputs @ weight.T + bias.
 
-    Whatever the family puts between trunk and head (BERT's transform) is in it. The head itself runs on no position.
-    Raises ModelError where the logits are not what the head gives, as it gives it: see `head_of`.
+    Modules between trunk and head (BERT's transform) have run; the head itself runs on no position.
+    Raises ModelError where the model's logits are not the head's own output: see `head_of`.
     """
     last = net.get_output_embeddings()  # type: ignore[operator]
     with keep_positions(net.base_model, positions_N), capture_head_input(last) as seen:  # type: ignore[arg-type]
-        output = (through or net)(input_ids=ids_BT, **_placed(places_BT), **_no_cache(net))
+        output = (through or net)(input_ids=ids_BT, **_options(net, position_ids_BT))
     if len(seen) != 1 or output.logits is not seen[0][1]:
         raise ModelError(f"the logits of a {net.config.model_type} are more than a linear layer of its hidden states")  # type: ignore[union-attr]
-    hidden_BTD = seen[0][0]
-    whole = hidden_BTD.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
-    return hidden_BTD.flatten(0, 1).index_select(0, positions_N) if whole else hidden_BTD[0]
+    return _selected(seen[0][0], ids_BT, positions_N)
 
 
 @contextmanager
 def capture_head_input(last: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Keeps what a linear layer is given, with what it gives, and lets it see none of it; [] for other layers."""
+    """Records (input, output) of a linear layer, which is run on no position at all; [] for other layers."""
     given: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []
 

@@ -1,6 +1,6 @@
-"""How one model's weights initialise another's: which layer comes from which, and, by `width.py`, how wide each becomes.
+"""Remaps: one model's weights initialise another's, layer by layer, and by `remap_width.py` at another width.
 
-A plan is a pure function of shapes; applying it copies tensors.
+A plan, which layer comes from which, is a pure function of shapes; `apply` copies tensors by a plan.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from trainables.config.models import Depth, Model, Remap, Width
 from trainables.models import build, initialise
-from trainables.models.layouts import LAYOUTS, NORM_EPS, PRE_NORM, Shape, family_of, place_of, shape_of
-from trainables.models.remap_width import is_padded, resize, resizing, with_own_rows
+from trainables.models.layouts import INNER_SIZES, LAYOUTS, NORM_EPS, PRE_NORM, Shape, family_of, place_of, shape_of
+from trainables.models.remap_width import is_padded, plan_resizing, resize, with_own_rows
 
-# For each target layer the source layer; None: it keeps its own initialisation; idle: this too, and it adds nothing.
+# For each target layer the source layer; None: the layer keeps its own weights; idle: this too, and adds nothing.
 Layers = tuple[int | Literal["idle"] | None, ...]
 SWITCHES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias", "scale_attn_weights")
 FIELDS = {  # of a shape, as transformers calls them
@@ -33,16 +33,16 @@ FIELDS = {  # of a shape, as transformers calls them
 
 
 class RemapError(ValueError):
-    """Shapes that the remap cannot serve."""
+    """Shapes between which a remap is impossible; the message says why and what is expected."""
 
 
 def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
-    """Source layer of each target layer.
+    """The source layer of each target layer. Raises RemapError.
 
-    copy_last: in order, the last one repeated (DWT's remapping, section 3; FNA++). stack: the whole block again and
-    again (G_stack). interpolate: each layer repeated in place, evenly spread (also downwards). spread: evenly, the first
-    and the last included (DistilBERT: 0 2 4 7 9 11 of 12). every_other: 0, 2, 4 … first: in order, the rest left open.
-    identity: in order, and what is more adds nothing. random: every layer left open; only what surrounds them is copied.
+    copy_last: in order, the last one repeated (DWT's remapping, section 3; FNA++). stack: the whole block repeated
+    (G_stack). interpolate: each layer repeated in place, evenly (also downwards). spread: evenly, the first and the last
+    included (DistilBERT: 0 2 4 7 9 11 of 12). every_other: 0, 2, 4 … first: in order, further layers keep their own
+    weights. identity: in order, further layers add nothing. random: all layers keep their own; only the rest is copied.
     """
     target = range(num_target)
     match depth:
@@ -53,45 +53,45 @@ def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
         case "interpolate":
             return tuple(i * num_source // num_target for i in target)
         case "spread":
-            gaps = max(1, num_target - 1)
-            return tuple(
-                (2 * i * (num_source - 1) + gaps) // (2 * gaps) for i in target
-            )  # to the nearest, up from halves
+            gaps = max(1, num_target - 1)  # rounded to the nearest, halves up
+            return tuple((2 * i * (num_source - 1) + gaps) // (2 * gaps) for i in target)
         case "every_other":
             if num_source < 2 * num_target - 1:
+                needed = 2 * num_target - 1
                 raise RemapError(
-                    f"every_other needs at least {2 * num_target - 1} source layers for {num_target}; there are {num_source}"
+                    f"every_other needs at least {needed} source layers for {num_target}; there are {num_source}"
                 )
             return tuple(2 * i for i in target)
         case "first":
             return tuple(i if i < num_source else None for i in target)
         case "identity":
             if num_source > num_target:
-                raise RemapError(
-                    f"identity adds layers; the source has {num_source}, the target {num_target}; expected first"
-                )
+                layers = f"the source has {num_source}, the target {num_target}"
+                raise RemapError(f"identity adds layers; {layers}; expected first")
             return tuple(i if i < num_source else "idle" for i in target)
         case "random":
             return (None,) * num_target
 
 
 def check(depth: Depth, source: Any, target: Any, width: Width | None = None) -> Layers:
-    """The plan between two transformers configs, or RemapError naming what stands in the way."""
+    """The plan between two transformers configs. Raises RemapError, which says what differs."""
     for key in ("model_type", "vocab_size", *SWITCHES):
         ours, theirs = (family_of(c) if key == "model_type" else getattr(c, key, None) for c in (source, target))
         if ours != theirs:
             raise RemapError(f"a remap needs equal {key}; source has {ours}, target {theirs}")
     if getattr(target, "tie_word_embeddings", True) and not getattr(source, "tie_word_embeddings", True):
-        raise RemapError("a remap cannot tie what is apart: target has tie_word_embeddings true, source false")
+        raise RemapError(
+            "target ties embeddings but source does not: tie_word_embeddings is true in the target, false in the source"
+        )
     if depth == "identity" and family_of(target) not in PRE_NORM:
         raise RemapError(
-            f"identity is for layers that only add to what passes them, norms before each block: {', '.join(PRE_NORM)}; a "
-            f"{target.model_type} is not one of these"
+            f"identity needs norms before each block, whose layers only add to the residual stream: {', '.join(PRE_NORM)}; "
+            f"a {target.model_type} is not one of these"
         )
     if width is None:
         _refuse_widths_that_differ(shape_of(source), shape_of(target))
     elif family_of(source) not in LAYOUTS:
-        raise RemapError(f"remaps of width serve the families {', '.join(LAYOUTS)}; these are {source.model_type}")
+        raise RemapError(f"width remaps serve the families {', '.join(LAYOUTS)}; these are {source.model_type}")
     return depth_plan(depth, source.num_hidden_layers, target.num_hidden_layers)
 
 
@@ -99,25 +99,25 @@ def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
     for field, key in FIELDS.items():
         ours, theirs = getattr(old, field), getattr(new, field)
         if ours != theirs:
-            valid = ", ".join(get_args(Width))
             raise RemapError(
-                f"a remap without width needs equal {key}; source has {ours}, target {theirs}; expected width, one of {valid}"
+                f"a remap without width needs equal {key}; source has {ours}, target {theirs}; expected width, one of "
+                + ", ".join(get_args(Width))
             )
 
 
 @torch.no_grad()
 def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | None = None) -> tuple[str, ...]:
-    """Copies layers by plan, and everything that surrounds them (embeddings, final norm, head), in place.
+    """Copies layers by plan, and everything around them (embeddings, final norm, head), into `target`.
 
-    Layers that are to be idle write nothing to the residual stream: their output projections are 0, and learn at once.
-    Positions that only the target has keep their own weights. Returns the tensors that keep their own altogether.
+    Idle layers write nothing to the residual stream: their output projections are 0, and learn from the first step.
+    Positions that only the target has keep their own weights. Returns the names of the tensors that were not copied.
     """
     prefix = layers_prefix(source)
-    how = None if width is None else resizing(width, source, target, prefix)
+    resizing = None if width is None else plan_resizing(width, source, target, prefix)
     ours, theirs = source.state_dict(), target.state_dict()
     left, seen = [], set[int]()
     for name, tensor in theirs.items():
-        if tensor.data_ptr() in seen:  # a head that is the embeddings
+        if tensor.data_ptr() in seen:  # a head tied to the embeddings
             continue
         seen.add(tensor.data_ptr())
         if _is_silent(name, prefix, layers, family_of(target.config)):
@@ -129,10 +129,10 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
             continue
         old = ours[wanted]
         place = place_of(family_of(source.config), wanted)
-        if how is not None:
+        if resizing is not None:
             if place is None:
-                raise RemapError(f"remaps of width know no place for {wanted} ({tuple(old.shape)})")
-            old = resize(how, wanted, old, tensor, ahead)
+                raise RemapError(f"no width-remap rule for parameter {wanted} {tuple(old.shape)}")
+            old = resize(resizing, wanted, old, tensor, following=ahead)
         elif place == "table":
             old = with_own_rows(old, tensor)
         if old.shape != tensor.shape:
@@ -144,27 +144,25 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
 
 
 def _wanted(name: str, prefix: str, layers: Layers, ours: Mapping[str, Tensor]) -> tuple[str | None, Tensor | None]:
-    """The source's tensor that becomes `name`, if there is one, and its fellow in the next layer."""
+    """The name of the source's tensor that becomes `name`, if there is one, and the same tensor of the next layer."""
     if not name.startswith(prefix):
         return (name if name in ours else None), None
     index, _, rest = name.removeprefix(prefix).partition(".")
     layer = layers[int(index)]
-    if (
-        not isinstance(layer, int) or f"{prefix}{layer}.{rest}" not in ours
-    ):  # e.g. a first layer that has no norm of its own
+    if not isinstance(layer, int) or f"{prefix}{layer}.{rest}" not in ours:  # e.g. ModernBERT's first layer has no norm
         return None, None
     return f"{prefix}{layer}.{rest}", ours.get(f"{prefix}{layer + 1}.{rest}")
 
 
 def _is_silent(name: str, prefix: str, layers: Layers, family: str) -> bool:
-    """Whether this tensor is what an idle layer would add by."""
+    """Whether this tensor is an output projection of an idle layer."""
     if not name.startswith(prefix) or layers[int(name.removeprefix(prefix).partition(".")[0])] != "idle":
         return False
     return place_of(family, name) in ("x <- o", "x <- inner")
 
 
 def _take_eps(width: Width, source: Any, target: Any) -> None:
-    """Norms see what they saw: padded channels make the mean square smaller, by old/new, so their epsilon shrinks too."""
+    """Sets the epsilon of norms: padded channels make the mean square smaller by old/new, so epsilon shrinks as well."""
     key, old, new = NORM_EPS[family_of(source)], shape_of(source), shape_of(target.config)
     eps = getattr(source, key) * (old.hidden / new.hidden if is_padded(width, old, new) else 1)
     setattr(target.config, key, eps)
@@ -175,7 +173,7 @@ def _take_eps(width: Width, source: Any, target: Any) -> None:
 
 
 def layers_prefix(net: nn.Module) -> str:
-    """Where the list of layers lies in the state dict: the one ModuleList as long as the config says."""
+    """The prefix of the layers in the state dict: the path of the ModuleList that is as long as the config says."""
     num = net.config.num_hidden_layers  # type: ignore[union-attr]
     for name, module in net.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num:
@@ -185,7 +183,7 @@ def layers_prefix(net: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a remap does to the function, on random inputs in float64."""
+    """How far a remap changes a model's logits, on random inputs in float64."""
 
     verdict: Literal["exact", "approximate", "lossy"]
     difference: float  # root mean square difference of centred logits over their own root mean square
@@ -195,24 +193,25 @@ class Measured:
 def measure(
     source: nn.Module, target: nn.Module, layers: Layers, width: Width | None = None, *, length: int = 16, num: int = 8
 ) -> Measured:
-    """Applies the plan to copies and compares logits: exact below 1e-9, approximate below 0.1, else lossy."""
+    """Applies the plan to copies, and compares logits: exact below 1e-9, approximate below 0.1, else lossy."""
     source, target = copy.deepcopy(source).double().eval(), copy.deepcopy(target).double().eval()
     apply(source, target, layers, width)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(source.config.vocab_size, (num, length), generator=generator)  # type: ignore[union-attr,arg-type]
     with _Double():
-        before, after = (
-            net(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits for net in (source, target)
-        )
+        mask_BT = torch.ones_like(ids_BT)
+        before, after = (net(input_ids=ids_BT, attention_mask=mask_BT).logits for net in (source, target))
     before, after = (z - z.mean(-1, keepdim=True) for z in (before, after))
     difference = float((after - before).norm() / before.norm())
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
-def foresee(source: Model, target: Model, config: Any = None) -> tuple[Layers, Measured]:
-    """The plan by which `target` is remapped from `source`, and what it does: seen on small models of the same family,
-    depths and proportions, whose weights are as far from their start as trained ones. `config`: transformers' of a source
-    with pretrained weights, which bring their own shape. Raises RemapError."""
+def preview_remap(source: Model, target: Model, config: Any = None) -> tuple[Layers, Measured]:
+    """The plan by which `target` is remapped from `source`, and its effect on small models of the same family, depths and
+    proportions, with gains and biases that differ from their start as trained ones do. Raises RemapError.
+
+    `config`: the transformers config of a source with pretrained weights, which bring their own shape.
+    """
     assert isinstance(target.init, Remap)
     if config is not None:
         source = _described(config)
@@ -232,7 +231,7 @@ def foresee(source: Model, target: Model, config: Any = None) -> tuple[Layers, M
 
 
 def _described(config: Any) -> Model:
-    """The shape that a transformers config has."""
+    """A model value with the shape of a transformers config."""
     shape = shape_of(config)
     sizes = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size}
     return Model(
@@ -246,17 +245,17 @@ def _described(config: Any) -> Model:
 
 
 def _resized(config: Any, small: Any) -> Any:
-    """A config with the sizes of another one; all else (norms, rotations, biases) as it was."""
-    found = copy.deepcopy(config)
+    """A copy of a config with the sizes of a small one; norms, rotations and biases stay as they are."""
+    resized = copy.deepcopy(config)
     ids = (key for key in small.to_dict() if key.endswith("_token_id"))
-    for key in ("vocab_size", "max_position_embeddings", *FIELDS.values(), "n_inner", "ffn_dim", "hidden_dim", *ids):
-        if hasattr(small, key) and hasattr(found, key):
-            setattr(found, key, getattr(small, key))
-    return found
+    for key in ("vocab_size", "max_position_embeddings", *FIELDS.values(), *INNER_SIZES, *ids):
+        if hasattr(small, key) and hasattr(resized, key):
+            setattr(resized, key, getattr(small, key))
+    return resized
 
 
 def _small(*pair: Model) -> list[Model]:
-    """Models of as few heads, and of as small heads and inner layers, as have the same proportions."""
+    """The smallest models of the same proportions: few heads, small heads and inner layers."""
     heads = [model.num_heads for model in pair]
     kv_heads = [int(model.config.get("num_key_value_heads", model.num_heads)) for model in pair]
     share = [(model.width or 0) // model.num_heads for model in pair]
@@ -264,30 +263,27 @@ def _small(*pair: Model) -> list[Model]:
     inner = [model.intermediate_size or 4 * (model.width or 0) for model in pair]
     heads_unit, size_unit, inner_unit = math.gcd(*heads, *kv_heads), math.gcd(*share, *head_size), math.gcd(*inner)
     num = 2 if heads_unit == max(heads) else 1
-    found = []
+    small = []
     for i, model in enumerate(pair):
-        config = {**model.config}
-        if "num_key_value_heads" in config:
-            config["num_key_value_heads"] = num * kv_heads[i] // heads_unit
-        if "head_dim" in config:
-            config["head_dim"] = 8 * head_size[i] // size_unit
+        width_of_head, num_heads = 8 * share[i] // size_unit, num * heads[i] // heads_unit
+        sizes = {"num_key_value_heads": num * kv_heads[i] // heads_unit, "head_dim": 8 * head_size[i] // size_unit}
         value = {
             "family": model.family,
             "layers": model.layers,
-            "heads": num * heads[i] // heads_unit,
-            "width": num * heads[i] // heads_unit * 8 * share[i] // size_unit,
+            "heads": num_heads,
+            "width": num_heads * width_of_head,
             "intermediate_size": max(1, 64 * inner_unit // max(inner)) * inner[i] // inner_unit,
             "dropout": 0,
-            "config": config,
+            "config": {key: sizes.get(key, value) for key, value in model.config.items()},
             "init": {"kind": "random", "std": "width"},
             "sharing": model.sharing,
         }
-        found.append(Model.model_validate(value))
-    return found
+        small.append(Model.model_validate(value))
+    return small
 
 
 class _Double(TorchFunctionMode):
-    """Keeps doubles where a family's code goes to single precision (norms of Llama, rotations of ModernBERT)."""
+    """Keeps float64 where a family's code casts to float32 (norms of Llama, rotations of ModernBERT)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         to_single = func is torch.Tensor.float or (

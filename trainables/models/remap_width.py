@@ -1,12 +1,12 @@
-"""Width: what becomes of each tensor when the hidden size, the heads, a head's size or the inner layer change.
+"""Width remaps: a model's tensors at another hidden size, number of heads, head size or inner layer.
 
-An operator says for each space of `layouts.py` how new coordinates come from old ones: sparse matrices, B for what writes
-to it and R for what reads it. Every tensor follows, alike in all families:
+An operator says for each space of `layouts.py` how new coordinates come from old ones, by two sparse matrices: B for
+tensors that write to the space and R for tensors that read it. In every family
 
     W' = B_out · W · R_in + own · (1 - B_in · R_in)
 
-The last part costs nothing: it only ever meets zeros, so there the target's own fresh weights may stand, and copies learn
-apart. Outputs stay as they are where R·B = 1 and every norm sees the mean and the mean square that it saw. (Net2Net,
+The last part only ever meets zeros, so the target's own fresh weights may stand there, and copies learn apart. Outputs do
+not change where R·B = 1 and every norm sees the same mean and mean square as before. (Net2Net,
 arXiv 1511.05641; bert2BERT, 2110.07143; LEMON, 2310.07999; HyperCloning, 2409.12903; Gesmundo and Maile, 2308.06103.)
 """
 
@@ -26,7 +26,7 @@ from trainables.models.layouts import Shape, family_of, is_transposed, place_of,
 
 COPIES: tuple[Width, ...] = ("replicate", "replicate_noise", "aki")
 CHOICES: tuple[Width, ...] = ("select", "importance")
-NOISE = 10 ** (-10 / 20)  # amplitude beside that of the weights it is added to: 10 dB below (HyperCloning)
+NOISE = 10 ** (-10 / 20)  # amplitude relative to the copied weights: 10 dB below (HyperCloning)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
@@ -34,7 +34,7 @@ NOISE = 10 ** (-10 / 20)  # amplitude beside that of the weights it is added to:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which new coordinates (or heads) come from which old ones, and what writing and reading is multiplied by."""
+    """Which new coordinates (or heads) come from which old ones, with the factors of writing and reading."""
 
     num_new: int
     num_old: int
@@ -45,7 +45,7 @@ class Pairs:
 
     @property
     def untouched(self) -> Tensor:
-        """[num_new] whether a coordinate comes from nowhere."""
+        """[num_new] whether a coordinate has no old one."""
         return ~torch.zeros(self.num_new, dtype=torch.bool).index_fill(0, self.new, True)
 
     @property
@@ -62,7 +62,7 @@ class Pairs:
         return same and bool((self.write == 1).all() and (self.read == 1).all())
 
     def back(self) -> Pairs:
-        """The other way round; undoes this one where it loses nothing."""
+        """The inverse direction: undoes these pairs where they lose nothing."""
         return Pairs(self.num_old, self.num_new, self.old, self.new, self.read, self.write)
 
     def each(self, inner: Pairs) -> Pairs:
@@ -78,7 +78,7 @@ class Pairs:
 
 
 def taking(sources: Sequence[int | None], num_old: int) -> Pairs:
-    """New coordinate i is a copy of sources[i], or comes from nowhere; readers of several copies share evenly."""
+    """New coordinate i is a copy of sources[i] (None: of no old one); readers of several copies share evenly."""
     new, old = torch.tensor([(i, j) for i, j in enumerate(sources) if j is not None]).unbind(1)
     count = old.bincount(minlength=num_old)[old]
     return Pairs(len(sources), num_old, new, old, torch.ones(len(old), dtype=torch.float64), 1 / count.double())
@@ -94,7 +94,7 @@ def fit(width: Width, num_old: int, num_new: int, score: Tensor | None = None) -
 
 
 def chosen(num_old: int, num_new: int, score: Tensor | None = None) -> list[int]:
-    """The best by score, in their order; else evenly spread: strides, or rounded (weight selection, arXiv 2311.18823)."""
+    """The best by score, in their order; without scores evenly spread (weight selection, arXiv 2311.18823)."""
     if score is not None:
         found = score.argsort(descending=True, stable=True)[:num_new].sort().values
     elif num_old % num_new == 0:
@@ -109,8 +109,8 @@ def fit_heads(
 ) -> tuple[Pairs, Pairs]:
     """(query heads, key-value heads). `old`, `new`: numbers of both; `score`: [query heads], for a choice.
 
-    Query head j reads key-value head j // group, before and after. So key-value heads are placed first, and the queries
-    of each go to the slots of all its copies.
+    Query head j reads key-value head j // group, before and after. So key-value heads come first, and the queries of each
+    take the slots of all its copies.
     """
     (heads, kv_heads), (new_heads, new_kv_heads) = old, new
     group, new_group = heads // kv_heads, new_heads // new_kv_heads
@@ -122,9 +122,8 @@ def fit_heads(
     if new_kv_heads < kv_heads:
         kv_of = [*chosen(kv_heads, new_kv_heads, None if score is None else score.view(kv_heads, group).sum(1))]
     else:
-        num = (
-            new_kv_heads if width in COPIES else kv_heads * -(-group // new_group)
-        )  # else only where queries need room
+        # without copies, further key-value heads serve only queries that need room
+        num = new_kv_heads if width in COPIES else kv_heads * -(-group // new_group)
         kv_of = [i % kv_heads if i < num else None for i in range(new_kv_heads)]
     head_of: list[int | None] = [None] * new_heads
     for kv in range(kv_heads):
@@ -138,10 +137,10 @@ def fit_heads(
 
 
 def fit_channels(width: Width, old: int, new: int, *, is_rotary: bool) -> Pairs:
-    """Channels within a head. They are padded, never copied, since no two rotary channels turn at one speed.
+    """Channels within a head: padded, never copied, since no two rotary channels turn at one speed.
 
-    Rotary channels i and i + size/2 turn together by base^(-2i/size): each pair goes to the one whose speed is nearest,
-    which is the same speed where one size is a multiple of the other.
+    Rotary channels i and i + size/2 turn together by base^(-2i/size): each pair goes to the pair of nearest speed, which
+    is the same speed where one size is a multiple of the other.
     """
     if new < old:
         if width in CHOICES and not is_rotary:
@@ -161,19 +160,21 @@ def fit_channels(width: Width, old: int, new: int, *, is_rotary: bool) -> Pairs:
 
 @dataclass(frozen=True)
 class Space:
-    """How one space of the source becomes that of the target."""
+    """How a space of the source becomes the same space of the target."""
 
     pairs: Pairs
-    fresh: Tensor  # [num_new] coordinates that nobody reads yet: what writes there keeps its own weights
-    has_mean: bool = False  # what comes from nowhere holds the mean of the old coordinates; else zero
-    own: Literal["nothing", "untouched", "copies"] = "nothing"  # where readers keep their own, which meets only zeros
+    fresh: Tensor  # [num_new] coordinates that nothing reads yet: tensors that write there keep their own weights
+    has_mean: bool = False  # coordinates without an old one hold the mean of the old ones; else zero
+    own: Literal["nothing", "untouched", "copies"] = (
+        "nothing"  # where readers keep their own weights, which meet only zeros
+    )
     from_next: bool = False  # copies are taken from the next layer
     gain: float = 1.0  # of its norms
-    keeps_vectors: bool = False  # biases and gains keep their own entries where the coordinate comes from nowhere
+    keeps_vectors: bool = False  # biases and gains keep their own entries at coordinates without an old one
 
 
 def is_padded(width: Width, old: Shape, new: Shape) -> bool:
-    """Whether hidden channels are padded, or padding is taken away: norms then scale by sqrt(old/new)."""
+    """Whether hidden channels are padded, or padding is removed: gains of norms then scale by sqrt(old/new)."""
     grows, shrinks = new.hidden > old.hidden, new.hidden < old.hidden
     return (width in ("zero_pad", "mean_pad") and (grows or shrinks)) or (width in CHOICES and grows)
 
@@ -181,7 +182,7 @@ def is_padded(width: Width, old: Shape, new: Shape) -> bool:
 def spaces(
     width: Width, old: Shape, new: Shape, *, has_mean: bool, score: Mapping[str, Tensor] | None = None
 ) -> dict[str, Space]:
-    """All spaces of a layer. `has_mean`: of padded hidden channels; `score`: of `x`, `q` and `inner`, for a choice."""
+    """All spaces of a layer. `has_mean`: of padded channels; `score`: of `x`, `q` and `inner`, for select and importance."""
     score = score or {}
 
     def space(pairs: Pairs, **more: Any) -> Space:
@@ -214,7 +215,7 @@ def spaces(
 
 
 def written(space: Space, old: Tensor, own: Tensor, following: Tensor | None = None) -> Tensor:
-    """[new, …]: what writes to the space, from [old, …]. `own`: [new, …]; `following`: [old, …] of the next layer."""
+    """A tensor that writes to the space, [new, …] from [old, …]. `own`: [new, …]; `following`: of the next layer."""
     pairs = space.pairs
     if pairs.is_identity:
         return old
@@ -229,21 +230,21 @@ def written(space: Space, old: Tensor, own: Tensor, following: Tensor | None = N
 
 
 def read(space: Space, old: Tensor, own: Tensor | None = None) -> Tensor:
-    """[…, new]: what reads from the space, from […, old]. `own`: […, new], whose part that meets only zeros stays."""
+    """A tensor that reads the space, […, new] from […, old]. `own`: […, new], kept where it meets only zeros."""
     pairs = space.pairs
     if pairs.is_identity:
         return old
-    found = _spread(old, pairs.old, pairs.new, pairs.read, pairs.num_new)
+    found = _spread(old, pairs.old, pairs.new, weight=pairs.read, size=pairs.num_new)
     return found if own is None else found + unseen(space, own, found)
 
 
 def unseen(space: Space, own: Tensor, beside: Tensor) -> Tensor:
-    """[…, new]: own · (1 - B·R): at coordinates from nowhere as it is, over copies at NOISE of what it stands `beside`."""
+    """own · (1 - B·R), […, new]: unchanged at coordinates without an old one; over copies at NOISE of the copies `beside`."""
     pairs = space.pairs
     if pairs.is_identity or space.own == "nothing":
         return torch.zeros_like(own)
-    seen = _spread(own, pairs.new, pairs.old, pairs.write, pairs.num_old)
-    rest = own - _spread(seen, pairs.old, pairs.new, pairs.read, pairs.num_new)
+    seen = _spread(own, pairs.new, pairs.old, weight=pairs.write, size=pairs.num_old)
+    rest = own - _spread(seen, pairs.old, pairs.new, weight=pairs.read, size=pairs.num_new)
     if space.own == "untouched":
         return rest * pairs.untouched
     rest = rest * ~pairs.untouched
@@ -252,8 +253,8 @@ def unseen(space: Space, own: Tensor, beside: Tensor) -> Tensor:
     return rest * amplitude
 
 
-def _spread(tensor: Tensor, source: Tensor, target: Tensor, weight: Tensor, size: int) -> Tensor:
-    """[…, size]: columns `source`, weighted, added up at `target`."""
+def _spread(tensor: Tensor, source: Tensor, target: Tensor, *, weight: Tensor, size: int) -> Tensor:
+    """Adds weighted columns `source` up at columns `target`, […, size]."""
     found = tensor.new_zeros(*tensor.shape[:-1], size)
     return found.index_add_(-1, target, tensor[..., source] * weight.to(tensor))
 
@@ -267,18 +268,18 @@ def _column(vector: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Resizing:
-    """All that it takes to make the target's tensors from the source's, one at a time."""
+    """How one model becomes as wide as another: applied to one tensor at a time by `resize`."""
 
     family: str
-    layers: str  # where the list of layers lies in the state dict
+    layers: str  # prefix of the layers in the state dict
     spaces: tuple[Mapping[str, Space], ...]  # by layer of the source
-    gains: Mapping[str, float]  # of norms, by path, where not all have that of the space
+    gains: Mapping[str, float]  # factors of norms' gains by path, where they differ from that of the space
     is_tied: bool  # the target's head is its embeddings
-    is_transposed: bool  # weights lie as [reads, writes]
+    is_transposed: bool  # weights are [reads, writes]
 
 
-def resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
-    """How `source` becomes as wide as `target`, both of one family of LAYOUTS."""
+def plan_resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
+    """How `source` becomes as wide as `target`, both of one family of LAYOUTS. `layers`: their prefix."""
     old, new = shape_of(source.config), shape_of(target.config)
     is_centred = any(isinstance(module, nn.LayerNorm) for module in source.modules())
     has_mean = width == "mean_pad" or (width in CHOICES and is_centred)
@@ -300,8 +301,8 @@ def resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
     )
 
 
-def resize(how: Resizing, name: str, old: Tensor, own: Tensor, following: Tensor | None = None) -> Tensor:
-    """The source's tensor `name`, as the target has it. `own`: the target's; `following`: that of the source's next layer."""
+def resize(how: Resizing, name: str, old: Tensor, own: Tensor, *, following: Tensor | None) -> Tensor:
+    """The source's tensor `name` at the target's width. `own`: the target's; `following`: of the source's next layer."""
     place = place_of(how.family, name)
     assert place is not None, name
     layer = name.removeprefix(how.layers).partition(".")[0] if name.startswith(how.layers) else "0"
@@ -312,23 +313,24 @@ def resize(how: Resizing, name: str, old: Tensor, own: Tensor, following: Tensor
         case "head":
             return old if old.ndim == 1 else read(found["x"], old, own)
         case "norm" | "last norm":
-            return _norm(how, found["x"], name, old, own, is_last=place == "last norm")
+            return _norm(how, found["x"], name, old, own=own, is_last=place == "last norm")
     writes, _, reads = place.partition(" <- ")
     fused = writes.split()
     turned = how.is_transposed and old.ndim == 2
-    sides = [side.t() if turned and side is not None else side for side in (old, own, following)]
-    pieces = [[None] * len(fused) if side is None else side.chunk(len(fused)) for side in sides]
-    whole = torch.cat([_linear(found[to], found[reads], *three) for to, *three in zip(fused, *pieces, strict=True)])
+    matrices = [side.t() if turned and side is not None else side for side in (old, own, following)]
+    pieces = [[None] * len(fused) if side is None else side.chunk(len(fused)) for side in matrices]
+    whole = torch.cat([_linear(found[to], found[reads], three) for to, *three in zip(fused, *pieces, strict=True)])
     return whole.t() if turned else whole
 
 
 def with_own_rows(old: Tensor, own: Tensor) -> Tensor:
-    """A table with as many rows as the target's: what only the target has (positions) keeps its own."""
+    """A table with as many rows as the target's; rows that only the target has (positions) are its own."""
     return torch.cat([old[: len(own)], own[len(old) :]])
 
 
-def _linear(writes: Space, reads: Space, old: Any, own: Any, following: Any) -> Tensor:
-    """A weight [writes, reads] or a bias [writes]."""
+def _linear(writes: Space, reads: Space, tensors: Sequence[Any]) -> Tensor:
+    """A weight [writes, reads] or a bias [writes]. `tensors`: old, the target's own, that of the next layer or None."""
+    old, own, following = tensors
     if old.ndim == 1:
         fresh = writes.pairs.untouched if writes.keeps_vectors else writes.fresh
         return written(replace(writes, fresh=fresh), old, own, following)
@@ -336,8 +338,8 @@ def _linear(writes: Space, reads: Space, old: Any, own: Any, following: Any) -> 
     return found + unseen(reads, own, found) * ~writes.fresh[:, None]
 
 
-def _norm(how: Resizing, x: Space, name: str, old: Tensor, own: Tensor, *, is_last: bool) -> Tensor:
-    """A gain or a bias. In the last norm before a tied head, copies share what elsewhere their readers share."""
+def _norm(how: Resizing, x: Space, name: str, old: Tensor, *, own: Tensor, is_last: bool) -> Tensor:
+    """A gain or a bias. In the last norm before a tied head, copies are divided here, elsewhere in their readers."""
     path, _, leaf = name.rpartition(".")
     pairs, is_gain = x.pairs, leaf == "weight"
     if is_last and how.is_tied:

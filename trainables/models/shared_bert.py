@@ -1,9 +1,8 @@
 """BERT whose layers run more than once: shuffled parameter sharing (Pea-KD, arXiv 2009.14822), and its controls.
 
-A further run is a BertLayer without weights of its own: it reads those of the first run when it is executed, query and key
-crossed where it is swapped, so the scores q_i·k_j of the first run are k_i·q_j. Parameters, state dict and files are
-therefore those of a plain BERT of as many layers, by name and by content; either loads the other's. Importing this
-module tells transformers of the family.
+A further run is a BertLayer without weights: it reads those of the first run as it executes, with query and key swapped
+where asked, so that scores q_i·k_j become k_i·q_j. Parameters, state dict and files therefore equal those of a plain BERT
+with as many layers; each loads the other's. Importing this module registers the family with transformers.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ NOT_SHAPE = ("model_type", "architectures", "transformers_version", "layer_order
 
 
 class SharingError(ValueError):
-    """Layers that cannot be shared so; the message says which, why, and what would be valid."""
+    """Layers that cannot be shared as asked; the message says which, why, and what is expected."""
 
 
 def execution(order: str, num_layers: int, swap: bool) -> tuple[tuple[int, bool], ...]:
-    """What runs, in order: (layer from 0, query and key swapped). A first run never swaps; each further one does if `swap`.
+    """The runs in order: (layer from 0, whether query and key are swapped). Only further runs swap, if `swap`.
 
     For layers 1 2 3 4: twice 1 2 3 4 1 2 3 4, each_twice 1 1 2 2 3 3 4 4, mirror 1 2 3 4 4 3 2 1, upper_twice
     1 2 3 4 3 4, lower_twice 1 2 3 4 1 2. Halves need an even number.
@@ -79,7 +78,7 @@ def check(config: Any) -> None:
     family, heads = config.model_type, getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if any(place.startswith("q k") for place in LAYOUTS.get(family, {}).values()):
-        raise SharingError(f"a {family} has no query and key of their own to swap, it fuses them; expected bert")
+        raise SharingError(f"a {family} fuses query and key, which cannot be swapped; expected bert")
     if groups != heads:
         raise SharingError(f"a {family} of {heads} query heads and {groups} key heads cannot swap them; expected bert")
     if family not in ("bert", FAMILY):
@@ -89,7 +88,7 @@ def check(config: Any) -> None:
 
 
 def shared(config: BertConfig, order: str, swap: bool) -> SharedBertConfig:
-    """The same shape, its layers executed in this order. Raises SharingError."""
+    """A config of the same shape whose layers run in this order. Raises SharingError."""
     check(config)
     execution(order, config.num_hidden_layers, swap)
     return SharedBertConfig(**_shape(config), layer_order=order, layer_swap=swap)
@@ -104,13 +103,13 @@ def _shape(config: Any) -> dict[str, Any]:
 
 
 class SelfAttentionAgain(BertSelfAttention):  # type: ignore[misc]
-    """Another run of a self-attention. Its projections are looked up as it runs, so that replacing one serves all runs."""
+    """A further run of a self-attention. It looks projections up as it runs: replacing one (LoRA) serves all runs."""
 
     def __init__(self, first: BertSelfAttention, swap: bool) -> None:
         with torch.device("meta"):
             super().__init__(first.config, is_causal=first.is_causal, layer_idx=first.layer_idx)
         del self.query, self.key, self.value
-        self.first = (first,)  # in a tuple it is no submodule: weights have one owner, and one name
+        self.first = (first,)  # in a tuple, not a submodule: weights have one owner and one name
         self.swap = swap
 
     @property
@@ -127,7 +126,7 @@ class SelfAttentionAgain(BertSelfAttention):  # type: ignore[misc]
 
 
 class AttentionAgain(BertAttention):  # type: ignore[misc]
-    """Another run of an attention block."""
+    """A further run of an attention block."""
 
     def __init__(self, first: BertAttention, swap: bool) -> None:
         nn.Module.__init__(self)
@@ -141,7 +140,7 @@ class AttentionAgain(BertAttention):  # type: ignore[misc]
 
 
 class LayerAgain(BertLayer):  # type: ignore[misc]
-    """Another run of a layer; hooks, train(), and gradient checkpointing take it for a layer of its own."""
+    """A further run of a layer; a layer of its own for hooks, train() and gradient checkpointing."""
 
     def __init__(self, first: BertLayer, swap: bool) -> None:
         nn.Module.__init__(self)

@@ -1,29 +1,27 @@
-"""TODO."""
+"""Checks that pretrained weights and prepared data have the same tokenizer: equal token -> id maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 
 from trainables.config.errors import ModelError
 from trainables.config.models import Model
-from trainables.models.build import _folder
+from trainables.models.build import model_folder
 
-TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # names of files of which a tokenizer has some
+TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # files of a tokenizer, of which each kind has some
 
 
 def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
-    """Raises ModelError where pretrained weights come with another token -> id map than the data's tokenizer has.
+    """Raises ModelError where pretrained weights come with another token -> id map than that of the data's tokenizer.
 
-    Rows of embeddings beyond the map are padding, and any number of them is fine; so are weights without a tokenizer.
+    Rows of embeddings beyond the map are padding, of any number. Weights without a tokenizer pass.
     """
     if model.pretrained is None:
         return
-    folder = _folder(model.pretrained, model.revision, ["config.json", *TOKENIZERS])
+    folder = model_folder(model.pretrained, model.revision, ["config.json", *TOKENIZERS])
     if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
         return
     try:
@@ -37,18 +35,18 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
 
 
 def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:
-    """How the token -> id maps of two tokenizers, by whose they are, differ; None where they do not."""
-    (one, theirs), (other, ours) = vocabularies.items()
+    """How the token -> id maps of two tokenizers, by their owners, differ; None where they are equal."""
+    (first, theirs), (second, ours) = vocabularies.items()
     differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
     if not differ:
         return None
     token = min(differ, key=lambda token: (ours.get(token, theirs.get(token)), token))
     ids = " and ".join(
-        f"{ids_of[token]} in that of {whose}" if token in ids_of else f"not in that of {whose}"
-        for whose, ids_of in zip((name.replace("'", "") for name in vocabularies), vocabularies.values(), strict=True)
+        (f"{ids_of[token]} in" if token in ids_of else "not in") + f" that of {owner}"
+        for owner, ids_of in zip((name.replace("'", "") for name in vocabularies), (theirs, ours), strict=True)
     )
     return (
-        f"the tokenizers of {one} ({len(theirs)} tokens) and of {other} ({len(ours)}) differ in {len(differ)} tokens: "
+        f"the tokenizers of {first} ({len(theirs)} tokens) and of {second} ({len(ours)}) differ in {len(differ)} tokens: "
         f"{token!r} is {ids}"
     )
 

@@ -1,6 +1,6 @@
-"""Whether a machine can run trials as the driver would: its storage, code, versions, devices, data and models. Knows no Ray.
+"""Checks that a machine can run trials as the driver would: storage, code, versions, devices, data and models. No Ray.
 
-A process that is to run trials looks once, before its first one. The driver says beforehand what must be found.
+The driver writes what a process must find; each process checks once, before its first trial.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainables.storage.prepared_folders import ABOUT, read_about
 
 MARKER = "driver"  # below a study's folder, while its sweep runs: says that a slot sees the driver's storage
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")  # of which a number may depend on the version
-SECONDS = 60.0  # for each look: storage that is gone may never answer
+SECONDS = 60.0  # for a check: storage that is gone may never answer
 SHARED = "a URI, or a folder that all machines share under the same path"
 
 
@@ -46,7 +46,7 @@ class Expected:
 def expect(
     storage: Storage, folder: str, *, device: str, specs: Iterable[TrialSpec], fingerprints: Iterable[Mapping[str, str]]
 ) -> Expected:
-    """Writes the marker, and says what trials of these specs need."""
+    """Writes the marker, and collects what trials of these specs need."""
     specs, token = list(specs), secrets.token_hex(16)
     storage.write(f"{folder}/{MARKER}", token.encode())
     models = [model for spec in specs for model in spec.models.values()]
@@ -65,7 +65,7 @@ def expect(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages, without what tells builds apart (`+cpu`)."""
+    """Versions of Python and the packages, without the build (`+cpu`)."""
     public = {package: importlib.metadata.version(package).partition("+")[0] for package in PACKAGES}
     return {"python": ".".join(platform.python_version_tuple()[:2]), **public}
 
@@ -79,15 +79,15 @@ def code() -> str:
 
 
 def fault(expected: Expected, device: str | None = None) -> str | None:
-    """What is wrong here and what would be valid, in one line that begins with the machine's name; None: nothing is.
+    """The first fault of this machine, in one line with the machine's name and what is expected; None: there is none.
 
-    `device` is this process's own, where that is not the first that it sees.
+    `device` is this process's own, where that is not the first that the process sees.
     """
-    found: list[str | None] = []
-    thread = threading.Thread(target=lambda: found.append(_first(expected, device)), daemon=True)
+    answer: list[str | None] = []
+    thread = threading.Thread(target=lambda: answer.append(_first(expected, device)), daemon=True)
     thread.start()
     thread.join(SECONDS)
-    why = found[0] if found else f"its storage or device did not answer within {SECONDS:g} s"
+    why = answer[0] if answer else f"its storage or device did not answer within {SECONDS:g} s"
     return None if why is None else f"{socket.gethostname()}: {why}"
 
 
@@ -101,20 +101,19 @@ def _first(expected: Expected, device: str | None) -> str | None:
             or _data(expected)
             or _models(expected)
         )
-    except Exception as error:  # whatever it is, trials would meet it too
-        return _told(error)
+    except Exception as error:  # trials would raise the same
+        return _short(error)
 
 
-def _told(error: Exception) -> str:
+def _short(error: Exception) -> str:
     detail = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {detail}"
 
 
 def _versions(expected: Expected) -> str | None:
     here = versions()
-    differ = [
-        f"{name} {here[name]} (the driver has {one})" for name, one in expected.versions.items() if here[name] != one
-    ]
+    theirs = expected.versions
+    differ = [f"{name} {here[name]} (the driver has {theirs[name]})" for name in theirs if here[name] != theirs[name]]
     return f"{', '.join(differ)}; expected the driver's versions" if differ else None
 
 
@@ -132,12 +131,12 @@ def _storage(expected: Expected) -> str | None:
             return f"{storage.uri} is not the driver's storage ({name} is not as it wrote it); expected {SHARED}"
         check_writable(storage.sub(expected.folder).uri)
     except Exception as error:  # each kind of storage has its own
-        return f"{storage.uri} cannot be read and written ({_told(error)}); expected {SHARED}"
+        return f"{storage.uri} cannot be read and written ({_short(error)}); expected {SHARED}"
     return None
 
 
 def _device(expected: Expected, device: str | None) -> str | None:
-    """A product of which every sum is exact, also in bf16."""
+    """Computes a product of which every sum is exact, also in bf16."""
     if expected.device == "cuda" and not torch.cuda.is_available():
         return "torch finds no CUDA device; expected a driver that fits torch's CUDA, and a device that Ray gives to the slot"
     where = device or expected.device
@@ -147,12 +146,12 @@ def _device(expected: Expected, device: str | None) -> str | None:
             if not bool((ones @ ones == 64).all()):
                 return f"{where} computes a product in {dtype} wrongly; expected a device that works"
     except RuntimeError as error:
-        return f"{where} does not compute ({_told(error)}); expected a device that works"
+        return f"{where} does not compute ({_short(error)}); expected a device that works"
     return None
 
 
 def _data(expected: Expected) -> str | None:
-    """Local files are opened; of remote ones only what tells of them is read, as a trial has the rest brought here."""
+    """Opens local files; of remote data reads only the description, since trials fetch the rest."""
     folder = Storage(expected.storage).sub("data")
     for fingerprint in expected.data:
         try:
@@ -165,7 +164,7 @@ def _data(expected: Expected) -> str | None:
                     file.read(1)
         except (OSError, ValueError) as error:
             return (
-                f"prepared data {fingerprint[:12]} cannot be read in {folder.uri} ({_told(error)}); expected {SHARED}"
+                f"prepared data {fingerprint[:12]} cannot be read in {folder.uri} ({_short(error)}); expected {SHARED}"
             )
     return None
 

@@ -1,7 +1,7 @@
 """The process group of the workers of one trial. Its store listens at one address and nowhere else.
 
-torch's own (`env://`, `tcp://`) listens at every address of the machine, whatever MASTER_ADDR says, and takes what
-comes without asking who sent it. Here rank 0 opens the socket itself, so the port cannot be lost in between either.
+torch's own stores (`env://`, `tcp://`) listen at every address of the machine, whatever MASTER_ADDR says, and accept any
+sender. Here rank 0 opens the socket itself, so that no other process can take the port in between.
 """
 
 from __future__ import annotations

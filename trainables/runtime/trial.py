@@ -1,6 +1,6 @@
 """A trial: its phases in order. Knows no paper, no tracker and no Ray; reads a spec, trains phases, writes plain files.
 
-A phase that the store has is not trained again; one that was interrupted goes on from its checkpoint.
+A stored phase is not trained again; an interrupted phase resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainables.config.phase_run import PhaseRun
+from trainables.config.session import Record, Session
 from trainables.config.trial import TrialSpec
 from trainables.data.prepared import open_data
 from trainables.storage.files import log
 from trainables.storage.phase_store import Corrupt, PhaseStore, StoredPhase
 from trainables.training.loop import train_phase
-from trainables.training.phase_graph import PhaseRun, phase_runs
-from trainables.training.state import Environment, Record, Session, TrialContext, peak_memory
+from trainables.training.phase_graph import phase_runs
+from trainables.training.state import Environment, TrialContext, peak_memory
 
 SAME = ("phase", "model", "task", "split", "metric", "step")  # a phase that is trained again replaces its records
 
 
 def fresh(seed: int, threads: int) -> None:
-    """Undoes whatever an earlier trial in this process may have left; the first and the third trial are then alike."""
+    """Resets the state of the process, so that a trial computes the same whatever ran before."""
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
@@ -82,7 +84,7 @@ def run_trial(spec: TrialSpec, fingerprints: Mapping[str, str], at: Environment,
 
 
 def _train_healing(run: TrialContext, instance: PhaseRun) -> dict[PhaseRun, StoredPhase]:
-    """Trains a phase; where some that it starts from turn out to be damaged, those are trained again first."""
+    """Trains a phase, after training again any phase that it starts from and whose files turn out to be damaged."""
     done: dict[PhaseRun, StoredPhase] = {}
     damaged: set[str] = set()
     while True:

@@ -1,4 +1,4 @@
-"""One attempt at a trial, in a plain process: its folder, its log, its outcome. A trial that fails is a row, no exception."""
+"""One attempt at a trial, in a plain process: its folder, its log, its outcome. A trial that fails raises nothing."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 
 from trainables.config.errors import DataError, ModelError
+from trainables.config.session import Session
 from trainables.config.trial import TrialSpec
 from trainables.models.remap import RemapError
+from trainables.runtime.outcome import Outcome, Status
 from trainables.runtime.trial import run_trial
-from trainables.storage.checkpoints import attempts
-from trainables.storage.files import Storage, StorageError, as_json, log
-from trainables.training.state import Diverged, Environment, Session, Stopped, Suspended, is_out_of_memory
-from trainables.training.stop_signals import LEAVE, Notice, watched
+from trainables.storage.files import Storage, StorageError, as_json, attempts, log
+from trainables.training.state import Diverged, Environment, Stopped, Suspended, is_out_of_memory
+from trainables.training.stop_signals import LEAVE, Notice, StopReason, watched
 
-PEER_LOST = "another rank was lost"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # wherever else a trial writes
+OUTCOMES = (Diverged, DataError, ModelError, RemapError)  # whose message says all: logged without a traceback
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of what a trial writes outside the storage
 
 
 @dataclass(frozen=True)
@@ -50,35 +51,34 @@ class Job:
     device_share: float = 1.0  # of its memory; others have the rest
 
 
-def run(job: Job, session: Session) -> dict[str, Any]:
-    """Runs one attempt and returns its end: status, reason, attempts, faults, node, phases, peak_memory.
+def run(job: Job, session: Session) -> Outcome:
+    """Runs one attempt at a trial.
 
-    `ended` and `failed` are outcomes; so is `left` with the reason `stop`. Any other `left` is none: the trial goes on later,
-    from its checkpoint (reason: `leave`, `terminated`, another rank that was lost, or `storage: …` where nothing could be written).
+    ENDED, FAILED and STOPPED (by hand) are outcomes of the trial. SUSPENDED is none: the trial resumes from its checkpoint.
+    A stop by the search's scheduler raises inside `session.report`, and passes through.
     """
     storage = Storage(job.storage)
     home = f"{job.folder}/trials/{job.trial}"
     earlier = session.agree(attempts(storage, home))
     number = int(earlier[-1].rpartition("-")[2]) + 1 if earlier else 1
     folder = f"{home}/attempt-{number}"
-    end: dict[str, Any] = {"status": "ended", "reason": None, "attempts": number, "node": socket.gethostname()}
+    outcome = Outcome(Status.ENDED, attempts=number, node=socket.gethostname())
     is_first = session.rank == 0
 
-    def tell(**more: str) -> None:
+    def write(**status: str) -> None:
         if is_first:
-            storage.write(f"{folder}/attempt.json", as_json({"node": end["node"], "device": job.device, **more}))
+            storage.write(f"{folder}/attempt.json", as_json({"node": outcome.node, "device": job.device, **status}))
 
-    def note(status: str) -> None:
-        with suppress(OSError):  # the driver's own file is what counts
-            tell(status=status)
+    def note(status: Status) -> None:
+        with suppress(OSError):  # the driver's own file counts
+            write(status=status)
 
     with _logged(storage, f"{home}/log.txt" if is_first else None) as text, _stacks(storage, folder) as stacks:
-        log.info("attempt %d of trial %s on %s, %s", number, job.trial, end["node"], job.device)
+        log.info("attempt %d of trial %s on %s, %s", number, job.trial, outcome.node, job.device)
         notice = Notice(storage if is_first else None, f"{home}/{LEAVE}", job.hang_seconds, stacks)
         try:
-            tell()  # it counts, however early it dies
-            end["faults"] = session.agree(_num_lost(storage, earlier) if is_first else 0)
-            spec = TrialSpec.model_validate_json(job.spec)
+            write()  # the attempt counts, however early its process dies
+            outcome = replace(outcome, faults=session.agree(_num_lost(storage, earlier) if is_first else 0))
             at = Environment(
                 storage=storage,
                 folder=folder,
@@ -90,53 +90,56 @@ def run(job: Job, session: Session) -> dict[str, Any]:
                 checkpoint_bytes=job.checkpoint_bytes,
                 checkpoint_at_reports=job.checkpoint_at_reports,
                 notice=notice,
-                provenance={**job.provenance, **versions(job.device), "node": end["node"]},
+                provenance={**job.provenance, **versions(job.device), "node": outcome.node},
             )
             if job.device.startswith("cuda") and job.device_share < 1:
                 torch.cuda.set_per_process_memory_fraction(job.device_share)
             with watched(notice):
-                end |= run_trial(spec, job.fingerprints, at, session)
+                spec = TrialSpec.model_validate_json(job.spec)
+                outcome = replace(outcome, **run_trial(spec, job.fingerprints, at, session))
             log.info("ended")
-        except Suspended as left:
-            end |= {"status": "left", "reason": left.asked}
-        except (SystemExit, Stopped):  # by the scheduler, inside `report`
-            note("stopped")
+        except Suspended as suspended:
+            status = Status.STOPPED if suspended.asked == StopReason.BY_HAND else Status.SUSPENDED
+            outcome = replace(outcome, status=status, reason=suspended.asked)
+        except (SystemExit, Stopped):
+            note(Status.STOPPED)
             raise
-        except Diverged as error:
-            end |= {"status": "failed", "reason": f"diverged: {error}"}
-        except (DataError, ModelError, RemapError) as error:
-            end |= {"status": "failed", "reason": str(error)}
         except Exception as error:
-            end |= _what_befell(error)
-            log.error("%s", traceback.format_exc())
-        if end["status"] == "failed":
-            log.error("failed: %s", end["reason"])
-            end["last_lines"] = text.getvalue().splitlines()[-5:]
-        if end["status"] != "left" or end["reason"] == "stop":
-            note(end["status"])
-    return end
+            outcome = classify_failure(outcome, error)
+            if not isinstance(error, OUTCOMES):
+                log.error("%s", traceback.format_exc())
+        if outcome.status == Status.FAILED:
+            log.error("failed: %s", outcome.reason)
+            outcome = replace(outcome, last_lines=text.getvalue().splitlines()[-5:])
+        if not outcome.is_suspended:
+            note(outcome.status)
+    return outcome
 
 
-def _what_befell(error: Exception) -> dict[str, str]:
-    """The trial's own failure, or that of the place where it writes: then the trial is not to blame, and goes on later."""
+def classify_failure(attempt: Outcome, error: Exception) -> Outcome:
+    """The trial's own failure, or one of the storage or of another rank, after which the trial resumes later."""
     first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, Diverged):
+        return replace(attempt, status=Status.FAILED, reason=f"diverged: {error}")
+    if isinstance(error, OUTCOMES):
+        return replace(attempt, status=Status.FAILED, reason=str(error))
     if is_out_of_memory(error):
-        return {"status": "failed", "reason": f"out of memory: {first}"}
+        return replace(attempt, status=Status.FAILED, reason=f"out of memory: {first}")
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
-        return {"status": "left", "reason": f"storage: {error.strerror}"}
+        return replace(attempt, status=Status.SUSPENDED, reason=StopReason.STORAGE, detail=error.strerror)
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
-        return {"status": "left", "reason": PEER_LOST}
-    return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
+        return replace(attempt, status=Status.SUSPENDED, reason=StopReason.PEER_LOST)
+    return replace(attempt, status=Status.FAILED, reason=f"{type(error).__name__}: {first}")
 
 
 def _num_lost(storage: Storage, attempts: Sequence[str]) -> int:
-    """Attempts that ended without an outcome: killed, lost with their node, cut off, or left."""
+    """Counts attempts without an outcome: killed, lost with their node, cut off, or suspended."""
     return sum(b'"status"' not in (storage.read(f"{name}/attempt.json") or b"") for name in attempts)
 
 
 @contextmanager
 def _stacks(storage: Storage, folder: str) -> Iterator[Any]:
-    """Where a process that hangs writes what it was doing before it is ended: beside the attempt, if that is local."""
+    """The file for the stacks of a process that hangs: beside the attempt if the storage is local, else stderr."""
     if not storage.is_local:
         yield sys.__stderr__
         return
@@ -155,7 +158,7 @@ def _stacks(storage: Storage, folder: str) -> Iterator[Any]:
 
 @contextmanager
 def _logged(storage: Storage, name: str | None) -> Any:
-    """Everything logged meanwhile is appended to the trial's log, also when the attempt is stopped from outside."""
+    """Appends what is logged in the block to the trial's log, also when the attempt is stopped from outside."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -169,12 +172,12 @@ def _logged(storage: Storage, name: str | None) -> Any:
         root.removeHandler(handler)
         log.setLevel(level)
         if name is not None:
-            with suppress(OSError):  # a full disk has been told already
+            with suppress(OSError):  # a full disk has been reported already
                 storage.write(name, (storage.read(name) or b"") + text.getvalue().encode())
 
 
 def versions(device: str) -> dict[str, str]:
-    """What a number may also depend on, beside its key."""
+    """What a number may depend on beside its key."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,8 +1,10 @@
 """A group of workers that is kept over trials: several processes run one trial at a time. The only importer of ray.train.
 
-One `TorchTrainer.fit()` lasts as long as the group. Its workers pull jobs from a mailbox and report to it, so a trial
-after the first starts at once, while a trainer per trial spends many seconds on processes and imports. What fails in a
-trial is that trial's row; afterwards Ray Train makes the processes anew, since a rank may hang in a collective.
+One `TorchTrainer.fit()` lasts as long as the group. Its workers take jobs from a mailbox and report to it, so a trial
+after the first starts at once, while a trainer per trial spends many seconds on processes and imports. A failure is a
+trial's outcome; afterwards Ray Train restarts the processes, since a rank may hang in a collective.
+
+Of Ray Train's interface for developers this uses `Backend.on_start` and `WorkerGroup.execute`; nothing private.
 """
 
 from __future__ import annotations
@@ -22,23 +24,25 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from trainables.config.session import Record
 from trainables.runtime import process_group
-from trainables.runtime.job_queue import STOPPED, Mailbox, failed
+from trainables.runtime.job_queue import Mailbox
+from trainables.runtime.outcome import STOPPED_EARLY, Status, lost
 from trainables.runtime.preflight import Expected, fault
-from trainables.runtime.trial_attempt import PEER_LOST, Job, run
-from trainables.training.state import Record, Stopped
-from trainables.training.stop_signals import listen
+from trainables.runtime.trial_attempt import Job, run
+from trainables.training.state import Stopped
+from trainables.training.stop_signals import StopReason, listen
 
-RENEW_AFTER = 200  # trials: then the processes are made anew
-STOP_SECONDS = 60.0  # for ranks that wait in `report` to leave the trial
+RENEW_AFTER = 200  # trials: then the processes are restarted
+STOP_SECONDS = 60.0  # that ranks have to leave a trial
 
 
 # ------------------------------------------------------------------------------------------------------ in the workers
 
 
 @dataclass
-class _GroupSession:
-    """What a trial on several ranks speaks to."""
+class GroupSession:
+    """The session of a trial on several ranks."""
 
     box: Any
     number: int
@@ -79,7 +83,7 @@ def _device() -> torch.device:
 
 
 def _serve(config: dict[str, Any]) -> None:
-    """A worker's life: job after job. A failed one ends the process, on every rank: peers may hang in a collective."""
+    """Runs job after job in a worker. A failed job ends the process, on every rank: peers may hang in a collective."""
     context = ray.train.get_context()
     rank, world, box = context.get_world_rank(), context.get_world_size(), config["box"]
     me = ray.get_runtime_context().current_actor
@@ -89,34 +93,35 @@ def _serve(config: dict[str, Any]) -> None:
         if text is None:
             return
         try:
-            end = run(Job(**json.loads(text)), _GroupSession(box, number, rank, world))
+            outcome = run(Job(**json.loads(text)), GroupSession(box, number, rank, world))
         except Stopped:
-            end = STOPPED
-        if end["reason"] in ("terminated", PEER_LOST):  # the job is unfinished, and goes on in the next group
-            raise RuntimeError(f"{end['reason']}; the group is made anew")
-        if end["status"] == "failed" or (end["status"] == "left" and end["reason"].startswith("storage")):
-            ray.get(box.end.remote(number, json.dumps(end)))
-            raise RuntimeError(f"trial failed: {end['reason']}; the group is made anew")
+            outcome = STOPPED_EARLY
+        if outcome.is_suspended and outcome.reason in (StopReason.TERMINATED, StopReason.PEER_LOST):
+            raise RuntimeError(f"{outcome.reason}; the group is restarted, and resumes the trial")
+        is_fault = outcome.status == Status.FAILED or (outcome.is_suspended and outcome.reason == StopReason.STORAGE)
+        if is_fault:
+            ray.get(box.end.remote(number, outcome.to_json()))
+            raise RuntimeError(f"trial {outcome.status}: {outcome.reason}; the group is restarted")
         if world > 1:
             dist.barrier()
         if rank == 0:
-            ray.get(box.end.remote(number, json.dumps(end)))
+            ray.get(box.end.remote(number, outcome.to_json()))
         if world > 1:
-            dist.barrier()  # nobody asks for the next job before this one is closed
+            dist.barrier()  # no rank asks for the next job before this one is closed
         done = number
 
 
 def _open_store() -> tuple[str, int]:
-    host = ray.util.get_node_ip_address()  # as Ray has it: loopback, where the sweep has started Ray
+    host = ray.util.get_node_ip_address()  # loopback, where the sweep has started Ray
     return host, process_group.listen(host)
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray's own, whose processes also listen to SIGTERM: trials run in a thread, which cannot ask for signals."""
+    """Ray Train's backend with a store on one address, and with SIGTERM handled: a trial's thread cannot set handlers."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         faults = [fault for fault in worker_group.execute(_fault, backend_config.expected) if fault is not None]
-        if faults:  # nor are they made a process group, which might never come about
+        if faults:  # and no process group, which might never form
             ray.get(backend_config.box.refuse.remote("; ".join(sorted(set(faults)))))
             return
         host, port = worker_group.execute_single(0, _open_store)  # Ray's own would listen at every address
@@ -150,7 +155,7 @@ class _Torch(TorchConfig):  # type: ignore[misc]
 
 @dataclass
 class Group:
-    """Workers of one slot. `run` yields a trial's messages: that it has begun, records, and at last its end; or a fault."""
+    """The workers of one slot. `run` yields a trial's messages: begun, then records, at last its end; or a fault."""
 
     workers: int
     cpus: float
@@ -204,7 +209,7 @@ class Group:
                 message = ray.get(self._box.take.remote(1.0))
                 if message is None and not self.is_alive:
                     why = f"its workers could not be started: {''.join(self._problem)}"
-                    message = {"end": json.dumps(failed(why, 0))}
+                    message = {"end": lost(why, 0).to_json()}
                 if message is not None:
                     is_over = "end" in message or "fault" in message
                     yield message
@@ -214,7 +219,7 @@ class Group:
                 self._stop()
 
     def _stop(self) -> None:
-        """The ranks wait in `report` for this, and leave together; those that do not are ended."""
+        """Lets the ranks, which wait in `report`, leave the trial together; kills those that do not."""
         ray.get(self._box.stop.remote())
         deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline:
@@ -225,7 +230,7 @@ class Group:
             ray.kill(worker)
 
     def close(self) -> None:
-        """Lets the workers go home, and waits for them."""
+        """Ends the workers, and waits for them."""
         if self._thread is not None:
             ray.get(self._box.close.remote())
             self._thread.join(timedelta(seconds=30).total_seconds())
@@ -236,15 +241,15 @@ _GROUP: Group | None = None  # lives as long as the process of the slot
 
 
 def close() -> None:
-    """Lets the slot's group go, if there is one."""
+    """Closes the slot's group, if there is one."""
     global _GROUP
     if _GROUP is not None:
         _GROUP.close()
         _GROUP = None
 
 
-def group(workers: int, cpus: float, gpus: float, folder: str, expected: Expected) -> Group:
-    """The slot's group, made at the first trial and again after a while."""
+def group(workers: int, cpus: float, gpus: float, *, folder: str, expected: Expected) -> Group:
+    """The slot's group, made at the first trial and again after `RENEW_AFTER` trials."""
     global _GROUP
     if _GROUP is not None and (not _GROUP.is_alive or _GROUP.served >= RENEW_AFTER):
         close()

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Checkpoints of a phase in progress: one per attempt, under the attempt's folder.
+
+`checkpoint.json` names the file with its checksum and is replaced after the file is written, so that an attempt that dies
+while it saves leaves the state before.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,10 @@ import torch
 from trainables.storage.files import Storage, as_json, log
 
 
-def attempts(storage: Storage, home: str) -> list[str]:
-    """The folders of a trial's attempts, by number."""
-    names = (name for name in storage.list(home) if name.startswith("attempt-"))
-    return [f"{home}/{name}" for name in sorted(names, key=lambda name: int(name.removeprefix("attempt-")))]
-
-
 def save_checkpoint(storage: Storage, folder: str, state: Mapping[str, Any], *, room: int | None = None) -> bool:
-    """The state of a phase in progress, under `folder`; the pointer is replaced last, then older states go.
+    """Saves the state of a phase under `folder`, replaces the pointer, then deletes older states.
 
-    While one replaces another there are two. Where both do not fit into `room` bytes nothing is written; says whether it was.
+    Two states exist for a moment. Where two do not fit into `room` bytes no state is saved; returns whether it was.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -39,7 +37,7 @@ def save_checkpoint(storage: Storage, folder: str, state: Mapping[str, Any], *, 
 
 
 def load_checkpoint(storage: Storage, folders: Iterable[str], key: str) -> dict[str, Any] | None:
-    """The furthest sound checkpoint of phase `key` in these folders; a damaged one is passed over with a warning."""
+    """Loads the furthest whole checkpoint of phase `key` in these folders; skips a damaged one with a warning."""
     best: dict[str, Any] | None = None
     for folder in folders:
         text = storage.read(f"{folder}/checkpoint.json")
@@ -53,13 +51,13 @@ def load_checkpoint(storage: Storage, folders: Iterable[str], key: str) -> dict[
             if content is None or hashlib.sha256(content).hexdigest() != pointer["sha256"]:
                 raise ValueError("checksum differs")
             best = torch.load(io.BytesIO(content), weights_only=True)
-        except Exception as error:  # whatever is wrong with it, the phase begins anew
-            log.warning("checkpoint in %s passed over: %s", folder, error)
+        except Exception as error:  # whatever is wrong, the phase begins anew
+            log.warning("checkpoint in %s skipped: %s", folder, error)
     return best
 
 
 def drop_checkpoints(storage: Storage, folder: str, keep: str | None = None) -> None:
-    """Optimizer state goes when a phase ends."""
+    """Deletes the checkpoints in `folder`, except the file `keep` and the pointer to it."""
     for name in storage.list(folder):
         if name.startswith("checkpoint") and name not in (keep, "checkpoint.json" if keep else None):
             storage.delete(f"{folder}/{name}")

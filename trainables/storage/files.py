@@ -1,8 +1,4 @@
-"""Plain files that are the truth: atomic writes, memoised phases, checkpoints. Any fsspec URI; knows no Ray.
-
-A phase lies under `phases/<key>/`. Its weights are content-addressed files; `phase.json`, written last and only once,
-names them with their checksums: before it the phase is not there, and the first complete publication wins.
-"""
+"""Files by path or any fsspec URI: atomic writes, one error for all backends, JSON with checksums. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -24,12 +20,12 @@ log = logging.getLogger("codistill")
 
 
 class StorageError(OSError):
-    """The storage does not do as it should: full, away, or not allowed. No trial is to blame."""
+    """The storage fails: it is full, unreachable, or access is denied. The trial is not at fault."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder by path or URI. Names below it use `/`. Everything raises StorageError where the storage fails."""
+    """A folder by path or URI. Names below the folder use `/`. All methods raise StorageError where the storage fails."""
 
     uri: str
 
@@ -43,7 +39,7 @@ class Storage:
 
     @contextmanager
     def _reached(self, path: str) -> Iterator[None]:
-        """Each backend has errors of its own: of these, one. That a name is there, or is not, is none."""
+        """Turns the errors of each backend into StorageError, except those that a name exists or does not."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, FileExistsError):
@@ -64,6 +60,7 @@ class Storage:
         return Path(self._at(name)[1])
 
     def read(self, name: str) -> bytes | None:
+        """Returns the content, or None where there is no such file."""
         fs, path = self._at(name)
         try:
             with self._reached(path):
@@ -72,7 +69,7 @@ class Storage:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Whole or not at all. Locally: a temporary file, fsync, rename; elsewhere one PUT."""
+        """Writes a file whole or not at all. Locally: a temporary file, fsync, rename; elsewhere one PUT."""
         fs, path = self._at(name)
         with self._reached(path):
             if not self.is_local:
@@ -80,10 +77,10 @@ class Storage:
                 return
             temporary = _temporary(path, content)
             os.replace(temporary, path)
-            _sync_folder(path)
+            sync(os.path.dirname(path))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes unless the name is there; says whether it did."""
+        """Writes a file unless the name exists; returns whether the file was written."""
         fs, path = self._at(name)
         with self._reached(path):
             if not self.is_local:
@@ -98,22 +95,22 @@ class Storage:
                 return False
             finally:
                 os.unlink(temporary)
-            _sync_folder(path)
+            sync(os.path.dirname(path))
         return True
 
     def list(self, name: str = "") -> list[str]:
-        """The names in a folder, sorted; none where it is not."""
+        """Returns the names in a folder, sorted; none where there is no such folder."""
         fs, path = self._at(name)
         try:
             with self._reached(path):
-                found = fs.ls(path, detail=False, refresh=True) if not self.is_local else fs.ls(path, detail=False)
+                paths = fs.ls(path, detail=False, **({} if self.is_local else {"refresh": True}))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        inside = {str(item).rstrip("/") for item in found} - {path}  # object stores may list the folder itself
+        inside = {str(item).rstrip("/") for item in paths} - {path}  # object stores may list the folder itself
         return sorted(name for item in inside if not (name := item.rsplit("/", 1)[-1]).startswith("."))
 
     def size(self, name: str) -> int:
-        """Bytes of a file, or of all files below a folder."""
+        """Returns the bytes of a file, or of all files below a folder."""
         fs, path = self._at(name)
         with self._reached(path):
             return int(fs.du(path)) if fs.exists(path) else 0
@@ -134,15 +131,20 @@ def _temporary(path: str, content: bytes) -> str:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: the room is needed
+        Path(temporary).unlink(missing_ok=True)
+        raise
     return temporary
 
 
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -150,12 +152,12 @@ def _sync_folder(path: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Raises OSError where nothing can be written."""
+    """Raises OSError where a file cannot be written and read back."""
     storage = Storage(uri)
     name = f".probe-{uuid.uuid4().hex[:8]}"
     storage.write(name, b"codistill")
     if storage.read(name) != b"codistill":
-        raise OSError(f"{uri}: what was written could not be read back")
+        raise OSError(f"{uri}: a file that was written could not be read back")
     storage.delete(name)
 
 
@@ -164,12 +166,12 @@ def as_json(value: Any) -> bytes:
 
 
 def with_checksum(value: Mapping[str, Any]) -> bytes:
-    """As JSON, with a checksum in it."""
+    """Serialises a value as JSON with its checksum."""
     return as_json({**value, "checksum": _checksum(value)})
 
 
 def verify_checksum(text: bytes) -> dict[str, Any]:
-    """What was sealed. Raises ValueError, KeyError, TypeError or AttributeError where it is not what was written."""
+    """Parses the output of `with_checksum`. Raises ValueError, KeyError, TypeError or AttributeError where it differs."""
     value: dict[str, Any] = json.loads(text)
     if value.pop("checksum") != _checksum(value):
         raise ValueError("checksum differs")
@@ -179,3 +181,18 @@ def verify_checksum(text: bytes) -> dict[str, Any]:
 def _checksum(value: Mapping[str, Any]) -> str:
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def attempts(storage: Storage, home: str) -> list[str]:
+    """The folders of a trial's attempts, by number."""
+    names = (name for name in storage.list(home) if name.startswith("attempt-"))
+    return [f"{home}/{name}" for name in sorted(names, key=lambda name: int(name.removeprefix("attempt-")))]
+
+
+def bytes_text(size: float) -> str:
+    """Formats a size in bytes with a decimal unit: 1500 -> '1.5 KB'."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

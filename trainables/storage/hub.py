@@ -1,4 +1,4 @@
-"""Why something of the Hugging Face hub cannot be had, and which variable lets it be had. Asks the hub nothing itself."""
+"""Explains errors of the Hugging Face hub: the cause, and the variable that helps. Sends no request itself."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Kind = Literal["model", "data set", "tokenizer"]
 
 
 def why_not(name: str, kind: Kind, error: BaseException) -> str:
-    """What `error`, raised on the way to a folder or a hub id, comes to for its user: one line."""
+    """Explains in one line an error that was raised while a folder or a hub id was loaded."""
     why, causes = (str(error).strip().splitlines() or [type(error).__name__])[0], list(_causes(error))
     offline = f"HF_HUB_OFFLINE={value}" if (value := os.environ.get("HF_HUB_OFFLINE")) else ""
     if Path(name).is_dir():
-        return why  # what is wrong with it is in the message
+        return why  # the message names the fault of the folder
     if name.startswith(("/", ".", "~")):
         return "there is no such folder"
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated dataset" in why:
         page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
         return f"it is gated; accept its terms at {page} and set HF_TOKEN to a token of that account"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes) or (offline and constants.is_offline_mode()):
-        return f"the hub's cache does not hold it and {offline or 'HF_HUB_OFFLINE'} forbids to fetch it; unset it once"
+        return f"the hub's cache does not hold it and {offline or 'HF_HUB_OFFLINE'} forbids the download; unset it once"
     if any(isinstance(c, RepositoryNotFoundError) or type(c).__name__ == "DatasetNotFoundError" for c in causes):
         return f"the hub shows no such {kind}; if it is private, set HF_TOKEN to a token that may read it"
     if any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes):
@@ -42,7 +42,7 @@ def why_not(name: str, kind: Kind, error: BaseException) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: transformers wraps the hub's; datasets, which takes long to import, has its own."""
+    """Yields an error and its causes: transformers wraps the hub's; datasets, which takes long to import, has its own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,9 @@
-"""Memoised phases: each lies once under its key, is published whole, and is checked when it is read."""
+"""Memoised phases: each is stored once under its key, published whole, and checked when it is read.
+
+A phase lies under `phases/<key>/`. Weights and scores by example are files that are named by their content; `phase.json`,
+written last and only once, names them with their checksums: before it the phase does not exist, and the first complete
+publication wins.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
 
 @dataclass(frozen=True)
 class StoredPhase:
-    """A finished phase as its marker tells it."""
+    """A finished phase, as phase.json describes it."""
 
     key: str
     files: Mapping[str, Mapping[str, Any]]  # model or model@fraction -> file, sha256
@@ -54,7 +59,7 @@ class PhaseStore:
     storage: Storage
 
     def find(self, key: str) -> StoredPhase | None:
-        """The phase, if it is complete; one whose marker cannot be read is set aside and counts as absent."""
+        """Returns the phase if it is complete; a phase whose phase.json cannot be read is set aside and counts as absent."""
         text = self.storage.read(f"phases/{key}/phase.json")
         if text is None:
             return None
@@ -66,12 +71,12 @@ class PhaseStore:
             return None
 
     def put_weights(self, key: str, weights: Mapping[str, Tensor]) -> dict[str, str]:
-        """Writes one model's weights; what it returns belongs into the marker."""
+        """Writes the weights of a model; returns their entry in phase.json."""
         content = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
         return self._put(key, content, "safetensors")
 
     def put_examples(self, key: str, columns: Mapping[str, list[Any]]) -> dict[str, str]:
-        """Writes scores by example (`EXAMPLES`); what it returns belongs into the marker."""
+        """Writes scores by example (`EXAMPLES`); returns their entry in phase.json."""
         buffer = io.BytesIO()
         pq.write_table(pa.table(dict(columns), schema=EXAMPLES), buffer, compression="zstd")
         return self._put(key, buffer.getvalue(), "parquet")
@@ -83,7 +88,7 @@ class PhaseStore:
         return {"file": file, "sha256": sha256}
 
     def _get(self, key: str, entry: Mapping[str, Any]) -> bytes:
-        """What was put. Raises Corrupt where the file differs from its checksum."""
+        """Reads a file of an entry. Raises Corrupt where the file differs from its checksum."""
         name = f"phases/{key}/{entry['file']}"
         here = self.storage.is_local
         content = self.storage.read(name) if here else cache.read(entry["sha256"], lambda: self.storage.read(name))
@@ -92,7 +97,7 @@ class PhaseStore:
         return content
 
     def examples(self, key: str) -> pd.DataFrame | None:
-        """Scores by example, or None where the phase has none that are whole."""
+        """Returns scores by example, or None where the phase has none or they are damaged."""
         phase = self.find(key)
         if phase is None or phase.examples is None:
             return None
@@ -105,7 +110,7 @@ class PhaseStore:
         return table
 
     def publish(self, phase: StoredPhase) -> StoredPhase:
-        """Makes the phase visible, unless another publication came first; returns the one that counts."""
+        """Publishes the phase unless it was published before; returns the phase that counts."""
         value = {name: getattr(phase, name) for name in StoredPhase.__dataclass_fields__}
         value["records"] = list(phase.records)
         if self.storage.create(f"phases/{phase.key}/phase.json", with_checksum(value)):
@@ -113,7 +118,7 @@ class PhaseStore:
         return self.find(phase.key) or phase
 
     def weights(self, key: str, model: str) -> dict[str, Tensor]:
-        """Weights by `model` or `model@fraction`. Raises Corrupt where a file differs from its checksum."""
+        """Reads weights by `model` or `model@fraction`. Raises Corrupt where a file differs from its checksum."""
         phase = self.find(key)
         if phase is None or model not in phase.files:
             raise Corrupt(key, f"no weights of {model}")
@@ -121,7 +126,7 @@ class PhaseStore:
         return tensors
 
     def set_aside(self, key: str, why: str) -> None:
-        """Takes a phase out of use without deleting it; whoever needs it trains it again."""
+        """Takes a phase out of use without deleting its files; a trial that needs the phase trains it again."""
         log.warning("phase %s set aside: %s", key, why)
         text = self.storage.read(f"phases/{key}/phase.json")
         if text is not None:
@@ -130,7 +135,7 @@ class PhaseStore:
 
 
 class Corrupt(Exception):
-    """A published phase whose files are not what the marker says."""
+    """A published phase whose files are not what phase.json says."""
 
     def __init__(self, key: str, why: str) -> None:
         super().__init__(f"phase {key}: {why}")

@@ -1,4 +1,4 @@
-"""Folders that are published whole or not at all, in local or remote storage. Knows nothing of what they hold."""
+"""Folders that are published whole or not at all, in local or remote storage, whatever they hold."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from fsspec.implementations.local import LocalFileSystem
 
 from trainables.config.errors import DataError
 from trainables.storage import cache
+from trainables.storage.files import sync
 
 log = logging.getLogger(__name__)
 
-ABOUT = "about.json"  # written last: it names the other files with their checksums
+ABOUT = "about.json"  # written last; names the other files with their checksums
 
 
 def publish(folder: str, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
-    """Makes `<folder>/<name>/` unless it is there and whole. `write` fills a folder and returns what to tell of it."""
+    """Makes `<folder>/<name>/` unless it is there and whole. `write` fills a folder and returns the facts of about.json."""
     fs, root = fsspec.core.url_to_fs(folder)
     if isinstance(fs, LocalFileSystem):
         _make(Path(root, name), write)
-    elif not fs.exists(f"{root}/{name}/{ABOUT}"):
-        _make(_cached(name), write)
-        _upload(fs, _cached(name), f"{root}/{name}")
-    else:
+        return
+    if fs.exists(f"{root}/{name}/{ABOUT}"):
         try:
             fetch(folder, name)
+            return
         except DataError as error:
-            log.warning("%s; it is made again", error)
-            _make(_cached(name), write)
-            _upload(fs, _cached(name), f"{root}/{name}")
+            log.warning("%s; the folder is made again", error)
+    _make(_cached(name), write)
+    _upload(fs, _cached(name), f"{root}/{name}")
 
 
 def fetch(folder: str, name: str) -> Path:
-    """`<folder>/<name>/` as a folder of this machine; a remote one is copied to the cache once."""
+    """Returns `<folder>/<name>/` as a folder of this machine; a remote folder is copied to the cache once."""
     fs, root = fsspec.core.url_to_fs(folder)
     if isinstance(fs, LocalFileSystem):
         return Path(root, name)
@@ -52,7 +52,7 @@ def fetch(folder: str, name: str) -> Path:
 
 
 def read_about(home: Path) -> dict[str, Any]:
-    """What was told about a folder, after a look at its files' sizes; checksums are for `publish`."""
+    """Reads about.json. Raises DataError where sizes of files differ; `publish` compares checksums."""
     try:
         about: dict[str, Any] = json.loads((home / ABOUT).read_text())
         wrong = [name for name, file in about["files"].items() if (home / name).stat().st_size != file["bytes"]]
@@ -64,7 +64,7 @@ def read_about(home: Path) -> dict[str, Any]:
 
 
 def _make(home: Path, write: Callable[[Path], dict[str, Any]]) -> None:
-    """Writes a folder beside `home` and renames it; the first whole one wins, a broken one makes room."""
+    """Writes a folder beside `home` and renames it; the first whole folder wins, and a broken one is replaced."""
     if _is_whole(home):
         return
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _make(home: Path, write: Callable[[Path], dict[str, Any]]) -> None:
         sums = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()}
         (temp / ABOUT).write_text(json.dumps({**about, "files": sums}, indent=1, sort_keys=True))
         for path in (*temp.rglob("*"), temp):
-            _fsync(path)
+            sync(path)
         temp.chmod(0o755)  # mkdtemp's folders are for their owner only
         if home.exists() and not _is_whole(home):
             log.warning("%s is not whole; it is replaced", home)
@@ -87,7 +87,7 @@ def _make(home: Path, write: Callable[[Path], dict[str, Any]]) -> None:
         except OSError:  # the name is taken: another process was quicker
             if not _is_whole(home):
                 raise
-        _fsync(home.parent)
+        sync(home.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         shutil.rmtree(broken, ignore_errors=True)
@@ -111,9 +111,7 @@ def _download(fs: Any, source: str, temp: Path) -> dict[str, Any]:
     where = fs.unstrip_protocol(source)
     try:
         about: dict[str, Any] = json.loads(fs.cat_file(f"{source}/{ABOUT}"))
-        cache.make_room(
-            sum(file["bytes"] for file in about["files"].values())
-        )  # what is read has to be here, room or not
+        cache.make_room(sum(file["bytes"] for file in about["files"].values()))  # the files are needed, room or not
         for name in about["files"]:
             (temp / name).parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f"{source}/{name}", str(temp / name))
@@ -132,11 +130,3 @@ def _cached(name: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

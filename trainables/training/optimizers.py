@@ -1,11 +1,11 @@
-"""Optimizers of a phase: one of each kind that its models ask for, stepped together where there are several.
+"""Optimizers of a phase: one of each kind that its models use, stepped together.
 
-`adamw`: torch's, fused. `adafactor` (Shazeer and Stern 2018, arXiv 1804.04235): transformers' with the learning rate as it
-is given, no step size of its own and none relative to the weights, so that `lr` means what it means under AdamW: updates
-are cut to a root mean square of 1, then multiplied by it. Its second moment forgets by 1 - step^-0.8; it takes neither
-betas nor eps. (torch.optim.Adafactor cannot do without the scale of the weights: LoRA's B, which starts at zero, would
-learn a thousand times slower.) `adamw_8bit` (Dettmers et al. 2022, arXiv 2110.02861): bitsandbytes', on CPUs and GPUs
-without a compiler; tensors of fewer than 4,096 numbers keep moments in 32 bits.
+`adamw`: torch's, fused. `adafactor` (Shazeer and Stern 2018, arXiv 1804.04235): transformers', with neither a relative
+step size nor a scale of the weights, so that `lr` means the same as under AdamW: updates are clipped to a root mean
+square of 1, then multiplied by `lr`. Its second moment decays by 1 - step^-0.8; there are no betas and no eps.
+(torch.optim.Adafactor always scales by the weights: LoRA's B, which starts at zero, would learn a thousand times
+slower.) `adamw_8bit` (Dettmers et al. 2022, arXiv 2110.02861): bitsandbytes'; tensors of fewer than 4,096 numbers keep
+their moments in 32 bits.
 """
 
 from __future__ import annotations
@@ -22,26 +22,23 @@ from trainables.config.phase import Phase
 
 
 def make_optimizer(spec: Phase, parameters: Mapping[str, Sequence[Parameter]]) -> torch.optim.Optimizer:
-    """Groups per model, each with its name under `model`: matrices decay, vectors (norms, biases) do not.
+    """Makes parameter groups by model, with the model's name under `model`: matrices decay, vectors (norms, biases) do
+    not.
 
-    `parameters`: what learns, by model. Raises ModelError where a kind's library is not installed.
+    `parameters`: the learning ones, by model. Raises ModelError where a kind's library is not installed.
     """
     check_optimizers(spec)
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in spec.train:
-        o = spec.optimizer_of(name)
-        common: dict[str, Any] = {"lr": o.lr, "model": name}
-        if o.kind != "adafactor":
-            common |= {"betas": o.betas, "eps": o.eps}
-        matrices = [p for p in parameters[name] if p.ndim >= 2]
-        vectors = [p for p in parameters[name] if p.ndim < 2]
-        pair = (
-            {**common, "params": matrices, "weight_decay": o.weight_decay},
-            {**common, "params": vectors, "weight_decay": 0.0},
-        )
-        groups.setdefault(o.kind, []).extend(group for group in pair if group["params"])
-    members = [_make(kind, found) for kind, found in groups.items() if found]
-    return members[0] if len(members) == 1 else Several(members)
+        rule = spec.optimizer_of(name)
+        common: dict[str, Any] = {"lr": rule.lr, "model": name}
+        if rule.kind != "adafactor":
+            common |= {"betas": rule.betas, "eps": rule.eps}
+        for is_matrix, decay in ((True, rule.weight_decay), (False, 0.0)):
+            if params := [p for p in parameters[name] if (p.ndim >= 2) == is_matrix]:
+                groups.setdefault(rule.kind, []).append({**common, "params": params, "weight_decay": decay})
+    members = [_make(kind, of_kind) for kind, of_kind in groups.items()]
+    return members[0] if len(members) == 1 else JointOptimizer(members)
 
 
 def check_optimizers(spec: Phase) -> None:
@@ -56,9 +53,9 @@ def _make(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         case "adafactor":
             from transformers.optimization import Adafactor
 
-            made = Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
-            _load_in_its_own_type(made)
-            return made  # type: ignore[no-any-return]
+            optimizer = Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
+            _keep_types_on_load(optimizer)
+            return optimizer  # type: ignore[no-any-return]
         case "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit
 
@@ -67,9 +64,9 @@ def _make(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return torch.optim.AdamW(groups, fused=True)
 
 
-def _load_in_its_own_type(optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer.load_state_dict casts what it loads to the type of the weights: moments in fp32 beside weights in bf16
-    would come back rounded, and a resumed run would go another way."""
+def _keep_types_on_load(optimizer: torch.optim.Optimizer) -> None:
+    """Keeps load_state_dict from casting the state to the type of the weights: fp32 moments of bf16 weights would be
+    rounded, and a resumed run would differ."""
     stored: list[dict[int, dict[str, Any]]] = []
 
     def note(_optimizer: Any, state: dict[str, Any]) -> None:
@@ -86,8 +83,8 @@ def _load_in_its_own_type(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_post_hook(give_back)
 
 
-class Several(torch.optim.Optimizer):
-    """Optimizers of different kinds as one; `param_groups` are those of all, themselves."""
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one; `param_groups` are the members' own groups."""
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([{"params": group["params"]} for member in members for group in member.param_groups], {})

@@ -1,4 +1,4 @@
-"""Labels that models make: how well each example of a task is predicted, as four classes. Pure but for the forward."""
+"""Labels that models make: how well each example of a task is predicted, as four classes. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from trainables.config.phase import PredictionQuality
 from trainables.storage.files import log
 
-FEW = 20  # examples: with fewer of a label little can be learnt from it
+FEW = 20  # examples of a label, below which little can be learnt from the label
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labels of one split, and what to tell of them."""
+    """The labels of one split, and how they came about."""
 
     labels_E: Tensor  # int64
     thresholds: tuple[float, float]  # of right and of wrong predictions
@@ -31,11 +31,12 @@ def prediction_quality(
     seed: int,
     thresholds: tuple[float, float] | None = None,
 ) -> Labelled:
-    """0 right with its largest probability above t1, 1 right and not above, 2 wrong and above t2, 3 wrong and not.
+    """Labels each example: 0 right with its largest probability above t1, 1 right and not above, 2 wrong and above t2, 3
+    wrong and not above.
 
     At temperature 1 (Cho & Kang 2022). t1, t2: `thresholds` (those of train, for the other splits), else the rule's, else
-    the medians over the right and over the wrong ones; where none is wrong t2 = t1, and the other way round. `seed`: of
-    the permutation, where the rule asks for one.
+    the medians over right and over wrong predictions; where no prediction is wrong t2 = t1, and the other way round.
+    `seed`: of the permutation, where the rule asks for one.
     """
     confidence_E, predicted_E = logits_EC.double().softmax(-1).max(-1)
     right_E = predicted_E == classes_E
@@ -55,7 +56,7 @@ def prediction_quality(
 
 
 def out_of_fold(logits: Sequence[Tensor], folds_E: Tensor | None) -> Tensor:
-    """[E, C]: each example's logits by the model that was not trained on its fold; the mean where none was (dev, test)."""
+    """Returns logits [E, C] of each example by the model that was not trained on its fold; on dev and test their mean."""
     if len(logits) == 1:
         return logits[0]
     stacked_MEC = torch.stack(list(logits))
@@ -64,8 +65,8 @@ def out_of_fold(logits: Sequence[Tensor], folds_E: Tensor | None) -> Tensor:
     return stacked_MEC[folds_E, torch.arange(len(folds_E))]
 
 
-def tell(labelled: Labelled, where: str) -> dict[str, float]:
-    """Counts, thresholds and accuracy as metrics; what may go wrong with them into the log."""
+def describe(labelled: Labelled, where: str) -> dict[str, float]:
+    """Returns counts, thresholds and accuracy as metrics; logs them, and warns of labels with few examples."""
     counts = torch.bincount(labelled.labels_E, minlength=PredictionQuality.NUM).tolist()
     about = f"labels {counts}, thresholds {labelled.thresholds[0]:.4f} {labelled.thresholds[1]:.4f}, accuracy {labelled.accuracy:.2f}"
     log.info("%s: %s", where, about)

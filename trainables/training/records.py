@@ -1,133 +1,146 @@
-"""What is seen of a phase on its way: scores of its models, and records of them."""
+"""Evaluates the models of a running phase, and makes records of the results."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
-from trainables.config.terms import Flow, target
+from trainables.config.session import Record
 from trainables.data.instructions.exchanges import ExchangeSet
-from trainables.evaluation.generation import Other, agreements
+from trainables.evaluation.generation import ComparedModel, agreements
 from trainables.evaluation.model_size import size_and_speed
-from trainables.evaluation.per_example import Scored
+from trainables.evaluation.per_example import Placement, Scored
+from trainables.metrics.known import LOSSES
 from trainables.models import lora
 from trainables.storage.phase_store import EXAMPLES
 from trainables.training import on_policy
-from trainables.training.state import Diverged, PhaseState, Record, makers_of, peak_memory, reader_of, scored_of
+from trainables.training.state import Diverged, PhaseState, peak_memory
 from trainables.training.streams import StreamLoader
 
+Split = Literal["dev", "test"]
+SPLITS: tuple[Split, ...] = ("dev", "test")
+DevLosses = dict[tuple[str, str], float]  # by model and stream
+Measured = tuple[str, str, str, Mapping[str, float]]  # model, data set, split, metrics
 
-def records_of(phase: PhaseState, fraction: float) -> tuple[list[Record], dict[tuple[str, str], float]]:
-    """Numbers at one point of the budget, and the dev loss by model and stream."""
-    progress, spec = phase.progress, phase.spec
+
+def records_of(phase: PhaseState, fraction: float) -> tuple[list[Record], DevLosses]:
+    """Evaluates the models; returns records of this point of the budget, and the dev losses. Raises Diverged where a
+    dev loss is not finite."""
+    progress, is_end = phase.progress, fraction == 1
     common = {
         "phase": phase.instance.phase,
         "step": progress.step,
         "progress": fraction,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
-        "device_seconds": progress.seconds * phase.run.session.world,
+        "device_seconds": progress.seconds * phase.context.session.world,
         "flops": progress.flops,
         "t": int(time.time() * 1000),
     }
-    records: list[Record] = []
+    losses = DevLosses()
+    measured = chain(
+        _training(phase, is_end), _evaluation(phase, is_end, losses), _agreements(phase), _system(phase, is_end)
+    )
+    return [
+        {**common, "model": model, "task": data, "split": split, "metric": metric, "value": value}
+        for model, data, split, metrics in measured
+        for metric, value in metrics.items()
+    ], losses
 
-    def add(model: str, task: str, split: str, metric: str, value: float) -> None:
-        records.append({**common, "model": model, "task": task, "split": split, "metric": metric, "value": value})
 
+def _training(phase: PhaseState, is_end: bool) -> Iterator[Measured]:
+    """Measures mean losses of the terms since the last records, and metrics of labels and replies that models made."""
+    progress, spec = phase.progress, phase.spec
     for name, term in spec.terms.items():
         if progress.counts.get(name):
             mean = progress.sums[name] / progress.counts[name]
-            add(target(term), phase.streams[term.on].spec.data, "train", name, mean)
+            yield term.target, phase.streams[term.on].spec.data, "train", {name: mean}
     progress.sums, progress.counts = {}, {}
-    if fraction == 1:
-        for stream in phase.streams.values():
-            labellers = ",".join(stream.spec.labels.of) if stream.spec.labels else ""
-            for metric, value in stream.about.items():
-                add(labellers, stream.spec.data, "train", metric, value)
-    losses: dict[tuple[str, str], float] = {}
-    for name, state in progress.made.items():
+    for stream in phase.streams.values() if is_end else ():
+        yield ",".join(stream.spec.labels.of) if stream.spec.labels else "", stream.spec.data, "train", stream.about
+    for name, state in progress.replies.items():
         stream = phase.streams[name]
-        for metric, value in on_policy.counts(state).items():
-            add(",".join(makers_of(stream.spec)), stream.spec.data, "train", metric, value)
-    for model, name in scored_of(phase):
-        stream = reader_of(phase, name)
-        if name in phase.further and fraction < 1:
+        yield ",".join(stream.spec.reply_models), stream.spec.data, "train", on_policy.take_counts(state)
+
+
+def _evaluation(phase: PhaseState, is_end: bool, losses: DevLosses) -> Iterator[Measured]:
+    """Scores on dev and test, and at the end on further data; fills `losses`."""
+    for model, name in phase.evaluated:
+        is_extra, loader = name in phase.eval_only, phase.loader(name)
+        if is_extra and not is_end:
             continue
-        for split in ("test",) if name in phase.further else ("dev", "test"):
-            found = score(phase, model, stream, split)
-            if split == "test" and fraction == 1:
-                phase.scored[model, name] = found
-            for metric, value in found.metrics.items():
-                add(model, stream.spec.data, split, metric, value)
+        for split in SPLITS[is_extra:]:
+            scored = score(phase, model, loader, split)
+            if split == "test" and is_end:
+                phase.scored[model, name] = scored
+            yield model, loader.spec.data, split, scored.metrics
             if split == "dev":
-                losses[model, name] = loss_of(found.metrics)
-                if not math.isfinite(losses[model, name]):  # the last update broke what the train loss still saw whole
-                    what = f"the dev loss of {model} is {losses[model, name]} at step {progress.step}"
-                    raise Diverged(f"phase {phase.instance}: {what}")
-    for (model, other, data, split), agreed in _agreements(phase).items():
-        for metric, value in agreed.items():
-            add(model, data, split, f"{other}_{metric}", value)
-    if fraction == 1:
-        for model, name in {model: name for model, name in scored_of(phase) if name in phase.streams}.items():
-            stream, at = phase.streams[name], phase.run
-            how: dict[str, Any] = {"is_task": stream.num_labels is not None, "device": at.at.device}
-            sizes = size_and_speed(phase.nets[model], length=stream.length, autocast=at.autocast, **how)
-            for metric, value in sizes.items():
-                add(model, stream.spec.data, "system", metric, value)
-    machine = {"peak_memory": peak_memory(phase.run.at.device)}
-    if progress.seconds > 0:
-        machine["tokens_per_second"] = progress.tokens / progress.seconds
-    for metric, value in machine.items():
-        add(",".join(spec.train), next(iter(phase.streams.values())).spec.data, "system", metric, value)
-    return records, losses
+                losses[model, name] = loss = loss_of(scored.metrics)
+                if not math.isfinite(loss):  # the last update broke the model after its train loss was computed
+                    where = f"the dev loss of {model} is {loss} at step {phase.progress.step}"
+                    raise Diverged(f"phase {phase.instance}: {where}")
 
 
-def _agreements(phase: PhaseState) -> dict[tuple[str, str, str, str], dict[str, float]]:
-    """How near a model that learns to answer is to whom it learns from, by (model, other, data set, split), and to what
-    that one was before: the same where it is frozen; where it learns in full nobody knows any more."""
-    run, nets = phase.run, phase.nets
-    others: dict[tuple[str, str], dict[str, Other]] = {}  # of a model, on a data set
+def _system(phase: PhaseState, is_end: bool) -> Iterator[Measured]:
+    """Measures size and speed of each trained model at the end; memory and throughput."""
+    trial, device = phase.context, phase.context.device
+    last_stream = {model: name for model, name in phase.evaluated if name in phase.streams}
+    for model, name in last_stream.items() if is_end else ():
+        stream = phase.streams[name]
+        how: dict[str, Any] = {"is_task": stream.num_labels is not None, "device": device}
+        sizes = size_and_speed(phase.nets[model], length=stream.length, autocast=trial.autocast, **how)
+        yield model, stream.spec.data, "system", sizes
+    machine = {"peak_memory": peak_memory(device)}
+    if phase.progress.seconds > 0:
+        machine["tokens_per_second"] = phase.progress.tokens / phase.progress.seconds
+    yield ",".join(phase.spec.train), next(iter(phase.streams.values())).spec.data, "system", machine
+
+
+def _agreements(phase: PhaseState) -> Iterator[Measured]:
+    """Measures how closely each model that learns to answer agrees with the models that teach it; and with their
+    original weights, where these are known: if the teacher is frozen, or learns by an adapter."""
+    trial, nets = phase.context, phase.nets
+    others: dict[tuple[str, str], dict[str, ComparedModel]] = {}  # of a model, on a data set
     sets: dict[str, ExchangeSet] = {}
     for term in phase.spec.terms.values():
         stream = phase.streams[term.on]
-        if not isinstance(term, Flow) or not isinstance(stream.data, ExchangeSet):
+        if term.source is None or term.inputs != "logits" or not isinstance(stream.data, ExchangeSet):
             continue
         sets[stream.spec.data] = stream.data
-        rivals, rival = others.setdefault((term.to, stream.spec.data), {}), nets[term.from_]
-        rivals[term.from_] = Other(rival)
+        rivals, rival = others.setdefault((term.target, stream.spec.data), {}), nets[term.source]
+        rivals[term.source] = ComparedModel(rival)
         if lora.is_attached(rival):
-            rivals[f"{term.from_}_original"] = Other(rival, partial(lora.original, rival))
-    how: dict[str, Any] = {"device": run.at.device, "autocast": run.autocast, "session": run.session}
-    found = dict[tuple[str, str, str, str], dict[str, float]]()
-    splits: tuple[Literal["dev", "test"], ...] = ("dev", "test")
-    for (model, name), rivals in others.items():
-        for split in splits:
-            for other, agreed in agreements(nets[model], rivals, sets[name], split, **how).items():
-                found[model, other, name, split] = agreed
-                if other in nets and other not in phase.spec.train:
-                    found[model, f"{other}_original", name, split] = agreed
-    return found
+            rivals[f"{term.source}_original"] = ComparedModel(rival, partial(lora.original, rival))
+    on = Placement(trial.device, trial.autocast, trial.session)
+    for (model, data), rivals in others.items():
+        for split in SPLITS:
+            metrics: dict[str, float] = {}
+            for other, agreed in agreements(nets[model], rivals, sets[data], split, on=on).items():
+                is_frozen = other in nets and other not in phase.spec.train
+                for name in (other, f"{other}_original") if is_frozen else (other,):
+                    metrics |= {f"{name}_{metric}": value for metric, value in agreed.items()}
+            yield model, data, split, metrics
 
 
-def score(phase: PhaseState, model: str, stream: StreamLoader, split: Any) -> Scored:
-    at = phase.run
-    at.at.notice.look()
-    return stream.score(phase.nets[model], split, device=at.at.device, autocast=at.autocast, session=at.session)
+def score(phase: PhaseState, model: str, stream: StreamLoader, split: Split) -> Scored:
+    trial, environment = phase.context, phase.context.environment
+    environment.notice.look()
+    return stream.score(phase.nets[model], split, on=Placement(environment.device, trial.autocast, trial.session))
 
 
 def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
-    """The scores of each example of test, as columns."""
+    """Lists the scores of each test example, as columns."""
     columns: dict[str, list[Any]] = {name: [] for name in EXAMPLES.names}
     for (model, stream), scored in phase.scored.items():
         num = len(scored.losses_E)
         unknown = [None] * num
         values = {
             "model": [model] * num,
-            "task": [reader_of(phase, stream).spec.data] * num,
+            "task": [phase.loader(stream).spec.data] * num,
             "split": ["test"] * num,
             "part": [0] * num if scored.parts_E is None else scored.parts_E.tolist(),
             "example": list(range(num)),
@@ -141,5 +154,6 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
     return columns
 
 
-def loss_of(found: Mapping[str, float]) -> float:
-    return next(value for metric, value in found.items() if metric.endswith("_loss"))  # of each kind of data
+def loss_of(metrics: Mapping[str, float]) -> float:
+    """Finds the loss among the metrics; every kind of data has one."""
+    return next(metrics[loss.name] for loss in LOSSES if loss.name in metrics)

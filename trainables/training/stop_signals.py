@@ -1,8 +1,8 @@
-"""Between two steps: whether the trial is asked to leave, and the proof to a time limit that it still moves.
+"""Requests to stop a trial, read between two steps, and the time limit on a step.
 
-Who runs the sweep asks by a file beside the trial; the machine asks by SIGTERM to the process (a node that will go).
-Whoever is silent for too long, in a collective whose peer is gone or on a file system that does not answer, is ended from
-inside: what it was doing goes to a file, the process goes, and the trial goes on elsewhere from its checkpoint.
+The sweep requests a stop by a file beside the trial, the machine by SIGTERM to the process. A process that makes no step
+for too long (a collective whose peer is gone, a file system that does not answer) writes its stacks to a file and exits;
+the trial then resumes elsewhere from its checkpoint.
 """
 
 from __future__ import annotations
@@ -14,21 +14,33 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import IO, Any
 
 from trainables.storage.files import Storage
 
-LEAVE = "leave"  # the file beside the trial's attempts; its content is `stop` (for good) or `leave` (for now)
-Ask = Literal["stop", "leave", "terminated"]  # for good | for now: the sweep ends | for now: this process or node ends
-LOOK_SECONDS = {True: 1.0, False: 10.0}  # between looks at the file, on local storage or not: each is a request there
+LEAVE = "leave"  # the file of a request, beside the trial's attempts; holds `stop` (for good) or `leave` (for now)
+LOOK_SECONDS = {True: 1.0, False: 10.0}  # between two reads of that file, by whether the storage is local
+
+
+class StopReason(StrEnum):
+    """Why a trial stops before its end."""
+
+    EARLY = "early stopping"  # for good: the scheduler of the search
+    BY_HAND = "stopped by hand"  # for good: --stop
+    LEAVE = "leave"  # for now: the sweep ends
+    TERMINATED = "terminated"  # for now: the process or its node ends
+    PEER_LOST = "another rank was lost"  # for now
+    STORAGE = "storage"  # for now: the storage cannot be written
+
 
 _terminated = threading.Event()
 _busy = threading.Event()
 
 
 def listen() -> None:
-    """From now on SIGTERM lets a running trial write its checkpoint first. Belongs into the process' main thread."""
+    """Makes SIGTERM let a running trial write its checkpoint first. Must be called in the main thread."""
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 
@@ -40,39 +52,34 @@ def _on_sigterm(*_: Any) -> None:
 
 @dataclass
 class Notice:
-    """A trial's own. `look` is called after each step, and wherever else time passes."""
+    """The stop requests and the time limit of one trial. `look` is called after each step."""
 
-    storage: Storage | None = None  # None: nobody asks by a file
+    storage: Storage | None = None  # None: no file is read
     name: str = ""  # of the file
     hang_seconds: float = 900.0
     stacks: IO[str] | None = None
     _looked: float = -1e9
     _armed: float = -1e9
-    _asked: Ask | None = field(default=None)
+    _asked: StopReason | None = None
 
-    def look(self) -> Ask | None:
-        """What is asked, if anything. Costs a comparison but once a second."""
+    def look(self) -> StopReason | None:
+        """Returns the request to stop, if there is one, and restarts the time limit. Reads the file once a second."""
         now = time.monotonic()
         if self.stacks is not None and now - self._armed > self.hang_seconds / 20:
             self._armed = now
             faulthandler.dump_traceback_later(self.hang_seconds, exit=True, file=self.stacks)
-        if (
-            self._asked is None
-            and self.storage is not None
-            and now - self._looked > LOOK_SECONDS[self.storage.is_local]
-        ):
+        storage = self.storage
+        if self._asked is None and storage is not None and now - self._looked > LOOK_SECONDS[storage.is_local]:
             self._looked = now
-            text = None
-            with suppress(OSError):  # it is asked again soon, and whatever is to be written will tell
-                text = self.storage.read(self.name)
-            if text is not None:
-                self._asked = "stop" if text.strip() == b"stop" else "leave"
-        return self._asked or ("terminated" if _terminated.is_set() else None)
+            with suppress(OSError):  # the next look reads again, and the next write reports the fault
+                if (text := storage.read(self.name)) is not None:
+                    self._asked = StopReason.BY_HAND if text.strip() == b"stop" else StopReason.LEAVE
+        return self._asked or (StopReason.TERMINATED if _terminated.is_set() else None)
 
 
 @contextmanager
 def watched(notice: Notice) -> Iterator[Notice]:
-    """While the block runs, this process is busy with a trial, and ended if it is silent for too long."""
+    """Marks this process as busy with a trial, under the trial's time limit, while the block runs."""
     _busy.set()
     try:
         notice.look()

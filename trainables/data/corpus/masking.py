@@ -12,7 +12,7 @@ from trainables.config.phase import Masking
 
 
 class MaskedBatch(NamedTuple):
-    """What models read (`ids_BT`) and where they are supervised: `positions_N`, indices b*T + t that rise."""
+    """Ids that models read, and the supervised positions (indices b*T + t, rising) with their labels."""
 
     ids_BT: Tensor
     positions_N: Tensor
@@ -22,8 +22,13 @@ class MaskedBatch(NamedTuple):
         return MaskedBatch(*(tensor.to(device) for tensor in self))
 
     def rows(self, start: int, stop: int) -> MaskedBatch:
-        """Rows start … stop - 1, with positions counted from the first of them."""
-        return slice_batch(self, start, stop)
+        """Returns rows start … stop - 1, with positions counted from the first of them."""
+        length = self.ids_BT.shape[1]
+        edges = torch.tensor([start * length, stop * length])
+        first, last = torch.searchsorted(self.positions_N, edges).tolist()
+        return MaskedBatch(
+            self.ids_BT[start:stop], self.positions_N[first:last] - start * length, self.labels_N[first:last]
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -36,7 +41,7 @@ def mask_batch(
 ) -> MaskedBatch:
     """Corrupts round(probability * T) non-special tokens of each row, at least one, or as many as the row has.
 
-    Always of the whole global batch: ranks and micro-batches then take slices (`slice_batch`), so that no draw depends
+    Takes the whole global batch: ranks and micro-batches then take slices (`MaskedBatch.rows`), so that no draw depends
     on how the batch is divided.
     """
     num_rows, length = ids_BT.shape
@@ -59,20 +64,8 @@ def mask_batch(
     return MaskedBatch(ids_BT.scatter(1, chosen_BK, seen_BK), positions_BK[eligible_BK], labels_BK[eligible_BK])
 
 
-def next_token_batch(ids_BT: Tensor, *, pad_id: int | None = None) -> MaskedBatch:
-    """Each token but the first is the label of the position before it; padding is never a label."""
+def next_token_batch(ids_BT: Tensor) -> MaskedBatch:
+    """Takes each token but the first as the label of the position before it."""
     num_rows, length = ids_BT.shape
     positions_BT = torch.arange(num_rows * length).view(num_rows, length)[:, :-1]
-    labels_BT = ids_BT[:, 1:]
-    if pad_id is None:
-        return MaskedBatch(ids_BT, positions_BT.flatten(), labels_BT.flatten())
-    return MaskedBatch(ids_BT, positions_BT[labels_BT != pad_id], labels_BT[labels_BT != pad_id])
-
-
-def slice_batch(batch: MaskedBatch, start: int, stop: int) -> MaskedBatch:
-    """Rows start … stop - 1, with positions counted from the first of them."""
-    length = batch.ids_BT.shape[1]
-    edges = torch.tensor([start * length, stop * length])
-    first, last = torch.searchsorted(batch.positions_N, edges).tolist()
-    positions_N = batch.positions_N[first:last] - start * length
-    return MaskedBatch(batch.ids_BT[start:stop], positions_N, batch.labels_N[first:last])
+    return MaskedBatch(ids_BT, positions_BT.flatten(), ids_BT[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Batches of exchanges: several in a row, or each in a row of its own."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Ids = NDArray[np.int32]
 class PackedBatch(NamedTuple):
     """Exchanges end to end in rows, padded at the end of each.
 
-    `places_BT` begin at 0 with each exchange and with the padding. Given as `position_ids`, with no attention mask and no
-    cache, they tell transformers where a sequence begins, and it attends to nothing before.
+    `position_ids_BT` begin at 0 with each exchange and with the padding. Given as `position_ids`, with no attention mask and no
+    cache, they tell transformers where a sequence begins, so that its tokens attend to nothing before.
     """
 
     ids_BT: Tensor
-    places_BT: Tensor
-    positions_N: Tensor  # b*T + t of what stands before each token of a reply, exchange by exchange
-    labels_N: Tensor  # these tokens
-    owners_N: Tensor  # the exchange, by its place in the batch, that each belongs to
+    position_ids_BT: Tensor
+    positions_N: Tensor  # b*T + t of the position before each token of a reply, exchange by exchange
+    labels_N: Tensor  # the tokens of the replies
+    example_ids_N: Tensor  # the exchange, by its place in the batch, of each label
     num_tokens: int  # without padding
 
 
 @dataclass(frozen=True)
 class ExchangeBatch:
-    """The exchanges of a step, or a part of them."""
+    """The exchanges of a step, or some of them."""
 
     prompts: tuple[Ids, ...]
     replies: tuple[Ids, ...]
@@ -43,18 +43,18 @@ class ExchangeBatch:
         return len(self.prompts)
 
     def rows(self, start: int, stop: int) -> ExchangeBatch:
-        """Exchanges start … stop - 1."""
+        """Returns exchanges start … stop - 1."""
         return replace(self, prompts=self.prompts[start:stop], replies=self.replies[start:stop])
 
     def with_replies(self, replies: Sequence[Ids]) -> ExchangeBatch:
-        """The same prompts, answered otherwise."""
+        """Returns the same prompts with other replies."""
         if len(replies) != len(self):
             raise ValueError(f"{len(replies)} replies to {len(self)} prompts")
         return replace(self, replies=tuple(replies))
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """The number of tokens without padding."""
         return sum(map(len, self.prompts)) + sum(map(len, self.replies))
 
     @property
@@ -63,34 +63,34 @@ class ExchangeBatch:
         return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.replies]).astype(np.int64))
 
     def to(self, device: str) -> PackedBatch:
-        """Packs the exchanges into as few rows as first-fit-decreasing gives, or puts each into its own."""
+        """Packs the exchanges into rows, first-fit-decreasing, or puts each into its own row."""
         sizes = [len(prompt) + len(reply) for prompt, reply in zip(self.prompts, self.replies, strict=True)]
         rows = first_fit(sizes, self.length) if self.is_packed else [[i] for i in range(len(sizes))]
         width = max((sum(sizes[i] for i in row) for row in rows), default=0)
         ids_BT = np.full((len(rows), width), self.pad_id, np.int64)
-        places_BT = np.zeros((len(rows), width), np.int64)
+        position_ids_BT = np.zeros((len(rows), width), np.int64)
         positions = [np.empty(0, np.int64)] * len(self)
         for b, row in enumerate(rows):
             at = 0
             for i in row:
                 first, end = at + len(self.prompts[i]), at + sizes[i]
                 ids_BT[b, at:first], ids_BT[b, first:end] = self.prompts[i], self.replies[i]
-                places_BT[b, at:end] = np.arange(sizes[i])
+                position_ids_BT[b, at:end] = np.arange(sizes[i])
                 positions[i] = b * width + np.arange(first - 1, end - 1)
                 at = end
-            places_BT[b, at:] = np.arange(width - at)
+            position_ids_BT[b, at:] = np.arange(width - at)
         positions_N = np.concatenate([np.empty(0, np.int64), *positions])
-        owners_N = np.repeat(np.arange(len(self)), [len(reply) for reply in self.replies])
+        example_ids_N = np.repeat(np.arange(len(self)), [len(reply) for reply in self.replies])
         ids, places, before, owners = (
-            torch.from_numpy(array).to(device) for array in (ids_BT, places_BT, positions_N, owners_N)
+            torch.from_numpy(array).to(device) for array in (ids_BT, position_ids_BT, positions_N, example_ids_N)
         )
         return PackedBatch(ids, places, before, self.labels_N.to(device), owners, self.num_tokens)
 
 
 def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Which of `sizes` share a row of `length`: the longest first, each into the first row that has room for it.
+    """Returns the indices of `sizes` by row of `length`: the longest first, each into the first row that has room for it.
 
-    What is longer than `length` (replies that a model made) has every row made as long as itself.
+    A size above `length` (a reply that a model made) makes every row as long as itself.
     """
     length = max([length, *sizes])
     rows, room = list[list[int]](), list[int]()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""From rows to text: prompt and reply as a template renders them. Knows no token."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from trainables.config.data import (
-    Instructions,
-)
 from trainables.config.errors import DataError
-from trainables.data.instructions.rows import Row, _brief, divided
+from trainables.data.instructions.rows import Row, brief
+from trainables.data.tokenizer import chat_template
 
 MARK = "codistill-reply"  # in no template
 
 
 class Rendered(NamedTuple):
-    """The text of a row: what the model is given, and what it is to write."""
+    """The text of a row: the prompt that a model reads, and what it learns to write."""
 
     prompt: str
-    lead: str  # what the template has between them (an empty thought, a space), to be written as well
+    lead: str  # text of the template between prompt and reply (an empty thought, a space), which is learnt too
     reply: str
 
 
@@ -34,7 +32,7 @@ def alpaca(prompt: str, context: str = "") -> str:
 
 
 def render(row: Row, template: str, tok: Any) -> Rendered:
-    """`template`: alpaca, or chat, for which the tokenizer is asked. Raises DataError if that loses the reply."""
+    """Renders a row by `template`: alpaca, or chat, the tokenizer's own. Raises DataError where the reply is lost."""
     if template == "alpaca":
         return Rendered(alpaca(row.turns[-1].content, row.context), "", row.replies[0])
     given = [turn._asdict() for turn in row.turns]
@@ -43,7 +41,7 @@ def render(row: Row, template: str, tok: Any) -> Rendered:
     reply, named = row.replies[0], _name_of(chat_template(tok))
     try:
         prompt: str = tok.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
-        # what a template writes before a reply may hold the reply's words, so another one shows where it begins
+        # the text before a reply may have the words of the reply, so that a marked reply shows where the reply begins
         whole, marked = (
             tok.apply_chat_template([*given, {"role": "assistant", "content": text}], tokenize=False)
             for text in (reply, MARK)
@@ -52,38 +50,15 @@ def render(row: Row, template: str, tok: Any) -> Rendered:
         said = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(turn.role for turn in row.turns)
         raise DataError(f"template: {named} refuses a conversation of {roles}, assistant: {said}") from error
-    valid = "expected a template that puts the reply after the prompt as it is, or `template: alpaca`"
+    expected = "expected a template that puts the reply after the prompt as it is, or `template: alpaca`"
     if not whole.startswith(prompt) or not marked.startswith(prompt):
-        raise DataError(f"template: {named} does not begin a conversation with its own prompt; {valid}")
+        raise DataError(f"template: {named} does not begin a conversation with its own prompt; {expected}")
     lead, found, _ = marked[len(prompt) :].partition(MARK)
     if not found or not whole.startswith(f"{prompt}{lead}{reply}"):
-        raise DataError(f"template: {named} loses the reply {_brief(reply)}; {valid}")
+        raise DataError(f"template: {named} loses the reply {brief(reply)}; {expected}")
     return Rendered(prompt, lead, reply)
-
-
-def chat_template(tok: Any) -> str:
-    try:
-        found: str = tok.get_chat_template()
-    except ValueError:  # it has none, or several without a default
-        raise DataError(
-            "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
-            "tokenizer of a chat model"
-        ) from None
-    return found
 
 
 def _name_of(template: str) -> str:
     shown = " ".join(template.split())
     return f"the tokenizer's chat template ({shown if len(shown) <= 50 else shown[:50] + ' …'})"
-
-
-def training_texts(data: Instructions) -> list[str]:
-    """For a tokenizer: what is read of train, template and all."""
-    if data.template == "chat":
-        raise DataError("template: chat needs a pretrained tokenizer that brings one; expected `template: alpaca`")
-    rendered = [render(row, data.template, None) for row in divided(data).train]
-    if not rendered:
-        raise DataError(
-            "tokenizer: there is no train to train one on; expected pretrained, or that of another data set"
-        )
-    return [f"{one.prompt}{one.reply}" for one in rendered]

@@ -1,4 +1,4 @@
-"""Documents and columns from data files and from the hub. Knows no split rule and no tokenizer."""
+"""Columns of tables from data files and from the hub. Knows no split rule and no tokenizer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import csv as pacsv
 
-from trainables.config.data import Hub
 from trainables.config.errors import DataError
+from trainables.data.split import SPLITS, Table
 from trainables.storage.hub import why_not
 
 JSON = (".jsonl", ".json")  # an object a line, or one array of objects
@@ -23,181 +23,141 @@ SUFFIXES = (*TABLES, ".txt")
 BLOCK = 1 << 26  # bytes; a row of CSV must fit into one block
 
 
-class Place(NamedTuple):
-    """A file that was found. `state` changes when the file does."""
+class File(NamedTuple):
+    """A file that exists. `state` changes when the file does."""
 
     uri: str
     state: str
 
 
-class Columns(NamedTuple):
-    """Columns of one table, as lists."""
+class HubSplit(NamedTuple):
+    """A split of a data set of the hub."""
 
-    where: str  # in messages
-    texts: list[list[str | None]]
-    labels: list[Any]
-
-
-class Table(NamedTuple):
-    """Columns of one table by name."""
-
-    where: str  # in messages
-    columns: dict[str, list[Any]]
+    name: str
+    config: str | None
+    revision: str
+    split: str
 
 
-def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Place, ...]:
-    """The files that a path, glob or URI names, sorted; `what` names the field in messages."""
+Place = tuple[File, ...] | HubSplit
+Places = tuple[tuple[str, Place], ...]  # split -> the files, or the split of the hub, that hold it
+
+
+class Wanted(NamedTuple):
+    """The columns to read: `texts` hold strings, `others` anything; `fields` of a study name them, in messages."""
+
+    texts: tuple[str, ...]
+    others: tuple[str, ...]
+    fields: Mapping[str, str]
+
+
+def find_files(data: Any, suffixes: tuple[str, ...] = SUFFIXES) -> Places:
+    """Finds the files of each split that a data set names."""
+    named = {name: uri for name in SPLITS if (uri := getattr(data, name)) is not None}
+    return tuple((name, find(uri, name, suffixes)) for name, uri in named.items())
+
+
+def find_tables(data: Any) -> Places:
+    return find_files(data, TABLES)
+
+
+def find_hub(data: Any) -> Places:
+    """Names the split of the hub for each split that a data set names."""
+    named = {name: split for name in SPLITS if (split := getattr(data, name)) is not None}
+    return tuple((name, HubSplit(data.name, data.config, data.revision, split)) for name, split in named.items())
+
+
+def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[File, ...]:
+    """Returns the files that a path, glob or URI names, sorted; `what` names the field in messages."""
     try:
         fs, path = fsspec.core.url_to_fs(uri)
         paths = [path] if fs.isfile(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
-        found = tuple(Place(fs.unstrip_protocol(p), str(fs.ukey(p))) for p in paths if not fs.isdir(p))
+        files = tuple(File(fs.unstrip_protocol(p), str(fs.ukey(p))) for p in paths if not fs.isdir(p))
     except (ImportError, ValueError, OSError) as error:  # no such protocol, its package missing, no access
         raise DataError(f"{what}: cannot look into {uri!r}: {error}") from error
-    if not found:
+    if not files:
         hint = f"it is a folder; name its files, as {uri.rstrip('/')}/*.parquet" if fs.isdir(path) else "check the path"
         raise DataError(f"{what}: no file matches {uri!r}: {hint}")
-    for place in found:
-        if not place.uri.endswith(suffixes):
-            raise DataError(f"{what}: cannot tell the format of {place.uri!r}; valid suffixes: {', '.join(suffixes)}")
-    return found
+    for file in files:
+        if not file.uri.endswith(suffixes):
+            raise DataError(
+                f"{what}: cannot tell the format of {file.uri!r}; expected one of the suffixes {', '.join(suffixes)}"
+            )
+    return files
 
 
-def read(places: Iterable[Place], *, text: str, what: str) -> list[str]:
-    """One document per row of column `text`; in .txt one per block between blank lines."""
-    return some_text((document for place in places for document in _read(place.uri, text, what)), what)
+def read(place: Place, wanted: Wanted, *, what: str) -> Iterator[Table]:
+    """Yields a table for each file, or for the split of the hub; in a CSV file all columns hold strings."""
+    if isinstance(place, HubSplit):
+        yield _read_hub(place, wanted, what)
+        return
+    for file in place:
+        yield Table(repr(file.uri), _columns_of(file.uri, wanted, what))
 
 
-def read_columns(
-    places: Iterable[Place], texts: Sequence[str], label: str, *, fields: Mapping[str, str], what: str
-) -> Iterator[Columns]:
-    """Columns of texts and one of labels, file by file; in a CSV file labels are text. `fields` of a spec name columns."""
-    for table in read_tables(places, texts, (label,), fields=fields, what=what):
-        yield _columns(table, texts, label)
-
-
-def read_tables(
-    places: Iterable[Place], texts: Sequence[str], others: Sequence[str], *, fields: Mapping[str, str], what: str
-) -> Iterator[Table]:
-    """Columns that hold strings, and others that hold anything, file by file; in a CSV file all hold strings."""
-    for place in places:
-        yield Table(repr(place.uri), _columns_of(place.uri, texts, others, fields, what))
-
-
-def read_hub(data: Hub, split: str, *, what: str) -> list[str]:
-    """One document per row of a split of a hub data set."""
-    rows = _hub_rows(data.name, data.config, data.revision, split, what)
-    text = data.columns.text
-    _check_column(text, rows.features.arrow_schema, data.name, what)
-    return some_text(rows.data.column(text).to_pylist(), what)
-
-
-def read_hub_columns(
-    name: str, config: str | None, revision: str, split: str, texts: Sequence[str], label: str, *, what: str
-) -> Columns:
-    """Columns of texts and one of labels of a split of a hub data set."""
-    return _columns(read_hub_table(name, config, revision, split, texts, (label,), fields={}, what=what), texts, label)
-
-
-def _columns(table: Table, texts: Sequence[str], label: str) -> Columns:
-    return Columns(table.where, [table.columns[text] for text in texts], table.columns[label])
-
-
-def read_hub_table(
-    name: str,
-    config: str | None,
-    revision: str,
-    split: str,
-    texts: Sequence[str],
-    others: Sequence[str],
-    *,
-    fields: Mapping[str, str],
-    what: str,
-) -> Table:
-    """The same of a split of a hub data set."""
-    rows, wanted = _hub_rows(name, config, revision, split, what), tuple(dict.fromkeys((*texts, *others)))
-    for column in wanted:
-        _check_column(column, rows.features.arrow_schema, name, what, fields.get(column), is_text=column in texts)
-    return Table(f"split {split!r} of {name!r}", {column: rows.data.column(column).to_pylist() for column in wanted})
-
-
-def _hub_rows(name: str, config: str | None, revision: str, split: str, what: str) -> Any:
-    """A split of a hub data set."""
-    import datasets  # here, since it takes a second and most studies need no hub
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return datasets.load_dataset(name, config, revision=revision, split=split)
-    except (
-        DatasetsError,
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # unknown split or config, no such set, no network
-        where = f"{name!r}" + (f", config {config!r}" if config else "") + f" at {revision!r}"
-        reason = why_not(name, "data set", error)
-        raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {reason}") from error
-
-
-def some_text(documents: Iterable[str | None], what: str) -> list[str]:
-    """Without empty documents; it is an error if nothing is left."""
-    kept = [document for document in documents if document and not document.isspace()]
+def read_documents(place: Place, text: str, *, what: str) -> list[str]:
+    """Returns one document per row of column `text` (of a .txt file per block between blank lines), without empty ones."""
+    tables = read(place, Wanted((text,), (), {text: "columns.text"}), what=what)
+    kept = [document for table in tables for document in table.columns[text] if document and not document.isspace()]
     if not kept:
         raise DataError(f"{what}: no text in it; give at least one document that is not blank")
     return kept
 
 
-def _read(uri: str, text: str, what: str) -> list[str | None]:
-    if not uri.endswith(".txt"):
-        return _columns_of(uri, (text,), (), {text: "columns.text"}, what)[text]
-    fs, path = fsspec.core.url_to_fs(uri)
+def _read_hub(place: HubSplit, wanted: Wanted, what: str) -> Table:
+    import datasets  # here, since it takes a second and most studies need no hub
+    from datasets.exceptions import DatasetsError
+
+    name, config, revision, split = place
     try:
-        return list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))
-    except UnicodeDecodeError as error:
-        raise _unreadable(uri, what, error) from error
+        rows = datasets.load_dataset(name, config, revision=revision, split=split)
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:  # no such split, config or data set; no network
+        where = f"{name!r}" + (f", config {config!r}" if config else "") + f" at {revision!r}"
+        reason = why_not(name, "data set", error)
+        raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {reason}") from error
+    _check_columns(wanted, rows.features.arrow_schema, name, what)
+    columns = dict.fromkeys((*wanted.texts, *wanted.others))
+    return Table(f"split {split!r} of {name!r}", {column: rows.data.column(column).to_pylist() for column in columns})
 
 
-def _columns_of(
-    uri: str, texts: Sequence[str], others: Sequence[str], fields: Mapping[str, str], what: str
-) -> dict[str, list[Any]]:
-    """Columns of a file, of which `texts` are strings."""
-    columns = list(dict.fromkeys((*texts, *others)))
+def _columns_of(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]]:
     if uri.endswith(JSON):
-        return _columns_of_json(uri, columns, texts, fields, what)
+        return _columns_of_json(uri, wanted, what)
+    columns = list(dict.fromkeys((*wanted.texts, *wanted.others)))
     fs, path = fsspec.core.url_to_fs(uri)
     try:
+        if uri.endswith(".txt"):
+            return {columns[0]: list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))}
         rows = pads.dataset(path, filesystem=fs, format=_format(uri, columns))
-        for column in columns:
-            _check_column(column, rows.schema, uri, what, fields.get(column), is_text=column in texts)
+        _check_columns(wanted, rows.schema, uri, what)
         return dict(rows.to_table(columns=columns).to_pydict())
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(uri, what, error) from error
 
 
-def _columns_of_json(
-    uri: str, columns: Sequence[str], texts: Sequence[str], fields: Mapping[str, str], what: str
-) -> dict[str, list[Any]]:
-    """By Python's own reader: Arrow's takes a date in a text for a time, and has a say on columns that nobody asked for."""
-    found: dict[str, list[Any]] = {column: [] for column in columns}
-    there: dict[str, None] = {}
+def _columns_of_json(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]]:
+    """Reads by Python's own reader: Arrow's takes a date in a text for a time, and rejects columns that nobody wants."""
+    columns: dict[str, list[Any]] = {column: [] for column in (*wanted.texts, *wanted.others)}
+    names: dict[str, None] = {}
     for where, row in _objects(uri, what):
-        there |= dict.fromkeys(row)
-        for column, values in found.items():
+        names |= dict.fromkeys(row)
+        for column, values in columns.items():
             value = row.get(column)
-            if column in texts and not (value is None or isinstance(value, str)):
-                at = f"{what}: {where} of {uri!r}: column {column!r}"
-                raise _no_strings(at, type(value).__name__, fields.get(column))
+            if column in wanted.texts and not (value is None or isinstance(value, str)):
+                which = f"{what}: {where} of {uri!r}: column {column!r}"
+                raise _no_strings(which, type(value).__name__, wanted.fields.get(column))
             values.append(value)
-    if not there:
+    if not names:
         raise DataError(
             f"{what}: {uri!r} has no rows; give at least one object with {' and '.join(map(repr, columns))}"
         )
     for column in columns:
-        _check_is_there(column, tuple(there), uri, what, fields.get(column))
-    return found
+        _check_is_there(column, tuple(names), uri, what, field=wanted.fields.get(column))
+    return columns
 
 
 def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the object."""
+    """Yields (line or row, object) of a JSON file."""
     fs, path = fsspec.core.url_to_fs(uri)
     number = 0
     try:
@@ -205,7 +165,7 @@ def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 if line.isspace():
                     continue
-                if not line.lstrip().startswith("["):
+                if line.lstrip()[:1] != "[":
                     each: Iterable[tuple[str, Any]] = [(f"line {number}", json.loads(line.rstrip()))]
                 else:  # a list is no row, so this is the array of all of them
                     each = ((f"row {i}", row) for i, row in enumerate(json.loads(line + file.read()), 1))
@@ -224,7 +184,8 @@ def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _unreadable(uri: str, what: str, error: Exception) -> DataError:
-    return DataError(f"{what}: cannot read {uri!r} as its suffix says: {_first_line(error)}")
+    first_line = str(error).strip().split("\n")[0]
+    return DataError(f"{what}: cannot read {uri!r} as its suffix says: {first_line}")
 
 
 def _format(uri: str, columns: Sequence[str]) -> Any:
@@ -237,17 +198,18 @@ def _format(uri: str, columns: Sequence[str]) -> Any:
     )
 
 
-def _check_column(
-    column: str, schema: Any, where: str, what: str, field: str | None = "columns.text", *, is_text: bool = True
-) -> None:
-    """`field`: what in a spec names the column, if anything does."""
-    _check_is_there(column, schema.names, where, what, field)
-    kind = schema.field(column).type
-    if is_text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise _no_strings(f"{what}: column {column!r} of {where!r}", kind, field)
+def _check_columns(wanted: Wanted, schema: Any, where: str, what: str) -> None:
+    for column in dict.fromkeys((*wanted.texts, *wanted.others)):
+        field = wanted.fields.get(column)
+        _check_is_there(column, schema.names, where, what, field=field)
+        kind, is_text = schema.field(column).type, column in wanted.texts
+        if is_text and not any(
+            test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
+            raise _no_strings(f"{what}: column {column!r} of {where!r}", kind, field)
 
 
-def _check_is_there(column: str, names: Sequence[str], where: str, what: str, field: str | None) -> None:
+def _check_is_there(column: str, names: Sequence[str], where: str, what: str, *, field: str | None) -> None:
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; set {field} to one of them"
@@ -255,9 +217,6 @@ def _check_is_there(column: str, names: Sequence[str], where: str, what: str, fi
         raise DataError(there + (hint if field else ""))
 
 
-def _no_strings(at: str, kind: Any, field: str | None) -> DataError:
-    return DataError(f"{at} holds {kind}; {f'{field} must name one of strings' if field else 'it must hold strings'}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _no_strings(which: str, kind: Any, field: str | None) -> DataError:
+    must = f"{field} must name one of strings" if field else "it must hold strings"
+    return DataError(f"{which} holds {kind}; {must}")

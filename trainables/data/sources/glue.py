@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainables.config.data import Glue
-from trainables.data.classification.labelled import Labelled, Sources, joined, labelled
-from trainables.data.sources import files
+from trainables.data.classification.labelled import Labelled, joined, labelled
+from trainables.data.sources.files import HubSplit, Places, Wanted, read
+from trainables.data.sources.files import find as find_files
+from trainables.data.split import Sources
 
 COLUMNS = {
     "cola": ("sentence",),
@@ -32,41 +34,26 @@ CLASSES = {
 }
 
 
-def splits_of(data: Glue) -> dict[str, tuple[str, ...]]:
-    """The official splits that train and test are; dev is cut from train."""
+def find(data: Glue) -> Places:
+    """Finds each official split: files `<source>/<task>/<split>*.parquet` if `source` is a folder, else of the hub.
+
+    dev is cut from train.
+    """
     parts = ("_matched", "_mismatched") if data.task == "mnli" else ("",)
-    return {"train": ("train",), "test": tuple(f"validation{part}" for part in parts)}
-
-
-def find(data: Glue) -> dict[str, tuple[tuple[files.Place, ...], ...]]:
-    """The files of each split, if `source` is a folder: `<source>/<task>/<split>*.parquet`; else nothing."""
+    splits = [("train", "train"), *(("test", f"validation{part}") for part in parts)]
     folder = data.source if "://" in data.source else str(Path(data.source).expanduser())
-    if "://" not in data.source and not Path(folder).is_dir() and not data.source.startswith(("/", ".", "~")):
-        return {}
-    return {
-        name: tuple(files.find(f"{folder}/{data.task}/{split}*.parquet", f"{name} of {data.task}") for split in splits)
-        for name, splits in splits_of(data).items()
-    }
+    if "://" in data.source or Path(folder).is_dir() or data.source.startswith(("/", ".", "~")):
+        pattern, what = f"{folder}/{data.task}/{{}}*.parquet", f"{{}} of {data.task}"
+        return tuple((name, find_files(pattern.format(own), what.format(name))) for name, own in splits)
+    return tuple((name, HubSplit(data.source, data.task, data.revision, own)) for name, own in splits)
 
 
-def load(data: Glue, found: dict[str, tuple[tuple[files.Place, ...], ...]]) -> Sources:
-    """Reads `found`, or the hub."""
-    tables = {name: _read(data, name, found.get(name)) for name in ("train", "test")}
-    test = tables["test"]
-    return Sources(joined(tables["train"]), test=joined(test, as_parts=len(splits_of(data)["test"]) > 1))
-
-
-def _read(data: Glue, name: str, found: tuple[tuple[files.Place, ...], ...] | None) -> list[Labelled]:
-    """A table for each official split."""
-    what, texts = f"{name} of {data.task}", COLUMNS[data.task]
-    tables = []
-    for number, split in enumerate(splits_of(data)[name]):
-        if found is not None:
-            read = list(files.read_columns(found[number], texts, "label", fields={}, what=what))
-        else:
-            read = [files.read_hub_columns(data.source, data.task, data.revision, split, texts, "label", what=what)]
-        classes = range(data.num_labels) if not data.is_regression else None
-        tables.append(
-            joined([labelled(one.texts, one.labels, classes=classes, where=f"{what}: {one.where}") for one in read])
-        )
-    return tables
+def load(data: Glue, places: Places) -> Sources[Labelled]:
+    texts, classes = COLUMNS[data.task], range(data.num_labels) if CLASSES[data.task] else None
+    splits: dict[str, list[Labelled]] = {"train": [], "test": []}
+    for name, place in places:
+        what = f"{name} of {data.task}"
+        tables = read(place, Wanted(texts, ("label",), {}), what=what)
+        splits[name].append(joined([labelled(table, texts, "label", classes=classes, what=what) for table in tables]))
+    test = joined(splits["test"], as_parts=len(splits["test"]) > 1)
+    return Sources(joined(splits["train"]), test=test, class_names=CLASSES[data.task])

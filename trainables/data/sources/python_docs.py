@@ -14,19 +14,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from trainables.config.data import PythonDocs
 from trainables.config.errors import DataError
+from trainables.data.sources.files import Places
+from trainables.data.split import Sources
 
 # Not English (encodings: tables; topics are read by import), tests, or what distributions package apart or later
 # dropped: the corpus should be the same on every machine with the same Python.
 LEFT_OUT = {"encodings", "pydoc_data", "test", "tests", "tkinter", "turtle.py", "turtledemo", "idlelib", "lib2to3"}
 LEFT_OUT |= {"ensurepip", "distutils", "site-packages", "dist-packages", "sitecustomize.py", "usercustomize.py"}
-UNDERLINE = re.compile(
-    r"^[ \t]*([^\w\s])\1{2,}[ \t]*\n", re.MULTILINE
-)  # of headings: a tenth of the tokens, no English
+# of headings: a tenth of the tokens, and no English
+UNDERLINE = re.compile(r"^[ \t]*([^\w\s])\1{2,}[ \t]*\n", re.MULTILINE)
 
 
 class Definition(NamedTuple):
-    """Something with a docstring: a module, a class or a function."""
+    """A module, a class or a function with a docstring."""
 
     module: str  # as it is imported
     name: str  # qualified
@@ -34,20 +36,24 @@ class Definition(NamedTuple):
     signature: str | None  # of a function: `name(arguments)`
 
 
+def load(_: PythonDocs, __: Places) -> Sources[tuple[str, ...]]:
+    return Sources(tuple(documents()))
+
+
 def documents() -> list[str]:
-    """One document for each topic of the reference, then one for each module that has docstrings."""
+    """Returns a document for each topic of the reference, then one for each module that has docstrings."""
     from pydoc_data.topics import topics  # 0.7 MB of strings: only when asked for
 
     modules = []
-    for _, found in groupby(definitions(), key=lambda definition: definition.module):
-        text = "".join(f"{one.name}\n{one.docstring}\n\n" for one in found)
+    for _, own in groupby(definitions(), key=lambda definition: definition.module):
+        text = "".join(f"{definition.name}\n{definition.docstring}\n\n" for definition in own)
         modules.append(_without_surrogates(UNDERLINE.sub("", text).strip()))
     return [UNDERLINE.sub("", topics[name]).strip() for name in sorted(topics)] + modules
 
 
 @lru_cache(maxsize=1)
 def definitions() -> tuple[Definition, ...]:
-    """All of the standard library's, in the order of its files."""
+    """Returns the definitions of the standard library, in the order of its files."""
     root = Path(sysconfig.get_path("stdlib"))
     collecting = gc.isenabled()
     gc.disable()  # it would walk over all of torch for every few files: three times slower
@@ -70,7 +76,7 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def _module(path: Path, root: Path) -> list[Definition]:
-    """What a module defines; nothing if it is no Python."""
+    """Returns the definitions of a module; none if the file is not Python."""
     parts = path.relative_to(root).with_suffix("").parts
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     with warnings.catch_warnings():
@@ -83,7 +89,7 @@ def _module(path: Path, root: Path) -> list[Definition]:
 
 
 def _definitions(node: ast.AST, name: str, module: str) -> Iterator[Definition]:
-    """What has a docstring, from the outside in; what is inside a function stays inside."""
+    """Yields definitions with a docstring, outer ones first; none inside functions."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         signature = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -97,6 +103,13 @@ def _definitions(node: ast.AST, name: str, module: str) -> Iterator[Definition]:
         for child in inner if isinstance(inner, list) else ():
             named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             yield from _definitions(child, f"{name}.{child.name}" if named else name, module)
+
+
+def paragraphs(docstring: str) -> Iterator[str]:
+    """Yields each paragraph as one line."""
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        if text := " ".join(paragraph.split()):
+            yield _without_surrogates(text)
 
 
 def _without_surrogates(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Instructions made of the standard library's docstrings, on every machine: a signature, to be described in a sentence."""
+"""Instructions made of the standard library's docstrings, on every machine: describe a signature in a sentence."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from trainables.data.corpus.documents import normalise
-from trainables.data.sources.python_docs import Definition, definitions
+from trainables.config.data import PythonInstructions
+from trainables.data.instructions.rows import Row, Rows, Turn
+from trainables.data.near_duplicates import normalise
+from trainables.data.sources.files import Places
+from trainables.data.sources.python_docs import Definition, definitions, paragraphs
+from trainables.data.split import Sources
 
 PROMPT = "Describe this function."
 SIGNATURE, DESCRIPTION = 120, 160  # characters at most
-WORDS = (4, 24)  # of a description: fewer say too little, more are no summary
+WORDS = (4, 24)  # of a description, at least and at most
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 CODE = re.compile(r">>>|->|::|[`{}|=<>*\\]|\w\(|\.\.\.|\bself\b")  # a description in English has none of it
 UNFINISHED = re.compile(r"\b(deprecated|see also|internal|todo|xxx|override|overrides|overridden|subclass|subclasses|undocumented)\b", re.IGNORECASE)  # fmt: skip
@@ -24,8 +28,14 @@ class Described(NamedTuple):
     description: str
 
 
+def load(_: PythonInstructions, __: Places) -> Sources[Rows]:
+    return Sources(
+        tuple(Row((Turn("user", one.prompt),), one.signature, (one.description,), one.module) for one in descriptions())
+    )
+
+
 def descriptions() -> list[Described]:
-    """Functions whose docstring begins with a sentence of plain English; each sentence and each signature once."""
+    """Returns functions whose docstring begins with a sentence of plain English; each sentence and signature once."""
     said, seen, found = set[str](), set[str](), []
     for definition in definitions():
         for one in _described(definition):
@@ -38,7 +48,7 @@ def descriptions() -> list[Described]:
 
 
 def _described(definition: Definition) -> Iterator[Described]:
-    """The definition with the first sentence of its docstring, if that says what a function does."""
+    """Yields a function with the first sentence of its docstring, if the sentence says what the function does."""
     if definition.signature is None:
         return
     arguments = definition.signature.partition("(")[2]
@@ -51,9 +61,8 @@ def _described(definition: Definition) -> Iterator[Described]:
 
 
 def _first_sentence(docstring: str) -> str:
-    """Of the first paragraph, as one line that ends in a full stop; nothing where there is none such."""
-    paragraph = " ".join(re.split(r"\n\s*\n", docstring)[0].split()).encode("utf-8", "replace").decode()
-    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph)[0]
+    """Returns the first sentence as one line that ends in a full stop; "" where the docstring begins otherwise."""
+    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])", next(paragraphs(docstring), ""))[0]
     if not sentence[:1].isupper() or sentence[-1] in ":,;?!":
         return ""
     return sentence if sentence.endswith(".") else f"{sentence}."

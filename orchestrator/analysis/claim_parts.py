@@ -1,0 +1,227 @@
+"""The parts of a claim: queries the values of its arms, and compares them pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from orchestrator.analysis.arm_values import ArmValues, arm_values
+from orchestrator.analysis.bootstrap import Missing, Runs, interval_of, seed_of
+from orchestrator.analysis.costs import CostPart, cost_pair
+from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.notes import Kind, Note, note
+from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
+from orchestrator.analysis.statistics import Comparison, Decision, compare, compare_costs, decide
+from orchestrator.study.schema import Claim, CostAxis, tasks_of
+from trainables.metrics.known import metric_named
+
+Pair = tuple[ArmValues, ArmValues]  # arm, against
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair of arms: what there is, and what may be decided from it. About their quality, or about their costs."""
+
+    p: float  # 1 where nothing can be decided
+    beyond: float  # gain - margin; where seeds failed, under the values that replace theirs
+    notes: tuple[Note, ...]
+    failed: bool
+    comparison: Comparison | None = None  # of the quality
+    by_task: Mapping[str, Comparison] = field(default_factory=dict)
+    cost: CostPart | None = None
+
+    @property
+    def decision(self) -> Decision:
+        return decide(self.p, self.beyond)
+
+    @property
+    def spread(self) -> tuple[float | None, int, int] | None:
+        """SD, pairs, and claims in the family; None where nothing is compared."""
+        if self.cost is not None:
+            return self.cost.found.log_sd, self.cost.found.n, 1
+        return None if (c := self.comparison) is None else (c.sd, c.n, c.family_size)
+
+    @property
+    def holds_on_new_data(self) -> bool:
+        return self.comparison is not None and self.comparison.holds_on_new_data()
+
+
+class StoredAnswers(NamedTuple):
+    """The stored answers to examples, with the column `arm_name`; or why there can be no interval over examples."""
+
+    rows: pd.DataFrame | None
+    why: Kind = Kind.NOT_STORED
+
+
+# ----------------------------------------------------------------------------------------------------------- query
+
+
+def query_claim(claim: Claim, records: Records, default_phase: str) -> tuple[MetricQuery, list[Pair]]:
+    """Returns what the claim compares, with its data sets, and the arm beside each `against`."""
+    phase = claim.phase or default_phase
+    query = MetricQuery(
+        phase, claim.model, claim.metric, tasks_of(claim, records.facts.each.get(phase, ())), claim.split
+    )
+    rival_model = claim.against_model or claim.model
+    if claim.at == "equal":
+        query, tasks, pairs = query._replace(equal=claim.axis), query.tasks, list[Pair]()
+        for against in claim.rivals:
+            both = {claim.arm: query, against: query._replace(model=rival_model)}
+            tasks, arms = equal_cost_values(records, both, claim.axis)
+            pairs.append((arms[claim.arm], arms[against]))
+        return query._replace(tasks=tasks), pairs
+    query = query._replace(at=claim.at)
+    tasks, arms = arm_values(records, (claim.arm, *claim.rivals), query)
+    if rival_model != claim.model:
+        arms |= arm_values(records, claim.rivals, query._replace(model=rival_model))[1]
+    return query._replace(tasks=tasks), [(arms[claim.arm], arms[against]) for against in claim.rivals]
+
+
+def query_examples(
+    examples: pd.DataFrame | None, queries: Mapping[tuple[str, ...], MetricQuery], records: Records
+) -> StoredAnswers:
+    """Returns the answers of arms (or points) under the queries of each."""
+    query = next(iter(queries.values()))
+    if query.at != 1 or query.equal is not None or query.split != "test":
+        return StoredAnswers(None, Kind.NOT_AT_END)
+    if examples is None or examples.empty:
+        return StoredAnswers(None)
+    planned = [(records.planned(examples, names), of_names) for names, of_names in queries.items()]
+    rows = pd.concat([rows[of_names.matches(rows)] for rows, of_names in planned])
+    return StoredAnswers(rows.assign(arm_name=rows[records.column].astype(str)))
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+@dataclass(frozen=True)
+class ClaimContext:
+    """What the pairs of one claim (or confirmation) have in common."""
+
+    name: str
+    query: MetricQuery  # with its data sets
+    examples: StoredAnswers
+    facts: TaskFacts
+    margin: float = 0.0
+    family_size: int = 1
+
+    def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
+        lower = metric_named(self.query.metric).lower_is_better
+        return compare(arm, against, lower_is_better=lower, margin=self.margin, family_size=self.family_size, name=name)
+
+
+def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -> Part:
+    """Compares the values of two arms over seeds and, where answers are stored, over new examples."""
+    comparison = context.compare(arm.values, against.values, against.name)
+    notes = _on_pairs(comparison, arm.name, against.name)
+    by_task: dict[str, Comparison] = {}
+    for task in context.query.tasks:
+        of_task = context.compare(arm.by_task.get(task, {}), against.by_task.get(task, {}), against.name)
+        by_task |= {} if of_task is None else {task: of_task}
+    if comparison is not None:
+        comparison, by_task, more = _over_examples(context, comparison, by_task, (arm, against))
+        notes += more
+    p, beyond, failed = 1.0, 0.0, {seed for values in (arm, against) for seed in values.failed}
+    if failed:
+        ends = metric_named(context.query.metric).worst_and_best
+        lost = tuple((values.name, tuple(sorted(values.failed))) for values in (arm, against) if values.failed)
+        notes.append(note(Kind.FAILED_SEEDS, failed=lost, metric=context.query.metric, is_replaced=ends is not None))
+        if ends is not None:
+            p, beyond = _with_replaced_seeds(context, (arm, against), failed, ends)
+    elif comparison is not None and comparison.p is not None:
+        p, beyond = comparison.p, comparison.gain - context.margin
+    notes += _on_next(context, arm, against)
+    return Part(p, beyond, tuple(notes), bool(failed), comparison, by_task)
+
+
+def _with_replaced_seeds(
+    context: ClaimContext, pair: Pair, failed: set[int], ends: tuple[float, float]
+) -> tuple[float, float]:
+    """Returns p and gain - margin, with the value that is worst for the verdict in place of failed seeds."""
+    worst, best = ends
+    for sign, of_arm, of_against in ((1, worst, best), (-1, best, worst)):  # supported even so; refuted even so
+        arm, against = (
+            dict.fromkeys(failed, end) | {**v.values} for v, end in zip(pair, (of_arm, of_against), strict=True)
+        )
+        whole = context.compare(arm, against, pair[1].name)
+        if whole is not None and whole.p is not None and sign * (whole.gain - context.margin) > 0:
+            return whole.p, whole.gain - context.margin
+    return 1.0, 0.0
+
+
+def _over_examples(
+    context: ClaimContext, comparison: Comparison, by_task: dict[str, Comparison], pair: Pair
+) -> tuple[Comparison, dict[str, Comparison], list[Note]]:
+    """Adds the intervals over new seeds and new examples."""
+    arm, against = pair
+    seeds, query = comparison.seeds, context.query
+    recorded = {t: np.array([[v.by_task[t][seed] for seed in seeds] for v in pair]) for t in query.tasks}
+    try:
+        if context.examples.rows is None:
+            raise Missing(context.examples.why)
+        if arm.failed or against.failed:
+            raise Missing(Kind.FAILED_SEED)
+        runs, seed = Runs((arm.name, against.name), seeds, recorded), seed_of(context.name, against.name)
+        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed)
+    except Missing as missing:
+        return comparison, by_task, [missing.note]
+    if comparison.n == 1:
+        return comparison, by_task, [note(Kind.SINGLE_SEED_INTERVAL, interval=drawn.mean)]
+    each = {
+        task: replace(by_task[task], new_data=interval) if by_task[task].seeds == seeds else by_task[task]
+        for task, interval in zip(recorded, drawn.each, strict=True)
+    }
+    return replace(comparison, new_data=drawn.mean), by_task | each, []
+
+
+def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Note]:
+    if comparison is None:
+        return [note(Kind.NO_PAIR, arm=arm, against=against)]
+    if comparison.n == 1:
+        return [note(Kind.SINGLE_PAIR)]
+    if comparison.sd == 0:
+        return [note(Kind.EQUAL_DIFFERENCES, n=comparison.n)]
+    return [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
+
+
+def _on_next(context: ClaimContext, arm: ArmValues, against: ArmValues) -> list[Note]:
+    if all(progress == 1 for values in (arm, against) for progress in values.progress.values()):
+        return []
+    found = context.compare(arm.next_values, against.next_values, against.name)
+    if found is None or found.interval is None or found.p is None:
+        return []
+    decision = decide(found.p, found.gain - context.margin)
+    return [
+        note(
+            Kind.NEXT_EVALUATION,
+            arm=arm.name,
+            against=against.name,
+            effect=found.effect,
+            interval=found.interval,
+            decision=decision,
+        )
+    ]
+
+
+def compare_cost(arm: ArmValues, against: ArmValues, axis: CostAxis) -> Part:
+    """Compares what two arms spent on an axis, without the phases that both share at a seed."""
+    spent, failed = cost_pair(arm.costs, against.costs), bool(arm.failed or against.failed)
+    found, in_full = (
+        compare_costs(*({seed: pair[i].on(axis) for seed, pair in pairs.items()} for i in (0, 1)), name=against.name)
+        for pairs in (spent.own, spent.full)
+    )
+    if found is None or in_full is None:
+        return Part(1, 0, (note(Kind.NO_COST, arm=arm.name, against=against.name, axis=axis),), failed)
+    p, notes, is_counted = 1.0 if found.p is None else found.p, list[Note](), axis != "device_seconds"
+    if found.log_sd == 0 and not (is_counted and found.ratio == 1):
+        p = 0.0 if is_counted else p
+        notes.append(note(Kind.COUNTED_COST_RATIOS if is_counted else Kind.EQUAL_COST_RATIOS, axis=axis, n=found.n))
+    if failed:
+        p = 1.0
+        notes.append(note(Kind.FAILED_COST, axis=axis))
+    part = CostPart(axis, found, in_full.ratio, spent.shared, decide(p, found.log_gain))
+    return Part(p, found.log_gain, (*notes, note(Kind.COST_RATIO, arm=arm.name, part=part)), failed, cost=part)

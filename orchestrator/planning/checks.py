@@ -1,0 +1,124 @@
+"""What only shows when a study's models meet its data; each failure is a StudyError that names the place in the file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from orchestrator.planning.meta_models import Shapes
+from orchestrator.study.errors import StudyError
+from orchestrator.study.schema import Study
+from trainables.config.errors import DataError, ModelError
+from trainables.config.models import Remap
+from trainables.config.phase_run import PhaseRun
+from trainables.config.trial import TrialSpec
+from trainables.data.prepared import Prepared
+from trainables.generation import kv_cache
+from trainables.generation.context import GenerationError
+from trainables.models import build, remap, tokenizer_check
+from trainables.training import forward, optimizers
+from trainables.training.phase_graph import longest, phase_runs, streams_of
+
+
+def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
+    """Checks a pruned trial: types of the device, tokenizers, remaps, training, heads. Raises StudyError."""
+    if study.slot.gpus and torch.cuda.is_available():  # else another machine trains, and reports this itself
+        with _named(f"{study.file}: trial.", ""):
+            build.check_types(spec.precision, spec.models, "cuda")
+    _check_tokenizers(study, spec, corpora)  # first: this says best why a model cannot be loaded
+    nets: Callable[[str], Any] = lambda name: shapes.net(spec.models[name], longest(spec))  # noqa: E731
+    with _named(f"{study.file}: ", "models: "):
+        configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
+        for name, model in spec.models.items():
+            _check_pretrained(
+                study, spec, name, config=configs[name], vocab_size=next(iter(corpora.values())).vocab_size
+            )
+            if isinstance(model.init, Remap):
+                remap.check(model.init.depth, configs[model.init.from_], configs[name], model.init.width)
+        for name in spec.phases:
+            _check_phase(study, spec, name, shapes)
+        for run in phase_runs(spec):
+            _check_reads(spec, run, configs, nets)
+
+
+@contextmanager
+def _named(file: str, path: str) -> Iterator[None]:
+    """Turns what a check raises into a StudyError with the place in the file."""
+    try:
+        yield
+    except forward.TermError as error:
+        raise StudyError(f"{file}phases: {error}") from None
+    except (ModelError, remap.RemapError, DataError, GenerationError) as error:
+        raise StudyError(f"{file}{path}{error}") from None
+
+
+def _check_tokenizers(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared]) -> None:
+    """All data of a trial have one tokenizer, which is that of its pretrained models."""
+    (first_name, first), *others = corpora.items()
+    for name, corpus in others:
+        if corpus.tokenizer_identity == first.tokenizer_identity:
+            continue
+        vocabularies = {f"data {n!r}": c.tokenizer.get_vocab() for n, c in ((name, corpus), (first_name, first))}
+        if difference := tokenizer_check.difference_of(vocabularies):
+            raise StudyError(f"{study.file}: data.{name}: {difference}; expected one tokenizer for all data of a trial")
+    for name, model in spec.models.items():
+        with _named(f"{study.file}: ", f"models.{name}: "):
+            tokenizer_check.check_tokenizer(model, first.tokenizer, first_name)
+
+
+def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, config: Any, vocab_size: int) -> None:
+    """Pretrained weights need a row for each of the data's tokens, and as many positions as the longest sequence has."""
+    model = spec.models[name]
+    if model.pretrained is None:
+        return
+    at = f"{study.file}: models.{name}: {model.pretrained!r}"
+    if (rows := getattr(config, "vocab_size", None)) is not None and rows < vocab_size:
+        raise StudyError(
+            f"{at} has {rows} rows of embeddings, and the data's tokenizer has {vocab_size} tokens; expected the tokenizer "
+            "of the model"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < longest(spec):
+        data = max(spec.data, key=lambda item: spec.data[item].length)
+        raise StudyError(
+            f"{at} has {positions} positions, and sequences of data.{data} have up to {spec.data[data].length} tokens; "
+            f"expected data.{data}.length: {positions} at most"
+        )
+
+
+def _check_phase(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> None:
+    """The workers share the batch, the optimizers are installed, and the models can be trained as the phase says."""
+    phase, at = spec.phases[name], f"{study.file}: trial.phases.{name}"
+    if phase.batch % study.slot.workers:
+        raise StudyError(
+            f"{at}.batch: {phase.batch} cannot be shared by slot.workers {study.slot.workers}; expected a multiple"
+        )
+    with _named(f"{at}", ": "):
+        optimizers.check_optimizers(phase)
+        for model, how in phase.train.items():
+            net = shapes.net(spec.models[model], longest(spec), how=how)
+            if phase.gradient_checkpointing:
+                build.enable_gradient_checkpointing(copy.deepcopy(net))
+
+
+def _check_reads(spec: TrialSpec, run: PhaseRun, configs: Mapping[str, Any], nets: Callable[[str], Any]) -> None:
+    """Each model has the head that its streams need, and those that reply have a cache of keys and values."""
+    phase, streams = spec.phases[run.phase], streams_of(spec, run)
+    replying = {model for stream in streams.values() for model in stream.reply_models}
+    for term in phase.terms.values():
+        stream = streams[term.on]
+        for name in term.reads:
+            data = spec.data[stream.data]
+            if data.num_labels is not None:
+                build.check_task(configs[name], name)
+                continue
+            build.check_stream(configs[name], stream.corruption, name)
+            if data.scoring is not None and name in phase.train:  # an evaluation scores its own replies
+                replying.add(name)
+    for name in replying:
+        kv_cache.check(nets(name))
+    forward.check_layers(phase.terms, {name: nets(name) for term in phase.terms.values() for name in term.reads})

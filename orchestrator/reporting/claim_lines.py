@@ -1,0 +1,183 @@
+"""The claims on the report's first screen: a line per claim with its verdict, effects and intervals; and all verdicts in
+one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.analysis.costs import CostPart
+from orchestrator.analysis.curves import planned
+from orchestrator.analysis.notes import Kind, Scope
+from orchestrator.analysis.queries import MetricQuery
+from orchestrator.analysis.statistics import Comparison
+from orchestrator.analysis.tables import Tables
+from orchestrator.analysis.verdicts import Verdict
+from orchestrator.reporting.document import decimals_beside, fixed, plural, span
+from orchestrator.reporting.notes import SCOPE
+from orchestrator.study.schema import Figure
+from trainables.metrics.known import metric_named
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Where effect, intervals, margin and the paper's figure are drawn, in pixels."""
+
+    zero: float
+    effect: float
+    interval: tuple[float, float] | None
+    new_data: tuple[float, float] | None
+    paper: float | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a claim; a conjunctive claim has several."""
+
+    arm: str
+    against: str
+    arm_mean: str = "–"
+    against_mean: str = "–"
+    effect: str = "–"
+    interval: str = "no pair of seeds"
+    new_data: str = ""
+    cost: str = ""  # the ratio, of a claim with `less`
+    n: str = "0"
+    forest: Forest | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    number: str
+    says: str
+    comparison: str
+    about: str
+    verdict: str
+    more: str
+    parts: Sequence[Part]
+    paper: str
+    judged: str
+
+
+def numbered(verdicts: Sequence[Verdict]) -> list[tuple[str, Verdict]]:
+    """Each verdict with its name in the sections, e.g. `1. helps`."""
+    return [(f"{i}. {v.name}", v) for i, v in enumerate(verdicts, 1)]
+
+
+def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
+    """All verdicts in one sentence."""
+    if not verdicts:
+        return "No verdict: the study states no claims."
+    if not any(v.parts for v in verdicts):
+        begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
+        return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
+    if max(c.n for v in verdicts for c in v.parts) == 1:
+        return "No verdict: with one seed, the effect of these runs cannot be told from chance; a claim needs at least 2 seeds."
+    counts = Counter(str(v.verdict) for v in verdicts)
+    words = [(counts[word], word) for word in ("supported", "refuted", "undecided") if counts[word]]
+    parts = [f"{count} {'is' if count == 1 else 'are'} {word}" for count, word in words]
+    decided = [v for v in verdicts if v.holds is not None]
+    where = "at this scale and on this evaluation set"
+    if on_new_data := sum(v.holds == Scope.NEW_DATA for v in decided):
+        some = "" if on_new_data == len(decided) else f" for {on_new_data} of {plural(len(decided), 'verdict')}"
+        where = f"at this scale, on new data as well{some}"
+    if len(verdicts) == 1:
+        return f"The claim is {verdicts[0].verdict}, {where}."
+    return f"Of {len(verdicts)} claims, {', '.join(parts[:-1])}{' and ' if parts[1:] else 'all '}{parts[-1]}, {where}."
+
+
+def claim_lines(verdicts: Sequence[Verdict]) -> list[Line]:
+    drawn: dict[MetricQuery, list[float]] = {}  # values that share a scale
+    for v in verdicts:
+        values = drawn.setdefault(v.reading, [0.0])
+        for c in v.parts:
+            values += [c.effect, *(c.interval or ()), *(c.new_data or ())]
+            values += [_margin(c)] if c.margin else []
+            values += [] if (figure := _comparable_figure(v)) is None else [figure]
+    return [_line(str(i), v, drawn[v.reading]) for i, v in enumerate(verdicts, 1)]
+
+
+def _line(number: str, v: Verdict, drawn: Sequence[float]) -> Line:
+    claim, costs = v.claim, {c.found.against: c for c in v.cost_parts}
+    scale = min(drawn), max(drawn)
+    parts = [_part(v, c, scale, costs.get(c.against)) for c in v.parts]
+    parts += [Part(claim.arm, other) for other in claim.rivals if other not in {c.against for c in v.parts}]
+    paper = str(claim.paper or "–") if claim.figure is None else f"{claim.figure:+g}".replace("-", "−")
+    if isinstance(claim.paper, Figure):
+        paper += f" over {'GLUE' if claim.paper.over == 'glue' else ', '.join(claim.paper.over)}"
+    judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
+    comparison = f"{claim.arm} − {' and '.join(claim.rivals)}"
+    return Line(number, claim.says or claim.stated(), comparison, _about(v), v.verdict, _more(v), parts, paper, judged)
+
+
+def _about(v: Verdict) -> str:
+    """What is compared, where, and at what cost, so that no gain is shown without its price."""
+    claim = v.claim
+    models = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
+    about = f"{claim.metric} of {models} on {claim.split}"
+    about += f", mean over {', '.join(v.reading.tasks)}" if len(v.reading.tasks) > 1 else ""
+    about += f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
+    if claim.says and (claim.margin or claim.less or claim.at == "equal"):
+        about = f"{claim.stated()}; {about}"
+    for other, ratio in v.cost_ratios.items():
+        beside = f" of {other}" if len(v.cost_ratios) > 1 else ""
+        time = f", ×{fixed(ratio.device_seconds, 2)} device time" if claim.is_of_time else ""
+        about += f"; ×{fixed(ratio.student_tokens, 2)} tokens, ×{fixed(ratio.flops, 2)} compute{time}{beside}"
+    return f"{about}; {metric_named(claim.metric).better} is better"
+
+
+def _more(v: Verdict) -> str:
+    """Where a verdict holds; of an undecided one, what would decide."""
+    if any(note.kind == Kind.PROVISIONAL for note in v.notes):
+        return "provisional: trials are missing"
+    if v.holds is not None:
+        return SCOPE[v.holds]
+    if v.seeds_more is not None:
+        return f"about {plural(v.seeds_more, 'more seed')}"
+    if not v.parts or min(c.n for c in v.parts) < 2:
+        return "needs 2 seeds or more"
+    return "more seeds would not help"
+
+
+def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart | None) -> Part:
+    places, (low, high) = decimals_beside(c.interval, c.effect), scale
+
+    def x(value: float) -> float:
+        return round(6 + 120 * (value - low) / (high - low), 1) if high > low else 66.0
+
+    def ends(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        return (x(interval[0]), x(interval[1])) if interval else None
+
+    figure, margin = _comparable_figure(v), _margin(c) if c.margin else None
+    marks = (None if mark is None else x(mark) for mark in (figure, margin))
+    return Part(
+        v.claim.arm,
+        c.against,
+        fixed(c.mean_arm, places),
+        fixed(c.mean_against, places),
+        fixed(c.effect, places, sign=True),
+        span(c.interval, places),
+        span(c.new_data, places) if c.new_data else "",
+        _cost(cost) if cost else "",
+        str(c.n),
+        Forest(x(0.0), x(c.effect), ends(c.interval), ends(c.new_data), *marks),
+    )
+
+
+def _margin(c: Comparison) -> float:
+    """The margin as an effect."""
+    return -c.margin if c.lower_is_better else c.margin
+
+
+def _cost(c: CostPart) -> str:
+    word = {"student_tokens": "tokens", "flops": "compute", "device_seconds": "time"}[c.axis]
+    places = max(2, decimals_beside(c.found.interval)) if c.found.interval else 2
+    ends = f" [{fixed(c.found.interval[0], places)}, {fixed(c.found.interval[1], places)}]" if c.found.interval else ""
+    return f"×{fixed(c.found.ratio, places)}{ends} {word}"
+
+
+def _comparable_figure(v: Verdict) -> float | None:
+    """The paper's figure, where the paper measured what is measured here."""
+    return v.claim.figure if v.paper in ("inside", "below", "above") else None

@@ -1,0 +1,173 @@
+"""Sections on the search: its points, effects and importance of the varied factors, early stopping, and tuning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from orchestrator.analysis.curves import completed, objective_reading, planned, score_name, values_of
+from orchestrator.analysis.queries import parsed
+from orchestrator.analysis.statistics import mean_and_half, rank_correlation
+from orchestrator.analysis.tables import Tables
+from orchestrator.reporting import figures
+from orchestrator.reporting.document import (
+    Drawing,
+    Section,
+    Table,
+    decimals_for,
+    fixed,
+    mean_text,
+    plural,
+    setting,
+    short_names,
+)
+from orchestrator.study.schema import Choice, Study
+
+PER_FACTOR = 10  # completed trials below which neither importance nor a main effect is shown
+BEST = 10  # points listed
+
+
+def search_points(study: Study, points: pd.DataFrame) -> Section:
+    """`points` as `point_scores` returns them, here and below."""
+    title, done = "Points of the search", completed(points)
+    if study.search is None:
+        return Section(title, ("The study has no search.",))
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(Counter(points["status"]).items()))
+    text = f"{study.search.points} planned: {counts or 'none begun'}."
+    if done.empty:
+        return Section(title, (text,))
+    text += f" Scores are optimistic: they selected the best of {len(done)}. Stopped and failed points are not listed."
+    best = done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True]).head(BEST)
+    places = decimals_for(float(done["score"].std()) if len(done) > 1 else None, float(done["score"].iloc[0]))
+    sign = study.objective.minus is not None
+    rows = [
+        (p["point"], *(_setting(p[path]) for path in study.vary), fixed(p["score"], places, sign=sign))
+        for p in best.to_dict("records")
+    ]
+    head = ("point", *short_names(tuple(study.vary)).values(), f"{score_name(study)} (optimistic)")
+    align = "l" + "".join("l" if isinstance(rule, Choice) else "r" for rule in study.vary.values()) + "r"
+    return Section(title, (text, Table(f"The best {len(rows)}", head, rows, align)))
+
+
+def _setting(value: Any) -> str:
+    return "–" if value is None or value != value else setting(value)
+
+
+def _reason_not_shown(study: Study, completed: int) -> str | None:
+    if not study.vary:
+        return "Nothing was varied by a search."
+    needed = PER_FACTOR * len(study.vary)
+    if completed >= needed:
+        return None
+    return (
+        f"Not shown: {completed} completed trials of the search for {plural(len(study.vary), 'varied factor')}. With fewer "
+        f"than {PER_FACTOR} per factor ({needed} here), chance would dominate."
+    )
+
+
+def effects(study: Study, points: pd.DataFrame) -> Section:
+    """Scores by varied factor; a stratum is one combination of sizes."""
+    title, done = "Effects of what was varied", completed(points)
+    if reason := _reason_not_shown(study, len(done)):
+        return Section(title, (reason,))
+    sizes, score, names = list(study.size_axes()), score_name(study), short_names(tuple(study.vary))
+    stratum = done[sizes].astype(str).agg(" · ".join, axis=1) if sizes else pd.Series("", index=done.index)
+    strata = sorted(set(stratum))
+    panels, rows = [], []
+    for path, rule in study.vary.items():
+        present = done[done[path].notna()]
+        within = {name: present[stratum.loc[present.index] == name] for name in strata}
+        labels = list(rule.choice) if isinstance(rule, Choice) else []
+        x = {label: float(i) for i, label in enumerate(labels)}
+        series, means = [], []
+        for i, (name, part) in enumerate(within.items()):
+            xs = [x[str(v)] if labels else float(v) for v in part[path]]
+            series.append(figures.Series(name, i, points=list(zip(xs, part["score"].tolist(), strict=True))))
+        for name, part in (("all", present), *(within.items() if len(strata) > 1 and path not in sizes else ())):
+            for label in labels:
+                scores = part.loc[part[path].astype(str) == label, "score"].tolist()
+                mean = mean_and_half(scores)
+                rows.append((names[path], label, name, str(len(scores)), mean_text(*mean)))
+                if name == "all" and scores:
+                    means.append((x[label], *mean))
+            if not labels:
+                rho, n = rank_correlation(part[path].astype(float).tolist(), part["score"].tolist())
+                rows.append((names[path], "range", name, str(n), f"rank correlation {fixed(rho, 2, sign=True)}"))
+        panels.append(figures.Effect(names[path], labels, bool(getattr(rule, "log", False)), series, means))
+    text = (
+        "A mark is one completed searched trial; a bar is a label’s mean with its 95 % t interval. These scores selected the "
+        "winner, so the best are optimistic; other factors are not held fixed."
+    )
+    alt = f"{score} by varied factor. " + "; ".join(
+        f"{r[0]} {r[1]}: {r[4]} (n = {r[3]})" for r in rows if r[2] == "all"
+    )
+    head = ("factor", "label", "sizes", "n", f"mean {score} ± 95 %")
+    return Section(
+        title, (Drawing(figures.effects(panels, score), alt, text), Table("Means by label", head, rows, "lllrr"))
+    )
+
+
+def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, float] | None, evaluator: str) -> Section:
+    title, done = "Importance", completed(points)
+    if reason := _reason_not_shown(study, len(done)):
+        return Section(title, (reason,))
+    if not importance:
+        return Section(title, ("Not shown: none was computed for this report.",))
+    names = short_names(tuple(study.vary))
+    ranked = sorted(importance.items(), key=lambda item: (-item[1], item[0]))
+    rows = [(names.get(path, path), fixed(value, 2)) for path, value in ranked]
+    text = f"Evaluator: {evaluator or 'not named'}; n = {len(done)} completed trials of the search."
+    table = Table("Importance of each factor for the score", ("factor", "importance"), rows, "lr")
+    return Section(title, (text, table))
+
+
+def early_stopping(study: Study, tables: Tables) -> Section | None:
+    if study.search is None or study.search.stop_early is None:
+        return None
+    rung, trials = study.search.stop_early.first, planned(tables.trials)
+    searched = trials[trials["arm"].isna() & (trials["kind"] == "trial")]
+    whole = searched[searched["status"] == "ended"]
+    first = values_of(tables, objective_reading(study, at=rung), whole)
+    last = values_of(tables, objective_reading(study), whole)
+    both = sorted(first.keys() & last.keys())
+    rho, n = rank_correlation([first[t] for t in both], [last[t] for t in both])
+    stopped = plural(int((searched["status"] == "stopped").sum()), "trial")
+    text = f"{stopped} stopped; first rung at {rung:g} of the budget. "
+    if rho is None:
+        text += f"No rank correlation of rung and end yet: {plural(n, 'trial')} with both."
+    else:
+        text += f"Rank correlation of rung and end: {fixed(rho, 2)} (Spearman, n = {n} trials that ran to the end)."
+    return Section("Early stopping", (text,))
+
+
+def tuning(study: Study, tables: Tables) -> Section | None:
+    if study.tune is None:
+        return None
+    (path,), rows, query = study.tune.grid, [], objective_reading(study)
+    trials = planned(tables.trials)
+    trials = trials[trials["kind"] == "tune"]
+    values = values_of(tables, query, trials[trials["status"] == "ended"])
+    axes = study.size_axes()
+    sizes = [" ".join(str(given[axis]) for axis in axes if axis in given) for given in map(parsed, trials["params"])]
+    for (arm, size), group in trials.assign(size=sizes).groupby(["arm", "size"], sort=True):
+        grid: dict[float, list[float]] = {}
+        for trial in group.to_dict("records"):
+            if (tried := parsed(trial["params"]).get(path)) is not None:
+                grid.setdefault(float(tried), []).extend([values[trial["trial"]]] if trial["trial"] in values else [])
+        means = {tried: float(np.mean(scores)) for tried, scores in sorted(grid.items()) if scores}
+        best = (min if study.objective.mode == "min" else max)(means, key=means.__getitem__) if means else None
+        for tried, scores in sorted(grid.items()):
+            edge = ", at an edge" if tried in (min(grid), max(grid)) else ""
+            choice = f"chosen{edge}" if tried == best else ""
+            score = mean_text(*mean_and_half(scores))
+            rows.append((str(arm), str(size) or "–", f"{tried:g}", str(len(scores)), score, choice))
+    text = f"{path}: one grid for all arms, chosen on dev at seeds that no claim uses; a grid is extended at most "
+    text += f"{plural(study.tune.extend, 'time')}."
+    if not rows:
+        return Section("Tuning", (text, "No trial of the grid has begun."))
+    head = ("arm", "sizes", path.rpartition(".")[2], "n", f"{query.metric} on dev ± 95 %", "choice")
+    return Section("Tuning", (text, Table("The grid by arm", head, rows, "llrrrl")))

@@ -1,0 +1,76 @@
+"""A metric as one value: its direction, its range, and how to compute it from stored examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Column = Literal["label", "prediction", "loss", "count"]
+
+TEST_SET_PARTS = ("matched", "mismatched")  # of MNLI, scored one by one
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The answers of one model to the E examples of a data set; a column that the metric does not need may be empty."""
+
+    part_E: NDArray[np.int64]  # of the test set
+    label_E: Floats
+    prediction_E: Floats  # a class or a number; of replies the ROUGE-L of each
+    loss_E: Floats  # nats (squared error for numbers), summed over the example's supervised positions
+    count_E: Floats  # of these positions
+
+    def parts(self) -> Iterator[tuple[Examples, NDArray[np.bool_]]]:
+        """Yields the examples of each part of the test set, and where they are."""
+        for part in np.unique(self.part_E):
+            here_E = self.part_E == part
+            columns = {name: getattr(self, name) for name in ("label_E", "prediction_E", "loss_E", "count_E")}
+            own = {name: column[here_E] for name, column in columns.items() if len(column)}
+            yield replace(self, part_E=self.part_E[here_E], **own), here_E
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good a model is, in one number.
+
+    `value` computes the number from examples. `resample` computes it [R] for R resamples at once, in which example e
+    occurs weights_RE[r, e] times. A metric without them is recorded as a number only, and has no interval over new
+    examples.
+    """
+
+    name: str
+    words: str
+    better: Literal["lower", "higher"]
+    bounds: tuple[float, float] | None = None  # the least and the largest value, where both exist
+    needs: tuple[Column, ...] = ()
+    value: Callable[[Examples], float] | None = None
+    resample: Callable[[Examples, Floats], Floats] | None = None
+    by_part: bool = False  # also recorded for each part of a test set: accuracy_matched
+    beside_model: bool = False  # recorded for each model that the scored one is compared with: teacher_agreement
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.better == "lower"
+
+    @property
+    def worst_and_best(self) -> tuple[float, float] | None:
+        if self.bounds is None:
+            return None
+        low, high = self.bounds
+        return (high, low) if self.lower_is_better else (low, high)
+
+    def is_recorded_as(self, name: str) -> bool:
+        """Whether tables may call this metric `name`."""
+        if self.beside_model:
+            return name.endswith(f"_{self.name}") and len(name) > len(self.name) + 1
+        return name == self.name or (self.by_part and name in [f"{self.name}_{part}" for part in TEST_SET_PARTS])
+
+
+def ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Returns numerator / denominator, and 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
