@@ -16,12 +16,12 @@ from pydantic import TypeAdapter
 from tests.support.trials import STEADY, Lab, answering, interleaved, sampled
 from trainables.config.models import Model
 from trainables.config.phase import ReplySource
+from trainables.config.session import SingleProcess
 from trainables.config.value import random_stream
 from trainables.data.instructions.packing import ExchangeBatch
 from trainables.generation.context import Generation, GenerationContext
 from trainables.models import build
 from trainables.training import on_policy
-from trainables.training.state import SingleProcess
 
 END, PAD, VOCAB = 1, 0, 40
 ADAPTER: TypeAdapter[Any] = TypeAdapter(ReplySource)
