@@ -32,10 +32,10 @@ from orchestrator.study.load import load_study
 from orchestrator.study.yaml_reader import read_yaml
 from tests.support.listening import command_line, listening, tree
 from tests.support.sweeps import Bench, finish, tables, write_study
-from trainables.config.data import Hub, PretrainedTokenizer, WordPiece
+from trainables.config.data import PretrainedTokenizer
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Model
-from trainables.data.sources.files import read_hub
+from trainables.data.sources.files import HubSplit, read_documents
 from trainables.data.tokenizer import load_pretrained, open_tokenizer, train_wordpiece
 from trainables.models import build
 from trainables.runtime import process_group
@@ -266,7 +266,7 @@ def test_the_script_of_a_data_set_is_not_run(tmp_path: Path, witness: Path) -> N
     folder.mkdir()
     _module(folder, witness, "evil")
     with pytest.raises(DataError):
-        read_hub(Hub(kind="hub", name=str(folder), tokenizer=WordPiece(kind="wordpiece")), "train", what="train")
+        read_documents(HubSplit(str(folder), None, "main", "train"), "text", what="train")
 
 
 # ------------------------------------------------------------------------------------------------------- what listens
