@@ -33,12 +33,6 @@ from tests.support.source_tree import (
     within,
 )
 
-PENDING: frozenset[str] = frozenset()
-
-
-def rule(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(name in PENDING, reason=f"not true yet: {name}", strict=False)
-
 
 def test_there_is_something_to_look_at() -> None:
     assert len(sources()) > 50 and {*TOP, "orchestrator.study", "trainables.losses"} <= packages()
@@ -88,7 +82,6 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     assert not cycle({module: sorted(own(module)) for module in sources()})
 
 
-@rule("package circles")
 @pytest.mark.parametrize("package", sorted(packages()))
 def test_the_parts_of_a_package_have_no_circle(package: str) -> None:
     """Modules and packages that lie side by side: each package as one, with all that is in it."""
@@ -154,7 +147,6 @@ def is_for_rays_internals(module: str) -> bool:
 PRIVATE_OF_RAY = re.compile(r"ray(\.\w+)*\._(?!_)\w+(\.\w+)*|ray\.tune\.(execution|experiment)(\.\w+)*")
 
 
-@rule("private parts of Ray")
 def test_all_that_is_private_of_ray_lies_in_one_module() -> None:
     assert len([module for module in sources() if is_for_rays_internals(module)]) == 1
     for module, tree in sources().items():
@@ -176,20 +168,17 @@ def test_at_most_ten_modules_lie_directly_in_a_top_package(top: str) -> None:
     assert len([module for module in sources().keys() - packages() if parents(module) == [top]]) <= 10
 
 
-@rule("file length")
 def test_at_most_three_files_have_more_than_400_lines() -> None:
     long = {name: lines for name, file in files().items() if (lines := file.read_text().count("\n")) > 400}
     assert len(long) <= 3, long
 
 
-@rule("class length")
 def test_a_class_of_more_than_250_lines_says_because_of_what() -> None:
     for module, node in classes():
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
         assert lines <= 250 or "because" in (ast.get_docstring(node) or ""), f"{module}.{node.name}: {lines} lines"
 
 
-@rule("positional parameters")
 def test_functions_have_at_most_four_positional_parameters() -> None:
     """`self`, and the context of torch's own functions, aside."""
     found = []
@@ -261,7 +250,6 @@ def texts(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.value, line
 
 
-@rule("papers")
 def test_no_code_knows_a_paper() -> None:
     """A paper is a file in search_spaces/, neither a class nor a branch. Docstrings may cite."""
     assert PAPERS.search("if kind == 'dwt'") and PAPERS.search("okd_loss") and not PAPERS.search("appear, repeat")
@@ -299,7 +287,6 @@ def data_kinds() -> set[str]:
     return {f"{config.__name__}.{name}" for name in kinds if not name.endswith("Columns")} | opened
 
 
-@rule("kinds of data")
 def test_at_most_five_places_ask_which_kind_of_data_they_have() -> None:
     kinds = data_kinds()
     assert len(kinds) > 8
@@ -330,7 +317,6 @@ def metric_names() -> set[str]:
     return found
 
 
-@rule("branches on metrics")
 def test_nothing_branches_on_the_name_of_a_metric() -> None:
     """Nor guesses from its ending: what differs between metrics is a field or a function of the metric."""
     names = metric_names()
@@ -353,7 +339,6 @@ def test_nothing_branches_on_the_name_of_a_metric() -> None:
     assert not found
 
 
-@rule("phase runs")
 def test_a_phase_run_is_parsed_by_its_own_class_alone() -> None:
     """`finetune[rte]` is what a phase run is called in tables; its parts are fields."""
     own_modules = {module for module, node in classes() if node.name == "PhaseRun"}
@@ -390,20 +375,17 @@ def test_private_terms_are_not_ordinary_english() -> None:
     assert not words.find(text, "some.py")
 
 
-@rule("private terms")
 def test_no_private_term_is_used() -> None:
     found = [str(finding) for finding in words.findings()]
     assert not found, "\n" + "\n".join(found)
 
 
-@rule("module docstrings")
 def test_every_module_says_what_it_is_for() -> None:
     for name, tree in sources().items():
         text = ast.get_docstring(tree) or ""
         assert files()[name].name == "__init__.py" or (text and not text.startswith("TODO")), name
 
 
-@rule("test names")
 def test_names_of_tests_have_at_most_80_characters() -> None:
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -422,7 +404,6 @@ DOCUMENTS = ["CONTRIBUTING.md", "README.md", *sorted(f"docs/{file.name}" for fil
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+(?:/|\.(?:py|md|yaml|sbatch|toml|j2|lock)))`")
 
 
-@rule("paths in documents")
 @pytest.mark.parametrize("file", DOCUMENTS)
 def test_every_path_that_a_document_names_exists(file: str) -> None:
     """Paths in backticks with a known ending or a slash at their end; those in a user's storage are of other kinds."""
