@@ -30,7 +30,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command = [
         *APART,
         sys.executable,
-        str(ROOT / "tests" / "support" / "aws_launch.py"),
+        "-m",
+        "tests.support.aws_launch",
         str(tmp_path_factory.mktemp("home")),
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -230,7 +230,7 @@ def test_a_sweep_whose_ray_does_not_come_up_ends_with_a_word(
     monkeypatch.setattr(ray_cluster, "start_ray", fails)
     assert sweep.main([str(write_study(tmp_path)), "--storage", str(tmp_path / "runs")]) == 1
     said = capsys.readouterr()
-    assert "Ray did not start (too slow); nothing that finished is lost" in said.out and "Traceback" not in said.err
+    assert "Ray did not start (too slow); no finished trial is lost" in said.out and "Traceback" not in said.err
 
 
 @pytest.mark.parametrize("where", ["10.1.2.3", "::", "192.168.0.9"])

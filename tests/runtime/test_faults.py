@@ -229,7 +229,7 @@ def test_a_process_that_hangs_is_ended_and_its_trial_goes_on(bench: Bench) -> No
     tell("a hang, limit 24 s", since)
     finish(driver, quiet=False)
     assert ended(storage)[trial]["attempts"] == 2 and began_at(storage, trial)[-1] > 0
-    assert "notice.py" in hung[0].read_text(), "it says where it hung"
+    assert "stop_signals.py" in hung[0].read_text(), "it says where it hung"
 
 
 def test_a_trial_that_finds_no_memory_fails_alone(bench: Bench) -> None:

@@ -1,6 +1,6 @@
 """cluster.yaml's whole life at a pretended EC2: as shipped, filled in, up, workers, down. Prints what was asked for.
 
-    unshare --net --fork --pid --mount-proc --kill-child python tests/support/aws_launch.py FOLDER
+    unshare --net --fork --pid --mount-proc --kill-child python -m tests.support.aws_launch FOLDER
 
 To be run in a network of its own: the machines get addresses that look public, and Ray tries to reach them for ever.
 FOLDER becomes its home, and keeps what Ray writes.

@@ -152,11 +152,12 @@ def sync(path: str | Path) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Raises OSError where a file cannot be written and read back."""
+    """Raises OSError where a file of a megabyte, as tables and a report may need, cannot be written and read back."""
     storage = Storage(uri)
     name = f".probe-{uuid.uuid4().hex[:8]}"
-    storage.write(name, b"codistill")
-    if storage.read(name) != b"codistill":
+    content = bytes(2**20)
+    storage.write(name, content)
+    if storage.read(name) != content:
         raise OSError(f"{uri}: a file that was written could not be read back")
     storage.delete(name)
 
