@@ -1,4 +1,4 @@
-"""Writes a trained model as an ordinary Hugging Face folder.
+"""Writes a trained model as an ordinary Hugging Face folder, with its model card.
 
     python -m orchestrator.export search_spaces/dwt.yaml --to best-student
 
@@ -16,8 +16,12 @@ from typing import Any
 
 from tokenizers import processors
 
+from orchestrator.analysis.tables import tables
 from orchestrator.cli import add_study_arguments, open_storage
 from orchestrator.reporting.commands import sweep_command
+from orchestrator.reporting.model_card import Exported, model_card
+from orchestrator.scheduling.scheduler import Scheduler
+from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.errors import StudyError, nearest
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
@@ -25,7 +29,6 @@ from trainables.config.errors import DataError, ModelError
 from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends
 from trainables.models import build, shared_bert
-from trainables.storage.files import Storage
 from trainables.storage.phase_store import Corrupt, PhaseStore
 
 
@@ -64,7 +67,8 @@ def export(
         raise StudyError(f"--to {to}: exists and is not empty; give a new or empty folder")
     storage = open_storage(uri)
     store = PhaseStore(storage)
-    row = _trial(study, storage, arm, trial)
+    scheduler = Scheduler(study, Fingerprints(None), storage)
+    row = _trial(scheduler, arm, trial)
     model = model or study.objective.model
     rebuild = f"to rebuild it, run {sweep_command(study, uri)}"
     try:
@@ -83,7 +87,8 @@ def export(
         net = build.restore(trained[phase].configs[model], store.weights(trained[phase].key, model))
         if net.config.model_type == shared_bert.FAMILY:
             net = shared_bert.unrolled(net)
-        tokenizer = open_data(storage.sub("data").uri, row["data"]).tokenizer
+        data = next(value for name, value in row["fingerprints"].items() if name.startswith("data:"))
+        tokenizer = open_data(storage.sub("data").uri, data).tokenizer
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
     try:
@@ -92,6 +97,9 @@ def export(
         net.save_pretrained(str(to))
         tokenizer.save_pretrained(str(to))
         _name_inputs(to, net)
+        made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
+        card = model_card(study, made, Exported(row, model, phase, _task(net)), storage=uri)
+        (to / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
@@ -125,15 +133,18 @@ def _name_inputs(to: Path, net: Any) -> None:
         path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
-def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -> dict[str, Any]:
-    """The end of the chosen trial, with its spec and the fingerprint of its data."""
-    from orchestrator.scheduling.scheduler import Scheduler
-    from orchestrator.scheduling.trials import Fingerprints
+def _task(net: Any) -> str:
+    """Names what a pipeline of transformers does with the model."""
+    if type(net).__name__.endswith("ForSequenceClassification"):
+        return "text-classification"
+    return "text-generation" if net.can_generate() else "fill-mask"
 
+
+def _trial(scheduler: Scheduler, arm: str | None, trial: str | None) -> dict[str, Any]:
+    """The end of the chosen trial, with its spec and the fingerprints of its data."""
+    study, storage, ledger = scheduler.study, scheduler.storage, scheduler.ledger
     if arm is not None and arm not in study.arms:
         raise StudyError(f"no arm {arm!r}{nearest(arm, study.arms)}; expected {', '.join(study.arms)}")
-    scheduler = Scheduler(study, Fingerprints(None), storage)
-    ledger = scheduler.ledger
     ended = {i: row for i, row in ledger.rows.items() if row["status"] == "ended"}
     if trial is None:
         winner = scheduler.search.winner() if scheduler.search else None
@@ -152,8 +163,7 @@ def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -
     if trial not in ended:
         raise StudyError(f"no ended trial {trial!r}{nearest(str(trial), ended)} in {storage.uri}/{study.folder}")
     start = json.loads(storage.read(f"{study.folder}/trials/{trial}/trial.json") or b"{}")
-    data = next(value for name, value in start["fingerprints"].items() if name.startswith("data:"))
-    return {**ended[trial], "spec": start["spec"], "data": data}
+    return {**ended[trial], "spec": start["spec"], "fingerprints": start["fingerprints"]}
 
 
 if __name__ == "__main__":

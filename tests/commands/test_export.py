@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -192,3 +193,19 @@ def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends
         net.transformer.ln_f.bias[:] = 1.0  # the end is the likeliest token everywhere
     replied = net.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert replied.tolist() == [end]
+
+
+def test_the_folder_has_a_model_card_that_the_hub_reads(file: Path, lab: Lab, tmp_path: Path) -> None:
+    to = tmp_path / "student"
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught"]) == 0
+    card = ModelCard.load(to / "README.md")  # parses the metadata as the hub does
+    row = next(row for row in Ledger(load_study(file), lab.storage).rows.values() if row["arm"] == "taught")
+    assert card.data.pipeline_tag == "fill-mask" and card.data.license is None and card.data.base_model is None
+    records = lab.storage.read(f"mine/trials/{row['trial']}/attempt-1/records.jsonl").decode().splitlines()
+    ends = [r for r in map(json.loads, records) if r["metric"] == "mlm_loss" and r["progress"] == 1]
+    loss = {r["split"]: r["value"] for r in ends if r["phase"] == "distil" and r["model"] == "student"}
+    in_card = {r.dataset_split: r.metric_value for r in card.data.eval_results if r.metric_type == "mlm_loss"}
+    assert in_card == {split: loss[split] for split in ("dev", "test")}
+    spec = json.loads(card.content.partition("```json\n")[2].partition("```")[0])
+    assert spec == json.loads(lab.storage.read(f"mine/trials/{row['trial']}/trial.json"))["spec"]
+    assert row["trial"] in card.text and "AutoModelForMaskedLM.from_pretrained(folder)" in card.text
