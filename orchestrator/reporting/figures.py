@@ -23,6 +23,10 @@ from orchestrator.reporting.document import si
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0400{i:02x}" for i in range(8))
 MARKERS = "osD^vPX*"
+LIGHT = {  # the page's colours on white paper, by CSS variable
+    "ink": "#16191d", "muted": "#59616b", "rule": "#dfe3e7", "s0": "#5b6470", "s1": "#0072b2", "s2": "#c24e00",
+    "s3": "#00805a", "s4": "#9a4b86", "s5": "#8a6d00", "s6": "#2a7fb8", "s7": "#7b3f00",
+}  # fmt: skip
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {colour: f"s{i}" for i, colour in enumerate(SERIES)}
 _STYLE = {
     "svg.hashsalt": "codistill",

@@ -19,6 +19,7 @@ from orchestrator.reporting import cost_sections, search_sections, sections, tas
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
+from orchestrator.reporting.figures import LIGHT
 from orchestrator.reporting.first_figure import pairs_and_cost
 from orchestrator.reporting.recommendation import Advice, advice
 from orchestrator.study.schema import Study
@@ -100,7 +101,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    html = environment.get_template("report.html.j2").render(page=page)
+    html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
     summary = Summary(page.answer, [_summary_line(line) for line in page.lines])
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 

@@ -18,12 +18,12 @@ from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.load import load_study
-from tests.support.trials import Lab, Listener, distillation, wordy_documents
+from tests.support.studies import run_trials
+from tests.support.trials import Lab, distillation, wordy_documents
 from trainables.config.models import Model
 from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends, train_wordpiece
 from trainables.models import build, tokenizer_check
-from trainables.runtime.trial_attempt import Job, run
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 
@@ -45,20 +45,7 @@ def file(lab: Lab, tmp_path: Path) -> Path:
     path.write_text(json.dumps(raw))
     study = load_study(path)
     scheduler = Scheduler(study, Fingerprints(str(lab.root / "data")), lab.storage)
-    while (planned := scheduler.next()) is not None:
-        scheduler.start(planned, 1)
-        job = Job(
-            planned.id,
-            planned.spec.model_dump_json(),
-            planned.fingerprints,
-            lab.storage.uri,
-            "mine",
-            1,
-            "cpu",
-            False,
-            {},
-        )
-        scheduler.end(planned.id, run(job, Listener()), 2)
+    run_trials(scheduler)
     return path
 
 

@@ -21,6 +21,7 @@ import pytest
 from orchestrator import sweep
 from orchestrator.analysis import tables as tables_
 from orchestrator.study.load import load_study
+from tests.support.studies import run_trials
 from tests.support.sweeps import (
     ROOT,
     SMOKE,
@@ -34,8 +35,6 @@ from tests.support.sweeps import (
     values,
     write_study,
 )
-from tests.support.trials import Listener
-from trainables.runtime import trial_attempt
 
 slow = pytest.mark.slow
 
@@ -205,13 +204,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """The command with one slot in this process: trials are run by trial_attempt.run, as a slot runs them."""
 
     def run_here(started: sweep.Sweep) -> None:
-        scheduler = started.scheduler
-        while (planned := scheduler.next()) is not None:
-            scheduler.start(planned, 1)
-            job = trial_attempt.Job(trial=planned.id, spec=planned.spec.model_dump_json(), fingerprints=planned.fingerprints,
-                              storage=scheduler.storage.uri, folder=scheduler.study.folder, threads=1, device="cpu",
-                              checkpoint_at_reports=False, provenance={})  # fmt: skip
-            scheduler.end(planned.id, trial_attempt.run(job, Listener()), 2)
+        run_trials(started.scheduler)
 
     class NoMirror:
         problem = None

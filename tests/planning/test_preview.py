@@ -19,11 +19,11 @@ from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 from orchestrator.sweep import main
-from tests.support.trials import Lab, Listener, distillation, model
+from tests.support.studies import run_trials
+from tests.support.trials import Lab, distillation, model
 from trainables.config.models import Model
 from trainables.data.prepared import open_data
 from trainables.models.build import build
-from trainables.runtime.trial_attempt import Job, run
 
 SOFT = "phases.distil.terms.teacher_to_student"
 
@@ -47,20 +47,8 @@ def plan(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
         before = sorted(str(path) for path in lab.root.rglob("*"))
         print_plan(scheduler)
         assert sorted(str(path) for path in lab.root.rglob("*")) == before
-        while run_it and (planned := scheduler.next()) is not None:
-            scheduler.start(planned, 1)
-            job = Job(
-                planned.id,
-                planned.spec.model_dump_json(),
-                planned.fingerprints,
-                lab.storage.uri,
-                "mine",
-                1,
-                "cpu",
-                False,
-                {},
-            )
-            scheduler.end(planned.id, run(job, Listener()), 2)
+        if run_it:
+            run_trials(scheduler)
         lines: dict[str, list[str]] = {}
         head = ""
         for line in capsys.readouterr().out.splitlines():
