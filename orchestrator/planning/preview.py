@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from orchestrator.analysis.statistics import detectable_in_sd
+from orchestrator.analysis.statistics import ALPHA, detectable_in_sd
 from orchestrator.planning.checks import check_trial
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
@@ -234,6 +235,14 @@ def _power(study: Study) -> list[str]:
         return []
     if study.seeds < 2:
         return ["1 seed: effects are shown, but no claim can be decided; at least 2 are needed, 5 are usual"]
-    return [
-        f"{study.seeds} paired seeds detect {detectable_in_sd(study.seeds):.2f} SD of the paired differences (alpha .05, power .8)"
-    ]
+    lines, n = [], study.seeds
+    for family, size in Counter(claim.family for claim in study.claims.values()).items():
+        named = f"family {family}: " if family != "main" else ""
+        one, first = (detectable_in_sd(n, alpha=ALPHA / claims) for claims in (1, size))
+        effect = (
+            f"{first:.2f} SD in the first of {size} claims (Holm), {one:.2f} in the last"
+            if size > 1
+            else f"{one:.2f} SD"
+        )
+        lines.append(f"{named}{n} paired seeds detect {effect}; SD of the paired differences, alpha .05, power .8")
+    return lines
