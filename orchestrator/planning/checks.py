@@ -19,7 +19,7 @@ from trainables.config.trial import TrialSpec
 from trainables.data.prepared import Prepared
 from trainables.generation import kv_cache
 from trainables.generation.context import GenerationError
-from trainables.models import build, remap, tokenizer_check
+from trainables.models import build, initialise, remap, tokenizer_check
 from trainables.training import forward, optimizers
 from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, streams_of
 
@@ -35,7 +35,8 @@ def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], 
     data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}
     for name, model in spec.models.items():
         with _named(f"{study.file}: ", f"models.{name}: "):
-            shapes.config(model, longest(spec))
+            if model.pretrained is not None:
+                shapes.folder(model)
     _check_tokenizers(study, spec, data)
     nets: Callable[[str], Any] = lambda name: shapes.net(spec.models[name], longest(spec))  # noqa: E731
     with _named(f"{study.file}: ", "models."):
@@ -89,7 +90,7 @@ def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, net: Any, voc
             f"{at} has {rows} rows of embeddings, and the data's tokenizer has {vocab_size} tokens; expected the tokenizer "
             "of the model"
         )
-    positions = build.num_positions(net)
+    positions = initialise.num_positions(net)
     if positions is not None and positions < longest(spec):
         data = max(spec.data, key=lambda item: spec.data[item].length)
         raise StudyError(

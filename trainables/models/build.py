@@ -60,10 +60,8 @@ def build(
         if model.dropout is not None:
             folder.config.update({key: model.dropout for key in dropouts(folder.config)})
         start = start_of(folder, num_labels, class_names, special_ids)
-        if start.config.vocab_size < vocab_size:
-            raise ModelError(
-                f"{model.pretrained!r} has {start.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
-            )
+        if (rows := start.config.get_text_config().vocab_size) < vocab_size:
+            raise ModelError(f"{model.pretrained!r} has {rows} rows for a tokenizer of {vocab_size} tokens")
         return _load(start, DTYPES[model.dtype], name=name, seed=seed)
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
     net = from_config(config, num_labels, class_names, special_ids)
@@ -148,18 +146,8 @@ def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], l
 def _position_offset(family: str) -> int:
     """Rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
     with torch.device("meta"):
-        net = from_config(AutoConfig.for_model(family))
-    table, most = position_table(net), num_positions(net)
-    return 0 if table is None or most is None else table.num_embeddings - most
-
-
-def num_positions(net: Any) -> int | None:
-    """The positions that a sequence may have: rows of the table of learned ones without those that none uses; None where
-    the config has no limit."""
-    table = position_table(net)
-    if table is None:
-        return getattr(net.config, "max_position_embeddings", None)
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        table = position_table(from_config(AutoConfig.for_model(family)))
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def dropouts(config: Any) -> Iterator[str]:
@@ -269,7 +257,8 @@ def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     """A model as it was stored by `plain_config` and `weights_of`, types included. Raises ModelError if they do not fit."""
     made = AutoConfig.for_model(**config)
-    net = _typed(from_config(made, made.num_labels if _is_classifier(config) else None), weights)
+    num_labels = made.num_labels if _is_classifier(config) else None
+    net = _typed(from_config(made, num_labels, tuple(made.id2label.values())), weights)
     missing, unexpected = net.load_state_dict(dict(weights), strict=False)
     net.tie_weights()
     state = net.state_dict()
