@@ -95,6 +95,7 @@ def export(
         if net.can_generate():
             set_generation_tokens(net, tokenizer)
         net.save_pretrained(str(to))
+        _name_rotary(to)
         tokenizer.save_pretrained(str(to))
         _name_inputs(to, net)
         made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
@@ -122,6 +123,18 @@ def set_generation_tokens(net: Any, tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=list(zip(names, before, strict=True))
     )
+
+
+def _name_rotary(to: Path) -> None:
+    """Adds the fields of rotary positions that older loaders read: without them they take a base of 10,000."""
+    path = to / "config.json"
+    about = json.loads(path.read_text())
+    rotary = about.get("rope_parameters") or {}
+    own = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+    if own:
+        scaling = {key: value for key, value in rotary.items() if key not in own}
+        about |= {**own, "rope_scaling": None if rotary.get("rope_type", "default") == "default" else scaling}
+        path.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
 def _name_inputs(to: Path, net: Any) -> None:

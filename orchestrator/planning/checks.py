@@ -19,24 +19,33 @@ from trainables.config.trial import TrialSpec
 from trainables.data.prepared import Prepared
 from trainables.generation import kv_cache
 from trainables.generation.context import GenerationError
-from trainables.models import build, remap, tokenizer_check
+from trainables.models import build, initialise, remap, tokenizer_check
 from trainables.training import forward, optimizers
-from trainables.training.phase_graph import longest, phase_runs, streams_of
+from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, streams_of
 
 
 def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
-    """Checks a pruned trial: types of the device, tokenizers, remaps, training, heads. Raises StudyError."""
+    """Checks a pruned trial: types of the device, tokenizers, weights, remaps, training, heads. Raises StudyError.
+
+    `corpora`: of the study's data; a trial may name others.
+    """
     if study.slot.gpus and torch.cuda.is_available():  # else another machine trains, and reports this itself
         with _named(f"{study.file}: trial.", ""):
             build.check_types(spec.precision, spec.models, "cuda")
-    _check_tokenizers(study, spec, corpora)  # first: this says best why a model cannot be loaded
+    data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}
+    for name, model in spec.models.items():
+        with _named(f"{study.file}: ", f"models.{name}: "):
+            if model.pretrained is not None:
+                shapes.folder(model)
+    _check_tokenizers(study, spec, data)
     nets: Callable[[str], Any] = lambda name: shapes.net(spec.models[name], longest(spec))  # noqa: E731
+    with _named(f"{study.file}: ", "models."):
+        for run in phase_runs(spec):
+            fresh_heads(spec, run, corpora, shapes)
     with _named(f"{study.file}: ", "models: "):
         configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
         for name, model in spec.models.items():
-            _check_pretrained(
-                study, spec, name, config=configs[name], vocab_size=next(iter(corpora.values())).vocab_size
-            )
+            _check_pretrained(study, spec, name, net=nets(name), vocab_size=next(iter(corpora.values())).vocab_size)
             if isinstance(model.init, Remap):
                 remap.check(model.init.depth, configs[model.init.from_], configs[name], model.init.width)
         for name in spec.phases:
@@ -70,24 +79,64 @@ def _check_tokenizers(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepa
             tokenizer_check.check_tokenizer(model, first.tokenizer, first_name)
 
 
-def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, config: Any, vocab_size: int) -> None:
+def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, net: Any, vocab_size: int) -> None:
     """Pretrained weights need a row for each of the data's tokens, and as many positions as the longest sequence has."""
     model = spec.models[name]
     if model.pretrained is None:
         return
     at = f"{study.file}: models.{name}: {model.pretrained!r}"
-    if (rows := getattr(config, "vocab_size", None)) is not None and rows < vocab_size:
+    if (rows := getattr(net.config, "vocab_size", None)) is not None and rows < vocab_size:
         raise StudyError(
             f"{at} has {rows} rows of embeddings, and the data's tokenizer has {vocab_size} tokens; expected the tokenizer "
             "of the model"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = initialise.num_positions(net)
     if positions is not None and positions < longest(spec):
         data = max(spec.data, key=lambda item: spec.data[item].length)
         raise StudyError(
             f"{at} has {positions} positions, and sequences of data.{data} have up to {spec.data[data].length} tokens; "
             f"expected data.{data}.length: {positions} at most"
         )
+
+
+def fresh_heads(spec: TrialSpec, run: PhaseRun, corpora: Mapping[str, Prepared], shapes: Shapes) -> list[str]:
+    """Says which classifier's heads are drawn anew when a run starts, though the trunk has weights.
+
+    Raises ModelError where pretrained weights do not fit, and where the run reads such a head without training it.
+    """
+    phase, lines = spec.phases[run.phase], list[str]()
+    for name in spec.models_of(run.phase):
+        head, origin, source = head_of(spec, run, name), origin_of(spec, run, name), name
+        while origin is None and isinstance(init := spec.models[source].init, Remap):
+            source, origin = init.from_, origin_of(spec, run, init.from_)
+        model = spec.models[source]
+        if origin is not None:
+            is_fresh = head is not None and head != head_of(spec, origin.instance, source)
+        elif model.pretrained is not None:
+            read = corpora.get(head.data) if head is not None and not head.is_derived else None
+            names = tuple(getattr(read, "class_names", ()))
+            try:
+                is_fresh = bool(shapes.start(model, head.num_labels if head is not None else None, names).fresh)
+            except ModelError as error:
+                raise ModelError(f"{source}: {error}") from None
+        else:
+            continue
+        if not is_fresh or head is None:
+            continue
+        how = phase.train.get(name)
+        labels = {of for stream in phase.streams.values() if stream.labels for of in stream.labels.of}
+        reads = name in labels or any(term.inputs == "logits" and name in term.reads for term in phase.terms.values())
+        if how != "full" and (how is not None or reads):
+            why = "reads it without training" if how is None else "trains LoRA's pairs alone"
+            raise ModelError(
+                f"{source}: has no head for the classes of data.{head.data}, and phase {run} {why}; expected a classifier of "
+                f"them, or a phase before that has train: {{{source}: full}}"
+            )
+        if how is not None:
+            lines.append(
+                f"{name:12} phase {run} draws its head for the {head.num_labels} outputs of data.{head.data} anew"
+            )
+    return lines
 
 
 def _check_phase(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> None:

@@ -7,6 +7,7 @@ A model whose code needs content (a mixture of experts, routed by values) is est
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoConfig
 
-from trainables.config.errors import ModelError
 from trainables.config.models import Model
 from trainables.config.phase import How, Lora
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import Prepared
 from trainables.models import build, lora, output_head, tokenizer_check
+from trainables.models.pretrained import Folder
 from trainables.training.layer_outputs import num_executed
 
 Precision = Literal["fp32", "bf16"]
@@ -87,11 +87,21 @@ class Shapes:
         if model.pretrained is None:
             special_ids = dict(self.special_ids)
             return build.make_config(model, vocab_size=self.vocab_size, special_ids=special_ids, length=length)
-        try:
-            name, revision = model.pretrained, model.revision or "main"
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no model at {model.pretrained!r}: {str(error).splitlines()[0]}") from None
+        config = copy.deepcopy(self.folder(model).config)
+        if not build.is_masked_lm(config.model_type):  # as where a decoder classifies
+            config.pad_token_id = self.special_ids.get("pad_token_id", config.pad_token_id)
+        return config
+
+    def folder(self, model: Model) -> Folder:
+        """What a model's folder of pretrained weights is. Raises ModelError."""
+        assert model.pretrained is not None
+        name, revision = model.pretrained, model.revision
+        return self._once(("folder", name, revision), lambda: Folder.read(name, revision))
+
+    def start(self, model: Model, num_labels: int | None, class_names: tuple[str, ...]) -> build.Start:
+        """How a model starts from its pretrained weights. Raises ModelError where they do not fit."""
+        key = ("start", model.pretrained, model.revision, num_labels, class_names)
+        return self._once(key, lambda: build.start_of(self.folder(model), num_labels, class_names, self.special_ids))
 
     def net(self, model: Model, length: int, *, how: How = "full", num_labels: int | None = None) -> Any:
         """The model on the meta device, trained as `how` says, with a classifier's head where `num_labels` is given.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from orchestrator.analysis.statistics import ALPHA, detectable_in_sd
-from orchestrator.planning.checks import check_trial
+from orchestrator.planning.checks import check_trial, fresh_heads
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
 from orchestrator.planning.reachable import reachable
@@ -24,7 +24,7 @@ from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.prepared import Prepared, open_data
-from trainables.models import remap
+from trainables.models import remap, tokenizer_check
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
@@ -39,13 +39,12 @@ def print_plan(scheduler: Scheduler) -> None:
         shapes = Shapes.of(*corpora.values())
         reached = list(reachable(study))
         for spec in (base.pruned(), *(trial.spec for trial in reached)):
-            data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}
-            check_trial(study, spec, data, shapes)
+            check_trial(study, spec, corpora, shapes)
         trials, rows = scheduler.known(), scheduler.ledger.rows
         sections = {
             "trials": _trials(study, trials, rows),
             "phases": _phases(scheduler.storage, trials, base, corpora),
-            "models": _models(study, base, shapes),
+            "models": _models(study, base, corpora, shapes),
             "losses": _losses(base),
             "remaps": _remaps([trial.spec for trial in reached], shapes),
             "data": _data(base, corpora),
@@ -139,8 +138,8 @@ def _phases(
     return lines
 
 
-def _models(study: Study, base: TrialSpec, shapes: Shapes) -> list[str]:
-    lines = []
+def _models(study: Study, base: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> list[str]:
+    lines, tokenizer = [], next(iter(corpora.values())).tokenizer
     for name, model in base.models.items():
         net = shapes.net(model, longest(base))
         config, total = net.config, shapes.num_parameters(model, longest(base))
@@ -149,6 +148,12 @@ def _models(study: Study, base: TrialSpec, shapes: Shapes) -> list[str]:
         if (runs := layer_outputs.num_executed(config)) != config.num_hidden_layers:
             shape += f", {runs} layers run"
         lines.append(f"{name:12} {shape}: {total:,} parameters, {total - embeddings:,} without embeddings")
+        if model.pretrained is not None:
+            differ = tokenizer_check.other_special_ids(shapes.folder(model).config, tokenizer)
+            lines += [f"{name:12} {difference}" for difference in differ]
+    pruned = base.pruned()
+    for run in phase_runs(pruned):
+        lines += fresh_heads(pruned, run, corpora, shapes)
     for factor in study.size_axes():
         choice = study.vary[factor]
         if isinstance(choice, Choice):

@@ -11,19 +11,25 @@ import torch
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-from orchestrator import export
+from orchestrator import export, sweep
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.load import load_study
 from tests.support.studies import run_trials
-from tests.support.trials import Lab, distillation, wordy_documents
+from tests.support.trials import Lab, distillation, flow, hard, phase, wordy_documents
 from trainables.config.models import Model
 from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends, train_wordpiece
-from trainables.models import build, tokenizer_check
+from trainables.models import build, output_head, tokenizer_check
 
 SOFT = "phases.distil.terms.teacher_to_student.weight"
 
@@ -43,10 +49,14 @@ def file(lab: Lab, tmp_path: Path) -> Path:
     }
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(raw))
+    run_study(path, lab)
+    return path
+
+
+def run_study(path: Path, lab: Lab) -> None:
     study = load_study(path)
     scheduler = Scheduler(study, Fingerprints(str(lab.root / "data")), lab.storage)
     run_trials(scheduler)
-    return path
 
 
 def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Path, lab: Lab, tmp_path: Path) -> None:
@@ -196,3 +206,77 @@ def test_the_folder_has_a_model_card_that_the_hub_reads(file: Path, lab: Lab, tm
     spec = json.loads(card.content.partition("```json\n")[2].partition("```")[0])
     assert spec == json.loads(lab.storage.read(f"mine/trials/{row['trial']}/trial.json"))["spec"]
     assert row["trial"] in card.text and "AutoModelForMaskedLM.from_pretrained(folder)" in card.text
+
+
+FAMILIES = ["bert", "xlm-roberta", "deberta", "deberta-v2", "electra", "albert", "distilbert", "modernbert", "qwen2"]
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])
+def test_folders_of_language_models_become_classifiers_that_teach_learn_and_are_exported(
+    family: str, new_task_lab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab: Lab = new_task_lab()
+    data = {name: lab.data[name] for name in ("single", "corpus")}
+    corpus = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"])
+    shape = {"family": family, "layers": 1, "width": 16, "heads": 2, "intermediate_size": 32, "dropout": 0}
+    ids, models = tokenizer_check.special_ids(corpus.tokenizer), {}
+    for seed, name in enumerate(("teacher", "student")):
+        how: dict[str, Any] = {"vocab_size": corpus.vocab_size, "special_ids": ids, "length": 128}
+        build.build(Model.model_validate(shape), name=name, seed=seed, **how).save_pretrained(tmp_path / name)
+        models[name] = {"pretrained": str(tmp_path / name)}
+    common = {"streams": {"main": {"data": "single"}}, "budget": {"steps": 2}}
+    flowing = {"hard": hard("student"), "soft": flow("teacher", "student")}
+    phases = {
+        "teach": phase("teacher", {"h": hard("teacher")}, **common),
+        "distil": phase("student", flowing, **common),
+        "again": phase("student", flowing, **common),
+    }
+    raw = {
+        "question": "?",
+        "trial": {"data": data, "models": models, "phases": phases},
+        "objective": {"phase": "again", "model": "student", "metric": "score", "mode": "max"},
+        "arms": {"taught": {}},
+        "seeds": 1,
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(raw))
+    assert sweep.main([str(file), "--dry-run", "--storage", lab.storage.uri]) == 0
+    said = capsys.readouterr().out
+    assert all(f"phase {at} draws its head for the 2 outputs of data.single anew" in said for at in ("teach", "distil"))
+    run_study(file, lab)
+    for name, at in (("teacher", "teach"), ("student", "again")):
+        to, where = tmp_path / f"{name}-out", ["--model", name, "--phase", at]
+        assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught", *where]) == 0
+        row = next(iter(Ledger(load_study(file), lab.storage).rows.values()))
+        published = lab.store.find(row["phases"][at]["key"])
+        assert published is not None
+        stored = build.restore(published.configs[name], lab.store.weights(published.key, name)).eval()
+        net = AutoModelForSequenceClassification.from_pretrained(to).eval()
+        assert sorted(net.config.id2label.items()) == [(0, "few"), (1, "many")]
+        batch = open_data(str(lab.root / "data"), row_data(row, lab)).dev.rows(range(4))
+        with torch.no_grad():
+            ours = output_head.class_logits(stored, batch.ids_BT, batch.mask_BT, None)
+            theirs = net(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+        torch.testing.assert_close(theirs, ours)
+
+
+def row_data(row: Any, lab: Lab) -> str:
+    start = json.loads(lab.storage.read(f"mine/trials/{row['trial']}/trial.json") or b"{}")
+    fingerprint: str = start["fingerprints"]["data:single"]
+    return fingerprint
+
+
+def test_rotary_positions_are_named_as_older_loaders_read_them(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    for rope in (
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+    ):  # fmt: skip
+        config = LlamaConfig(num_hidden_layers=1, rope_parameters=rope)
+        config.save_pretrained(tmp_path)
+        export._name_rotary(tmp_path)
+        about = json.loads((tmp_path / "config.json").read_text())
+        assert about["rope_theta"] == 5e5 and (about["rope_scaling"] or {}).get("factor") == rope.get("factor")
+        assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters

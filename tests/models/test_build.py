@@ -26,6 +26,7 @@ from trainables.config.phase import Masking
 from trainables.data.tokenizer import train_wordpiece
 from trainables.models import build as build_
 from trainables.models import initialise, output_head, tokenizer_check
+from trainables.storage import hub
 
 SPECIAL = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 VOCABULARY, LENGTH = 60, 16
@@ -431,8 +432,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_message_with_the_variable(
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     model = Model(pretrained="some/model")
     for how in answer(refused(kind)):
-        monkeypatch.setattr(build_, "snapshot_download", how)
-        monkeypatch.setattr(build_.AutoConfig, "from_pretrained", how)
+        monkeypatch.setattr(hub, "snapshot_download", how)
         asks = (
             lambda: build(model),
             lambda: build_.weights_fingerprint("some/model", None),

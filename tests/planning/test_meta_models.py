@@ -128,7 +128,7 @@ def test_pretrained_weights_are_counted_by_their_config_and_in_fp32(tmp_path: Pa
     found = shapes().net(pretrained, LENGTH)
     assert {tensor.dtype for tensor in found.parameters()} == {torch.float32}
     assert shapes().num_parameters(pretrained, LENGTH) == shapes().num_parameters(model_of("llama", layers=3), LENGTH)
-    with pytest.raises(ModelError, match="no model at"):
+    with pytest.raises(ModelError, match="no weights at"):
         shapes().config(Model(pretrained=str(tmp_path / "nowhere")), LENGTH)
 
 

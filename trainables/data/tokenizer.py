@@ -66,7 +66,7 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
     try:
         where = str(folder) if folder.is_dir() else spec.name
         tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what the files of a folder make transformers raise is of any kind
         at = f" at {spec.revision!r}" if spec.revision else ""
         reason = why_not(spec.name, "tokenizer", error)
         raise DataError(f"tokenizer: cannot load {spec.name!r}{at} from a folder or the hub: {reason}") from error

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,7 +34,7 @@ from trainables.config.value import random_stream
 from trainables.models import shared_bert
 from trainables.models.initialise import initialise, position_table
 from trainables.models.layouts import INNER_SIZES
-from trainables.storage.hub import why_not
+from trainables.models.pretrained import Folder, class_layer, refuse_code_of_the_hub
 
 
 def build(
@@ -48,17 +46,25 @@ def build(
     special_ids: dict[str, int],
     length: int,
     num_labels: int | None = None,
+    class_names: Sequence[str] = (),
 ) -> Any:
     """Builds a model on the CPU, in its own type. The initial weights depend on (seed, name, module) alone; weights in
     bf16 are those in fp32, rounded.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
-    `num_labels`: classes of a fresh classifier's head (1: a number); None: the head of a language model.
+    `num_labels`: classes of a classifier's head (1: a number), called `class_names` where they have names; None: the head
+    of a language model.
     """
     if model.pretrained is not None:
-        return _load(model, vocab_size, num_labels, special_ids, name=name, seed=seed)
+        folder = Folder.read(model.pretrained, model.revision)
+        if model.dropout is not None:
+            folder.config.update({key: model.dropout for key in dropouts(folder.config)})
+        start = start_of(folder, num_labels, class_names, special_ids)
+        if (rows := start.config.get_text_config().vocab_size) < vocab_size:
+            raise ModelError(f"{model.pretrained!r} has {rows} rows for a tokenizer of {vocab_size} tokens")
+        return _load(start, DTYPES[model.dtype], name=name, seed=seed)
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
-    net = from_config(config, num_labels)
+    net = from_config(config, num_labels, class_names, special_ids)
     initialise(net, initial(model), name=name, seed=seed)
     return _cast(net, DTYPES[model.dtype])
 
@@ -172,43 +178,67 @@ def check_task(config: Any, name: str) -> None:
         raise ModelError(f"model {name!r} ({config.model_type}): its tokenizer has no padding token, which tasks need")
 
 
-def _load(
-    model: Model, vocab_size: int, num_labels: int | None, special_ids: dict[str, int], *, name: str, seed: int
-) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(
-            model.pretrained, revision=model.revision or "main", trust_remote_code=False
-        )
-        _refuse_code_of_the_hub(config, repr(model.pretrained))
-        if model.dropout is not None:
-            config.update({key: model.dropout for key in dropouts(config)})
+@dataclass(frozen=True)
+class Start:
+    """Pretrained weights as a model starts with them."""
+
+    folder: Folder
+    config: Any
+    kind: Any  # class of the model
+    fresh: frozenset[str]  # tensors of a classifier's head that are drawn anew
+    order: tuple[int, ...]  # the folder's number of each class, where the folder has the head
+
+
+def start_of(
+    folder: Folder,
+    num_labels: int | None,
+    class_names: Sequence[str] = (),
+    special_ids: Mapping[str, int] | None = None,
+) -> Start:
+    """Finds out from headers alone how pretrained weights are loaded. Raises ModelError where they do not fit."""
+    config = copy.deepcopy(folder.config)
+    with torch.device("meta"):
+        net = language_model = from_config(config)
         if num_labels is not None:
-            _give_labels(config, num_labels)
-            if config.pad_token_id is None:
-                config.pad_token_id = special_ids.get("pad_token_id")
-        auto = _auto(config, num_labels)
-        net, about = auto.from_pretrained(
-            model.pretrained,
-            revision=model.revision or "main",
-            config=config,
-            dtype=DTYPES[model.dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=num_labels is not None,  # a head of other classes is drawn anew
-        )
-    except ModelError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        expected = "a folder with config.json and model.safetensors, or a hub id"
-        raise _missing(str(model.pretrained), expected, error) from None
-    if net.config.vocab_size < vocab_size:
+            net = from_config(config, num_labels, class_names, special_ids)
+    fresh = folder.fresh(net, language_model)
+    order, config = tuple(range(num_labels or 0)), net.config
+    if num_labels is not None and not fresh:
+        order = _order_of_classes(folder, class_names)
+        if not _are_names(class_names):  # numbers are those of the folder's classes
+            names = [folder.config.id2label[i] for i in order]
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    return Start(folder, config, type(net), fresh, order)
+
+
+def _are_names(classes: Sequence[str]) -> bool:
+    return not all(name.isdigit() or name == f"LABEL_{i}" for i, name in enumerate(classes))
+
+
+def _order_of_classes(folder: Folder, ours: Sequence[str]) -> tuple[int, ...]:
+    """The folder's number of each of our classes: by name, or by number. Raises ModelError where the names differ."""
+    theirs = [str(folder.config.id2label[i]) for i in range(folder.config.num_labels)]
+    if sorted(ours) == sorted(map(str, range(len(theirs)))):
+        return tuple(map(int, ours))
+    if not (_are_names(ours) and _are_names(theirs)):
+        return tuple(range(len(theirs)))
+    number = {name.casefold(): i for i, name in enumerate(theirs)}
+    if sorted(number) != sorted(name.casefold() for name in ours):
         raise ModelError(
-            f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
+            f"{folder.name!r} has the classes {', '.join(theirs)}, and the data have {', '.join(ours)}; expected the same "
+            "names, in any order"
         )
-    if num_labels is not None:
-        absent = {*about["missing_keys"], *(entry[0] for entry in about["mismatched_keys"])}
-        _draw_again(net, {path.rpartition(".")[0] for path in absent}, name=name, seed=seed)
+    return tuple(number[name.casefold()] for name in ours)
+
+
+@torch.no_grad()
+def _load(start: Start, dtype: torch.dtype, *, name: str, seed: int) -> Any:
+    net = start.kind.from_pretrained(str(start.folder.path), config=start.config, dtype=dtype, use_safetensors=True)
+    net.config.architectures = [start.kind.__name__]  # not those of the folder, whose head may be another
+    _draw_again(net, {path.rpartition(".")[0] for path in start.fresh}, name=name, seed=seed)
+    if start.order != tuple(range(len(start.order))):
+        for tensor in net.get_submodule(class_layer(net)).parameters():
+            tensor.copy_(tensor[list(start.order)])
     return net
 
 
@@ -227,7 +257,8 @@ def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     """A model as it was stored by `plain_config` and `weights_of`, types included. Raises ModelError if they do not fit."""
     made = AutoConfig.for_model(**config)
-    net = _typed(from_config(made, made.num_labels if _is_classifier(config) else None), weights)
+    num_labels = made.num_labels if _is_classifier(config) else None
+    net = _typed(from_config(made, num_labels, tuple(made.id2label.values())), weights)
     missing, unexpected = net.load_state_dict(dict(weights), strict=False)
     net.tie_weights()
     state = net.state_dict()
@@ -248,13 +279,15 @@ def with_head(
     *,
     name: str,
     seed: int,
+    class_names: Sequence[str] = (),
+    special_ids: Mapping[str, int] | None = None,
 ) -> Any:
     """A stored model with a fresh head for `num_labels` classes (None: of a language model), in the type of the weights.
 
     As in transformers, tensors of equal name and shape are copied; from one classifier to another only the trunk's, since
     as many labels may mean something else.
     """
-    net = from_config(AutoConfig.for_model(**config), num_labels)
+    net = from_config(AutoConfig.for_model(**config), num_labels, class_names, special_ids)
     initialise(net, init, name=name, seed=seed)
     _typed(net, weights)
     only = f"{net.base_model_prefix}." if num_labels is not None and _is_classifier(config) else ""
@@ -274,12 +307,24 @@ def _is_classifier(config: Mapping[str, Any]) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
-def from_config(config: Any, num_labels: int | None = None) -> Any:
-    """A language model, or a classifier, of this config, with arbitrary weights (none on the meta device)."""
-    _refuse_code_of_the_hub(config, config.model_type)
+def from_config(
+    config: Any,
+    num_labels: int | None = None,
+    class_names: Sequence[str] = (),
+    special_ids: Mapping[str, int] | None = None,
+) -> Any:
+    """A language model, or a classifier of named classes, of this config, with arbitrary weights (none on the meta device).
+
+    A classifying decoder finds the last token by the padding token: the tokenizer's, or the config's where that has none.
+    """
+    refuse_code_of_the_hub(config, config.model_type)
     if num_labels is not None:
         config = copy.deepcopy(config)
-        _give_labels(config, num_labels)
+        names = list(class_names) or [f"LABEL_{i}" for i in range(num_labels)]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+        if not is_masked_lm(config.model_type):
+            config.pad_token_id = (special_ids or {}).get("pad_token_id", config.pad_token_id)
     net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
     net.config.architectures = [type(net).__name__]
     return net
@@ -291,26 +336,12 @@ def _auto(config: Any, num_labels: int | None) -> Any:
     return AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
 
 
-def _give_labels(config: Any, num_labels: int) -> None:
-    config.num_labels = num_labels
-    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
-
-
 def enable_gradient_checkpointing(net: Any) -> None:
     """Lets the backward pass compute activations again. Raises ModelError where the family cannot."""
     try:
         net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise ModelError(f"gradient_checkpointing: {str(error).splitlines()[0]}") from None
-
-
-def _refuse_code_of_the_hub(config: Any, where: str) -> None:
-    """Refuses an attention called `owner/name`: transformers would fetch and run this code, whatever else it trusts."""
-    for field in ("_attn_implementation", "_experts_implementation"):
-        if "/" in str(getattr(config, field, None)):
-            raise ModelError(
-                f"{where}: its config asks for code of the hub ({getattr(config, field)}), which is refused"
-            )
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
@@ -331,30 +362,14 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str:
-    """SHA-256 over the config and weights of a folder, or of a revision of a hub repository."""
-    folder = model_folder(name, revision, ["config.json", "*.safetensors"])
-    files = sorted((*folder.glob("config.json"), *folder.glob("*.safetensors")))
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(f"{name!r} holds no *.safetensors; pickled weights are refused")
+    """SHA-256 over the config and weights of a folder, or of a revision of a hub repository. Raises ModelError where the
+    folder is none that can be loaded."""
+    folder = Folder.read(name, revision)
     total = hashlib.sha256()
-    for path in files:
+    for path in sorted((*folder.path.glob("config.json"), *folder.path.glob("*.safetensors"))):
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
-
-
-def model_folder(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder of a model: a local one, or the hub's files of these patterns, downloaded. Raises ModelError."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise _missing(name, "a folder, or a hub id that can be reached", error) from None
-
-
-def _missing(name: str, expected: str, error: BaseException) -> ModelError:
-    return ModelError(f"no weights at {name!r} (expected {expected}): {why_not(name, 'model', error)}")
 
 
 def num_parameters(net: nn.Module) -> int:

@@ -62,6 +62,15 @@ def position_table(net: PreTrainedModel) -> nn.Embedding | None:
     return None
 
 
+def num_positions(net: PreTrainedModel) -> int | None:
+    """The most positions that a sequence may have, None where the config has no limit. RoBERTa counts them from the padding
+    index, so that the first rows of its table have none."""
+    table = position_table(net)
+    if table is None:
+        return getattr(net.config, "max_position_embeddings", None)
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 def sinusoids(length: int, width: int) -> Tensor:
     """Vaswani et al. 2017, section 3.5, scaled to unit standard deviation; [length, width]."""
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)

@@ -44,7 +44,12 @@ def class_logits(
     *,
     through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """A classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a family can."""
+    """A classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a family can.
+
+    A decoder looks for the last token that is no padding token: padding has to be that of its own config.
+    """
+    if not is_masked_lm(net.config.model_type):  # type: ignore[union-attr,arg-type]
+        ids_BT = ids_BT.masked_fill(mask_BT == 0, net.config.pad_token_id)  # type: ignore[union-attr,arg-type]
     takes_types = types_BT is not None and getattr(net.config, "type_vocab_size", 0) > 1
     inputs = {"token_type_ids": types_BT} if takes_types else {}
     logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_options(net)).logits

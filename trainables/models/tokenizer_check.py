@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from trainables.config.errors import ModelError
 from trainables.config.models import Model
-from trainables.models.build import model_folder
+from trainables.storage.hub import model_folder
 
 TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # files of a tokenizer, of which each kind has some
 
@@ -26,10 +26,9 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
         return
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).get_vocab()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer of {model.pretrained!r} cannot be read: {str(error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # what a tokenizer's files make transformers raise is of any kind
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"the tokenizer of {model.pretrained!r} cannot be read: {why}") from None
     if difference := difference_of({repr(model.pretrained): theirs, f"data {data_name!r}": data_tokenizer.get_vocab()}):
         raise ModelError(f"{difference}; expected tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
 
@@ -55,3 +54,13 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
     """The tokenizer's ids by the names that transformers' configs use."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
+
+
+def other_special_ids(config: Any, tokenizer: Any) -> list[str]:
+    """Says where a pretrained model's config has other special tokens than the tokenizer, whose count."""
+    lines = []
+    for name, ours in special_ids(tokenizer).items():
+        theirs = getattr(config, name, None)
+        if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
+            lines.append(f"its config.json has {name} {theirs}, the tokenizer {ours}; the tokenizer's is used")
+    return lines

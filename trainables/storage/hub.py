@@ -1,4 +1,4 @@
-"""Explains errors of the Hugging Face hub: the cause, and the variable that helps. Sends no request itself."""
+"""Finds folders of models, here or at the Hugging Face hub, and explains errors of the hub: the cause, and what helps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -15,7 +15,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from trainables.config.errors import ModelError
+
 Kind = Literal["model", "data set", "tokenizer"]
+
+
+def model_folder(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Returns the folder of a model: a local one, or the hub's files of these patterns, downloaded. Raises ModelError."""
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise no_weights(name, why_not(name, "model", error), "a folder, or a hub id that can be reached") from None
+
+
+def no_weights(
+    name: str, why: str, expected: str = "a folder with config.json and model.safetensors, or a hub id"
+) -> ModelError:
+    return ModelError(f"no weights at {name!r} (expected {expected}): {why}")
 
 
 def why_not(name: str, kind: Kind, error: BaseException) -> str:

@@ -78,6 +78,13 @@ def load_model(trial: TrialContext, instance: PhaseRun, name: str, head: TaskHea
     """
     spec, model = trial.spec, trial.spec.models[name]
     origin, seed = origin_of(spec, instance, name), seed_of(spec, instance.phase)
+    data = next(iter(trial.data.values()))
+    how: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "special_ids": tokenizer_check.special_ids(data.tokenizer),
+        "class_names": () if head is None or head.is_derived else getattr(trial.data[head.data], "class_names", ()),
+    }
     num_labels = head.num_labels if head is not None else None
     if origin is not None:
         key = trial.key(origin.instance)
@@ -87,17 +94,8 @@ def load_model(trial: TrialContext, instance: PhaseRun, name: str, head: TaskHea
         config, weights = published.configs[name], trial.store.weights(key, origin.entry)
         if head == head_of(spec, origin.instance, name):
             return build.restore(config, weights)
-        return build.with_head(config, weights, num_labels, build.initial(model), name=name, seed=seed)
-    data = next(iter(trial.data.values()))
-    net = build.build(
-        model,
-        name=name,
-        seed=seed,
-        vocab_size=data.vocab_size,
-        special_ids=tokenizer_check.special_ids(data.tokenizer),
-        length=longest(spec),
-        num_labels=num_labels,
-    )
+        return build.with_head(config, weights, num_labels, build.initial(model), **how)
+    net = build.build(model, vocab_size=data.vocab_size, length=longest(spec), num_labels=num_labels, **how)
     if isinstance(model.init, Remap):
         source = load_model(trial, instance, model.init.from_, head)
         layers = remap.check(model.init.depth, source.config, net.config, model.init.width)

@@ -1,0 +1,249 @@
+"""Finds out what a folder of pretrained weights is, from its config and the headers of its files; reads no weights.
+
+What is no encoder or decoder in plain floating-point numbers is refused by its name, as are tensors that do not fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from trainables.config.errors import ModelError
+from trainables.storage.hub import model_folder, no_weights
+
+EXPECTED = "expected plain weights of an encoder (bert, roberta, modernbert …) or a decoder (llama, qwen2, gpt2 …)"
+FILES = ["config.json", "adapter_config.json", "model.safetensors.index.json", "*.safetensors"]
+POINTER = b"version https://git-lfs"  # how a file begins whose content git has not fetched
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of pretrained weights, as its config and the headers of its files describe it."""
+
+    name: str  # as a study names it
+    path: Path
+    config: Any  # of transformers
+    trunk: frozenset[str]  # tensors of the family's model without a head
+    tensors: Mapping[str, Tensor]  # on the meta device
+
+    @classmethod
+    def read(cls, name: str, revision: str | None) -> Folder:
+        """Reads a local folder, or a revision of a hub repository. Raises ModelError where it is no plain language model or
+        classifier."""
+        path = model_folder(name, revision, FILES)
+        _refuse_adapter(name, path)
+        fields = _fields(name, path)
+        config, trunk = _config(name, path, fields)
+        return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path))
+
+    def fresh(self, net: PreTrainedModel, language_model: PreTrainedModel) -> frozenset[str]:
+        """Returns the tensors of a classifier's head that the folder lacks: all of `net` that are drawn anew.
+
+        `net`: a model of this config on the meta device, of the class that will be loaded. `language_model`: the same for
+        the family's language model, whose head is never drawn anew. Raises ModelError where tensors are missing, unexpected
+        or of another shape.
+        """
+        with _quiet():
+            _, about = type(net).from_pretrained(
+                None,
+                config=net.config,
+                state_dict=dict(self.tensors),
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        is_task, prefix = net is not language_model, f"{net.base_model_prefix}."
+        missing, own = (
+            set(about["missing_keys"]),
+            {name for name in language_model.state_dict() if name.startswith(prefix)},
+        )
+        shapes = {name: (list(stored), list(wanted)) for name, stored, wanted in about["mismatched_keys"]}
+        if is_task:
+            last = class_layer(net)
+            if shapes.keys() and shapes.keys() <= {f"{last}.weight", f"{last}.bias"}:
+                (stored, *_), (wanted, *_) = next(iter(shapes.values()))
+                raise ModelError(
+                    f"{self.name!r} is a classifier of {stored} classes, and the data have {wanted}; expected as many, or a "
+                    "language model"
+                )
+            is_fresh = f"{last}.weight" in missing
+            refused = {name for name in missing if name in own or not is_fresh}
+            classes = self.config.architectures
+            if not is_fresh and classes and type(net).__name__ not in classes:
+                raise ModelError(
+                    f"{self.name!r} is a {classes[0]}; expected a language model or a {type(net).__name__}"
+                )
+        else:
+            refused = missing
+        tops = {name.split(".")[0] for name in self.trunk}
+        heads = {name.split(".")[0] for name in net.state_dict()}
+        unexpected = {
+            name
+            for name in about["unexpected_keys"]
+            if name.removeprefix(prefix) not in self.trunk
+            and (name.startswith(prefix) or name.split(".")[0] in tops or not (is_task or name.split(".")[0] in heads))
+        }
+        if refused or unexpected or shapes:
+            raise ModelError(self._misfit(type(net).__name__, missing, set(about["unexpected_keys"]), shapes))
+        return frozenset(missing)
+
+    def _misfit(self, kind: str, missing: set[str], unexpected: set[str], shapes: Mapping[str, Any]) -> str:
+        parts = [
+            f"{len(names)} {what}, as {min(names)}"
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        if shapes:
+            name, (stored, wanted) = min(shapes.items())
+            parts.append(f"{name} has shape {stored}, expected {wanted}")
+        what = self.config.architectures or [f"folder of {self.config.model_type}"]
+        for name in sorted(unexpected):
+            if before := next((name.removesuffix(own) for own in missing if name.endswith(f".{own}")), ""):
+                parts.append(f"remove the prefix {before} from the names")
+                break
+        return f"{self.name!r} ({what[0]}) has other tensors than {kind} with this config: {'; '.join(parts)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from printing its table of tensors: what is in it that matters is raised."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def class_layer(net: PreTrainedModel) -> str:
+    """Returns the path of a classifier's last layer, which has an output for each class."""
+    trunk = {id(module) for module in net.base_model.modules()}
+    linear = [path for path, m in net.named_modules() if isinstance(m, nn.Linear) and id(m) not in trunk]
+    found: str = next(p for p in reversed(linear) if net.get_submodule(p).out_features == net.config.num_labels)
+    return found
+
+
+def refuse_code_of_the_hub(config: Any, where: str) -> None:
+    """Refuses an attention called `owner/name`: transformers would fetch and run this code, whatever else it trusts."""
+    for field in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, field, None)):
+            raise ModelError(
+                f"{where}: its config asks for code of the hub ({getattr(config, field)}), which is refused"
+            )
+
+
+def _refuse_adapter(name: str, path: Path) -> None:
+    if (path / "adapter_config.json").is_file():
+        whole = "holds a LoRA adapter beside weights" if _files(path) else "is a LoRA adapter without its base model"
+        raise ModelError(
+            f"{name!r} {whole} (adapter_config.json); expected the merged model, as peft's merge_and_unload gives it"
+        )
+
+
+def _fields(name: str, path: Path) -> dict[str, Any]:
+    """Reads config.json, and refuses what it says that the model is."""
+    fields = _json(name, path / "config.json")
+    if not isinstance(fields, dict):
+        raise ModelError(f"{name!r}: config.json holds a {type(fields).__name__}, expected an object")
+    for key in ("quantization_config", "compression_config"):
+        if fields.get(key):
+            about = fields[key] if isinstance(fields[key], dict) else {}
+            method = about.get("quant_method", key)
+            raise ModelError(f"{name!r} is quantised ({method}), and quantised weights are not read; {EXPECTED}")
+    return fields
+
+
+def _json(name: str, file: Path) -> Any:
+    if not file.is_file():
+        raise no_weights(name, f"it has no {file.name}")
+    try:
+        _refuse_pointer(name, file)
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{name!r}: {file.name} cannot be read: {error}") from None
+
+
+def _refuse_pointer(name: str, file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(POINTER)) == POINTER:
+            raise ModelError(f"{name!r}: {file.name} is a Git LFS pointer and not the file; run git lfs pull there")
+
+
+def _config(name: str, path: Path, fields: Mapping[str, Any]) -> tuple[Any, PreTrainedModel]:
+    """Makes the config and, on the meta device, the model without a head. Raises ModelError where transformers refuses."""
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # what a config's code raises is of any kind
+        raise no_weights(name, _fault(fields, error)) from None
+    refuse_code_of_the_hub(config, repr(name))
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or getattr(type(config)(), "is_encoder_decoder", False):
+        raise ModelError(f"{name!r} is an encoder-decoder ({family}), which is not supported; {EXPECTED}")
+    if family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{name!r} is no language model ({family}); {EXPECTED}")
+    try:
+        return config, _without_weights(config)
+    except Exception as error:
+        raise no_weights(name, _fault(fields, error)) from None
+
+
+def _without_weights(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=False)
+
+
+def _fault(fields: Mapping[str, Any], error: Exception) -> str:
+    """Names the field of config.json without which transformers takes the others, if there is one, and what it says."""
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    for key, value in fields.items() if isinstance(fields.get("model_type"), str) else ():
+        others = {field: value for field, value in fields.items() if field != key}
+        try:
+            _without_weights(AutoConfig.for_model(**others))
+        except Exception:
+            continue
+        return f"config.json: {key}: {json.dumps(value)} is refused by transformers ({why})"
+    return f"config.json: {why}"
+
+
+def _files(path: Path) -> list[Path]:
+    """Lists the files that transformers loads: one, or the shards that an index names."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file() or not index.is_file():
+        return [file for file in (path / "model.safetensors",) if file.is_file()]
+    return [path / shard for shard in sorted(set(_json(path.name, index)["weight_map"].values()))]
+
+
+def _tensors(name: str, path: Path) -> dict[str, Tensor]:
+    """Reads names, shapes and types of the stored tensors. Raises ModelError unless weights are floats of 16 bits or more."""
+    files = _files(path)
+    if not files:
+        raise no_weights(name, "it holds no *.safetensors; pickled weights are refused")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise no_weights(name, f"{file.name}, which its index names, is not there")
+        _refuse_pointer(name, file)
+        try:
+            tensors |= load_state_dict(str(file), map_location="meta")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise no_weights(name, f"{file.name}: {error}") from None
+    for tensor_name, tensor in tensors.items():
+        is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        if tensor_name.endswith("weight") and not is_plain:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{name!r} is quantised: {tensor_name} is {kind}; {EXPECTED}")
+    return tensors
