@@ -39,11 +39,11 @@ class Part:
         return decide(self.p, self.beyond)
 
     @property
-    def spread(self) -> tuple[float | None, int, int] | None:
-        """SD, pairs, and claims in the family; None where nothing is compared."""
+    def spread(self) -> tuple[float | None, int] | None:
+        """SD, and number of pairs; None where nothing is compared."""
         if self.cost is not None:
-            return self.cost.found.log_sd, self.cost.found.n, 1
-        return None if (c := self.comparison) is None else (c.sd, c.n, c.family_size)
+            return self.cost.found.log_sd, self.cost.found.n
+        return None if (c := self.comparison) is None else (c.sd, c.n)
 
     @property
     def holds_on_new_data(self) -> bool:
@@ -107,7 +107,7 @@ class ClaimContext:
     examples: StoredAnswers
     facts: TaskFacts
     margin: float = 0.0
-    family_size: int = 1
+    family_size: int = 1  # comparisons of all claims of the family
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
         lower = metric_named(self.query.metric).lower_is_better

@@ -6,6 +6,7 @@ whether the verdict generalises to new data. Where a claim says `less`, the cost
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from orchestrator.analysis.claim_parts import (
 from orchestrator.analysis.costs import Cost, CostPart, cost_pair
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
-from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, decide, holm, seeds_needed
+from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
 from orchestrator.analysis.timing import conditions
 from orchestrator.study.schema import Claim, Figure, Slot
 
@@ -50,7 +51,8 @@ class Verdict:
     verdict: Decision
     parts: tuple[Comparison, ...]  # one for each `against` that shares a seed with the arm
     cost_parts: tuple[CostPart, ...]  # likewise, where the claim says `less`
-    p_adjusted: float  # Holm's; of a conjunctive claim the p of the part that decided; 1 where nothing can be tested
+    p_adjusted: float  # Holm's, of the claim's p; 1 where nothing can be tested
+    leans: Decision  # what more seeds would lead to
     seeds_more: int | None  # an estimate; None if decided, above 1000, or where seeds would not help
     cost_ratios: Mapping[str, Cost]  # by `against`: the arm's mean cost over its mean cost
     paper: PaperJudgement | None  # of the paper's figure, as an effect in our units, against our 95 % interval
@@ -91,37 +93,40 @@ def judge(
 ) -> dict[str, Verdict]:
     """Judges each claim: "`arm` is better than `against` by more than `margin`", see `decide`.
 
-    Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A conjunctive claim (several
-    `against`, or `less`) stands outside: each part is tested at alpha; supported if all parts are, refuted if any is.
-    That keeps a false `supported` below alpha / 2, but k parts may falsely refute with up to k * alpha / 2.
+    Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A claim of several parts
+    (several `against`, or `less`) is one claim: see `_p_of`.
     """
-    families = {n: claim.family for n, claim in claims.items() if isinstance(claim.against, str) and not claim.less}
-    sizes = Counter(families.values())
+    sizes = Counter[str]()
+    for claim in claims.values():
+        sizes[claim.family] += claim.num_parts
     records = Records(results, trials, tasks or TaskFacts(), num_seeds)
     compared = {}
     for name, claim in claims.items():
         query, pairs = query_claim(claim, records, default_phase)
         rival_query = query._replace(model=claim.against_model or claim.model)
         answers = query_examples(examples, {(claim.arm,): query, claim.rivals: rival_query}, records)
-        family_size = sizes[claim.family] if name in families else 1
-        context = ClaimContext(name, query, answers, records.facts, claim.margin, family_size)
+        context = ClaimContext(name, query, answers, records.facts, claim.margin, sizes[claim.family])
         quality = [compare_quality(context, *pair) for pair in pairs]
         cost = [compare_cost(*pair, claim.less) for pair in pairs] if claim.less else []
         timed = conditions(trials, (claim.arm, *claim.rivals), query.phase, slot) if claim.is_of_time else None
         compared[name] = _Compared(claim, query, pairs, quality, cost, timed)
-    adjusted: dict[str, float] = {}
+    verdicts: dict[str, Verdict] = {}
     for family in sizes:
-        names = [name for name, of_name in families.items() if of_name == family]
-        adjusted.update(zip(names, holm([compared[name].quality[0].p for name in names]), strict=True))
-    return {name: _verdict(name, each, adjusted.get(name), records.facts) for name, each in compared.items()}
+        names = [name for name, claim in claims.items() if claim.family == family]
+        adjusted = holm([_p_of(compared[name].parts)[0] for name in names])
+        alpha = ALPHA / max(1, sum(p > ALPHA for p in adjusted))  # of the next claim that Holm decides
+        for name, p in zip(names, adjusted, strict=True):
+            verdicts[name] = _verdict(compared[name], name, records.facts, p=p, alpha=alpha)
+    return {name: verdicts[name] for name in claims}
 
 
 # ---------------------------------------------------------------------------------------------------------- decide
 
 
-def _verdict(name: str, compared: _Compared, p: float | None, facts: TaskFacts) -> Verdict:
+def _verdict(compared: _Compared, name: str, facts: TaskFacts, *, p: float, alpha: float) -> Verdict:
     claim, query, parts = compared.claim, compared.query, compared.parts
-    verdict, p = _decide(parts, p)
+    leans = _p_of(parts)[1]
+    verdict = leans if p <= ALPHA else Decision.UNDECIDED
     holds = _scope(compared, verdict)
     other = _other_average(claim, query.tasks, facts)
     comparisons = tuple(part.comparison for part in compared.quality if part.comparison is not None)
@@ -134,7 +139,8 @@ def _verdict(name: str, compared: _Compared, p: float | None, facts: TaskFacts) 
         parts=comparisons,
         cost_parts=tuple(part.cost for part in compared.cost if part.cost is not None),
         p_adjusted=p,
-        seeds_more=_seeds_more(parts) if verdict == Decision.UNDECIDED else None,
+        leans=leans,
+        seeds_more=_seeds_more(parts, leans, alpha) if verdict == Decision.UNDECIDED else None,
         cost_ratios={against: ratio[0] for against, ratio in ratios.items() if ratio is not None},
         paper=_judge_paper(claim, comparisons if len(compared.pairs) == 1 and other is None else ()),
         notes=tuple(dict.fromkeys(_notes(compared, verdict, holds, other))),
@@ -146,15 +152,18 @@ def _verdict(name: str, compared: _Compared, p: float | None, facts: TaskFacts) 
     )
 
 
-def _decide(parts: Sequence[Part], p: float | None) -> tuple[Decision, float]:
-    """Returns the verdict and its p, which is given (Holm's) for a claim of one part in a family."""
-    if p is not None:
-        return decide(p, parts[0].beyond), p
-    refuting = [part.p for part in parts if part.decision == Decision.REFUTED]
-    if refuting:
-        return Decision.REFUTED, min(refuting)
-    p = max(part.p for part in parts)
-    return decide(p, min(part.beyond for part in parts)), p
+def _p_of(parts: Sequence[Part]) -> tuple[float, Decision]:
+    """Returns a claim's p, and the decision to which this p belongs.
+
+    Supported needs each of k parts: the largest p (an intersection-union test). Refuted needs one: k times the smallest p
+    (Bonferroni). So each direction errs with at most alpha / 2, whatever k is.
+    """
+    if all(part.beyond > 0 for part in parts):
+        return max(part.p for part in parts), Decision.SUPPORTED
+    refuting = [part.p for part in parts if part.beyond < 0]
+    if not refuting:
+        return 1.0, Decision.UNDECIDED
+    return min(1.0, len(parts) * min(refuting)), Decision.REFUTED
 
 
 def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
@@ -168,20 +177,21 @@ def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
     return Scope.NEW_DATA if any(part.holds_on_new_data for part in refuting) else Scope.THIS_SET
 
 
-def _seeds_more(parts: Sequence[Part]) -> int | None:
-    """At the observed effect and SD, power .8, and the alpha of Holm's first step; for the part that needs most."""
-    more = [1]
-    for part in parts:
-        if part.cost is not None and part.cost.verdict != Decision.UNDECIDED:
-            continue
-        sd, n, family_size = part.spread or (None, 0, 1)
-        if part.failed or not sd:
-            return None
-        needed = seeds_needed(part.beyond / sd, alpha=ALPHA / family_size)
-        if needed is None:
-            return None
-        more.append(needed - n)
-    return max(more)
+def _seeds_more(parts: Sequence[Part], leans: Decision, alpha: float) -> int | None:
+    """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute."""
+    if any(part.failed for part in parts):
+        return None
+    if leans == Decision.SUPPORTED:
+        more = max((_part_needs(part, alpha) for part in parts if part.p > alpha), default=1)
+    else:
+        more = min((_part_needs(part, alpha / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
+    return int(more) if math.isfinite(more) else None
+
+
+def _part_needs(part: Part, alpha: float) -> float:
+    sd, n = part.spread or (None, 0)
+    needed = seeds_needed(part.beyond / sd, alpha=alpha) if sd else None
+    return math.inf if needed is None else max(1, needed - n)
 
 
 def _judge_paper(claim: Claim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:

@@ -11,7 +11,7 @@ from orchestrator.analysis.costs import CostPart
 from orchestrator.analysis.curves import planned
 from orchestrator.analysis.notes import Kind, Scope
 from orchestrator.analysis.queries import MetricQuery
-from orchestrator.analysis.statistics import Comparison
+from orchestrator.analysis.statistics import ALPHA, Comparison, Decision
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting.document import decimals_beside, fixed, plural, span
@@ -85,7 +85,15 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
         where = f"at this scale, on new data as well{some}"
     if len(verdicts) == 1:
         return f"The claim is {verdicts[0].verdict}, {where}."
-    return f"Of {len(verdicts)} claims, {', '.join(parts[:-1])}{' and ' if parts[1:] else 'all '}{parts[-1]}, {where}."
+    said = f"Of {len(verdicts)} claims, {', '.join(parts[:-1])}{' and ' if parts[1:] else 'all '}{parts[-1]}, {where}."
+    return said + _on_families(len({v.claim.family for v in verdicts}))
+
+
+def _on_families(num: int) -> str:
+    """Counts the families, since each may err with the whole alpha."""
+    if num == 1:
+        return ""
+    return f" {num} families of claims: some verdict is false with a chance of up to {num} × {100 * ALPHA:g} %."
 
 
 def claim_lines(verdicts: Sequence[Verdict]) -> list[Line]:
@@ -135,7 +143,7 @@ def _more(v: Verdict) -> str:
     if v.holds is not None:
         return SCOPE[v.holds]
     if v.seeds_more is not None:
-        return f"about {plural(v.seeds_more, 'more seed')}"
+        return f"about {plural(v.seeds_more, 'more seed')}{', to refute' if v.leans == Decision.REFUTED else ''}"
     if not v.parts or min(c.n for c in v.parts) < 2:
         return "needs 2 seeds or more"
     return "more seeds would not help"

@@ -169,6 +169,15 @@ Paper = Annotated[
 ]
 
 
+def _one_or_several(against: Any) -> Any:
+    """Takes a list of one arm as the arm, so that wording makes no other kind of claim."""
+    if not isinstance(against, list | tuple):
+        return against
+    if not against or len({*map(str, against)}) < len(against):
+        raise ValueError(f"expected one or several arms, each once; got {list(against)}")
+    return against[0] if len(against) == 1 else against
+
+
 class Claim(Value):
     """A statement that the report judges: `arm` is better than `against` (each of them) by more than `margin`.
 
@@ -179,7 +188,7 @@ class Claim(Value):
 
     says: str | None = None
     arm: Name
-    against: Name | tuple[Name, ...]
+    against: Annotated[Name | tuple[Name, ...], BeforeValidator(_one_or_several)]
     phase: Name | None = None  # by default the objective's
     model: Name
     against_model: Name | None = None  # in `against`; by default the same
@@ -211,6 +220,11 @@ class Claim(Value):
     @property
     def rivals(self) -> tuple[str, ...]:
         return (self.against,) if isinstance(self.against, str) else self.against
+
+    @property
+    def num_parts(self) -> int:
+        """How many comparisons decide the claim: of quality and, with `less`, of cost."""
+        return len(self.rivals) * (2 if self.less else 1)
 
     @property
     def figure(self) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
 from orchestrator.analysis.arm_values import arm_values
@@ -150,6 +151,12 @@ def test_holm_is_what_a_hand_computes() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([0.02]) == [0.02]
+
+
+def test_a_claim_counts_until_each_of_its_hypotheses_is_rejected() -> None:
+    """Of two hypotheses that exclude each other one may be true, until both are rejected."""
+    assert holm([0.3, 0.001, 0.03], [0.3, 0.03]) == pytest.approx([0.3, 0.002, 0.06])
+    assert holm([0.0001, 0.001, 0.03], [0.001, 0.03]) == pytest.approx([0.0002, 0.002, 0.03])
 
 
 def test_a_verdict_needs_five_per_cent_and_a_side() -> None:
@@ -348,7 +355,7 @@ def test_holm_counts_each_family_for_itself() -> None:
     assert verdicts["a"].parts[0].family_size == 3
 
 
-def test_a_conjunctive_claim_needs_each_part_and_no_holm() -> None:
+def test_a_claim_of_several_parts_needs_each_and_is_one_of_its_family() -> None:
     good, alone = around(-0.1)
     worse, same = around(+0.1, spread=-0.5)[0], around(-0.098, spread=0.5)[0]
     found = tables({"good": good, "alone": alone, "worse": worse, "same": same})
@@ -361,9 +368,36 @@ def test_a_conjunctive_claim_needs_each_part_and_no_holm() -> None:
     verdicts = judge(claims, *found, default_phase="distil")
     assert [verdicts[name].verdict for name in claims] == ["supported", "undecided", "refuted", "supported"]
     assert [part.against for part in verdicts["both"].parts] == ["alone", "worse"]
-    assert verdicts["both"].p_adjusted == max(part.p or 0 for part in verdicts["both"].parts)
-    assert verdicts["single"].parts[0].family_size == 1  # conjunctive ones are not counted
+    raw = {name: [part.p or 0 for part in verdict.parts] for name, verdict in verdicts.items()}
+    (lost,) = (p for p, part in zip(raw["lost_one"], verdicts["lost_one"].parts, strict=True) if part.gain < 0)
+    of_claims = [max(raw["both"]), max(raw["not_both"]), 2 * lost, raw["single"][0]]
+    assert [verdicts[name].p_adjusted for name in claims] == pytest.approx(holm(of_claims))
+    assert verdicts["single"].parts[0].family_size == 7  # comparisons
     assert verdicts["not_both"].seeds_more is not None
+
+
+def test_a_list_of_one_is_one() -> None:
+    assert claim(against=["alone"]) == claim(against="alone")  # type: ignore[arg-type]
+    for wrong in ([], ["alone", "alone"]):
+        with pytest.raises(ValidationError, match="expected one or several arms, each once"):
+            claim(against=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fields", [{"less": "flops"}, {"against": ["alone", "longer"]}], ids=str)
+def test_no_wording_of_a_family_raises_its_error(fields: dict[str, Any]) -> None:
+    """Five claims at 4 seeds, all arms alike but for 49.9 instead of 50 FLOPs, which any claim may call less."""
+    claims = {f"c{i}": claim(f"arm{i}", **{"against": "alone", **fields}) for i in range(5)}
+    rng, num, false, without_holm = np.random.default_rng(5), 12, 0, 0
+    for _ in range(num):
+        values = {
+            arm: dict(enumerate(rng.normal(3, 0.1, 4)))
+            for arm in (*(c.arm for c in claims.values()), "alone", "longer")
+        }
+        found = tables(values, flops={of.arm: 49.9 for of in claims.values()})
+        judged = judge(claims, *found, default_phase="distil").values()
+        false += any(v.verdict != "undecided" for v in judged)
+        without_holm += any((part.p or 1) <= 0.05 for v in judged for part in v.parts)
+    assert without_holm >= 2 and false <= 1
 
 
 def test_an_untestable_claim_still_counts_in_its_family() -> None:
@@ -542,7 +576,7 @@ def test_the_papers_figure_is_judged_apart() -> None:
     found = tables({"good": good, "alone": alone})
     judged = [verdict_of(*found, claim(paper=paper)).paper for paper in (-0.1, -0.5, 0.5, "+1.44 GLUE", None)]
     assert judged == ["inside", "below", "above", "not comparable", None]
-    assert verdict_of(*found, claim(against=("alone", "alone"), paper=-0.1)).paper == "not comparable"
+    assert verdict_of(*found, claim(against=("alone", "other"), paper=-0.1)).paper == "not comparable"
     single = tables({"good": {0: 1.0}, "alone": alone})
     assert verdict_of(*single, claim(paper=-0.1)).paper == "not comparable"
 
