@@ -212,7 +212,7 @@ def test_a_classifier_of_another_kind_or_another_number_of_classes_is_refused(tm
             ModelError, match=r"is a \w+ForTokenClassification; expected a language model or a \w+ForSeq"
         ):
             loaded(tmp_path / f"{family}-tokens", 2)
-        with pytest.raises(ModelError, match="has other tensors than .*missing, as "):
+        with pytest.raises(ModelError, match=r"has other tensors than .*missing, as "):
             loaded(configured(path, num_hidden_layers=3), 3)
 
 

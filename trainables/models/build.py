@@ -47,19 +47,20 @@ def build(
     length: int,
     num_labels: int | None = None,
     class_names: Sequence[str] = (),
+    is_head_read: bool = True,
 ) -> Any:
     """Builds a model on the CPU, in its own type. The initial weights depend on (seed, name, module) alone; weights in
     bf16 are those in fp32, rounded.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
     `num_labels`: classes of a classifier's head (1: a number), called `class_names` where they have names; None: the head
-    of a language model.
+    of a language model, which pretrained weights may lack if it is not `is_head_read`.
     """
     if model.pretrained is not None:
         folder = Folder.read(model.pretrained, model.revision)
         if model.dropout is not None:
             folder.config.update({key: model.dropout for key in dropouts(folder.config)})
-        start = start_of(folder, num_labels, class_names, special_ids)
+        start = start_of(folder, num_labels, class_names, special_ids, is_head_read=is_head_read)
         if (rows := start.config.get_text_config().vocab_size) < vocab_size:
             raise ModelError(f"{model.pretrained!r} has {rows} rows for a tokenizer of {vocab_size} tokens")
         return _load(start, DTYPES[model.dtype], name=name, seed=seed)
@@ -185,7 +186,7 @@ class Start:
     folder: Folder
     config: Any
     kind: Any  # class of the model
-    fresh: frozenset[str]  # tensors of a classifier's head that are drawn anew
+    fresh: frozenset[str]  # tensors of a head that are drawn anew
     order: tuple[int, ...]  # the folder's number of each class, where the folder has the head
 
 
@@ -194,6 +195,8 @@ def start_of(
     num_labels: int | None,
     class_names: Sequence[str] = (),
     special_ids: Mapping[str, int] | None = None,
+    *,
+    is_head_read: bool = True,
 ) -> Start:
     """Finds out from headers alone how pretrained weights are loaded. Raises ModelError where they do not fit."""
     config = copy.deepcopy(folder.config)
@@ -201,7 +204,7 @@ def start_of(
         net = language_model = from_config(config)
         if num_labels is not None:
             net = from_config(config, num_labels, class_names, special_ids)
-    fresh = folder.fresh(net, language_model)
+    fresh = folder.fresh(net, language_model, is_head_read=is_head_read)
     order, config = tuple(range(num_labels or 0)), net.config
     if num_labels is not None and not fresh:
         order = _order_of_classes(folder, class_names)

@@ -48,11 +48,11 @@ class Folder:
         config, trunk = _config(name, path, fields)
         return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path))
 
-    def fresh(self, net: PreTrainedModel, language_model: PreTrainedModel) -> frozenset[str]:
-        """Returns the tensors of a classifier's head that the folder lacks: all of `net` that are drawn anew.
+    def fresh(self, net: Any, language_model: Any, *, is_head_read: bool = True) -> frozenset[str]:
+        """Returns the tensors of a head that the folder lacks: all of `net` that are drawn anew.
 
         `net`: a model of this config on the meta device, of the class that will be loaded. `language_model`: the same for
-        the family's language model, whose head is never drawn anew. Raises ModelError where tensors are missing, unexpected
+        the family's language model, whose head is drawn anew only if it is not read. Raises ModelError where tensors are missing, unexpected
         or of another shape.
         """
         with _quiet():
@@ -66,9 +66,9 @@ class Folder:
             )
         missing, unexpected = set(about["missing_keys"]), set(about["unexpected_keys"])
         shapes = {name: (list(stored), list(wanted)) for name, stored, wanted in about["mismatched_keys"]}
-        is_task, last, trunk = net is not language_model, "", missing
-        if is_task:
-            last, known = class_layer(net), language_model.state_dict()
+        is_task, known = net is not language_model, language_model.state_dict()
+        last, trunk = class_layer(net) if is_task else "", missing
+        if is_task or not is_head_read:
             trunk = {name for name in missing if name in known and name.startswith(f"{net.base_model_prefix}.")}
         others = shapes.keys() - {f"{last}.weight", f"{last}.bias"}
         if trunk or others or self._other_parts(net, unexpected, is_task=is_task):
