@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from trainables.config.data import PretrainedTokenizer
 from trainables.config.errors import DataError
@@ -80,10 +80,13 @@ def open_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def chat_template(tokenizer: Any) -> str:
-    """Returns the template of a chat model's tokenizer. Raises DataError where there is none."""
+def chat_template(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
+    """Returns the template of a chat model's tokenizer; some have another one for conversations with tools.
+
+    Raises DataError where there is none.
+    """
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=tools or None)
     except ValueError:  # there is none, or several without a default
         raise DataError(
             "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
@@ -129,6 +132,23 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
     pairs = ((tokenizer.cls_token_id, tokenizer.bos_token_id), (tokenizer.sep_token_id, tokenizer.eos_token_id))
     start, end = (first if first is not None else second for first, second in pairs)
     return start, end
+
+
+def stops(spec: PretrainedTokenizer, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids that end a reply whatever the template: the tokenizer's own, and those that the `generation_config`
+    beside it lists."""
+    try:
+        beside = GenerationConfig.from_pretrained(str(Path(spec.name).expanduser()), revision=spec.revision)
+        listed = beside.eos_token_id
+    except (OSError, ValueError):  # there is none
+        listed = None
+    every = (ends(tokenizer)[1], *(listed if isinstance(listed, list) else [listed]))
+    return tuple(dict.fromkeys(token for token in every if token is not None))
+
+
+def marks(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of added tokens, blanks excepted: those with which templates mark the parts of a conversation."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace())
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
