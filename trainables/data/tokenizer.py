@@ -137,13 +137,22 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
 def stops(spec: PretrainedTokenizer, tokenizer: Any) -> tuple[int, ...]:
     """Returns the ids that end a reply whatever the template: the tokenizer's own, and those that the `generation_config`
     beside it lists."""
+    beside = generation_config(spec.name, spec.revision)
+    return tuple(dict.fromkeys([*listed(ends(tokenizer)[1]), *(listed(beside.eos_token_id) if beside else ())]))
+
+
+def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
+    """Returns the `generation_config` of a folder or of the hub, where there is one."""
+    folder = Path(name).expanduser()
     try:
-        beside = GenerationConfig.from_pretrained(str(Path(spec.name).expanduser()), revision=spec.revision)
-        listed = beside.eos_token_id
-    except (OSError, ValueError):  # there is none
-        listed = None
-    every = (ends(tokenizer)[1], *(listed if isinstance(listed, list) else [listed]))
-    return tuple(dict.fromkeys(token for token in every if token is not None))
+        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Returns token ids as a list: configs hold one, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def marks(tokenizer: Any) -> frozenset[int]:

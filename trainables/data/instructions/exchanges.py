@@ -78,11 +78,15 @@ class ExchangeSet(PreparedData):
         return self.end_ids[0]
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes all tokens."""
+        return bool(self.about["exchanges"]["template"] == "chat")
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply: those of the data, the most usual first; in a chat also those that end the replies of
         its tokenizer's model."""
-        facts = self.about["exchanges"]
-        return tuple(dict.fromkeys([*facts["ends"], *(self.about["stops"] if facts["template"] == "chat" else ())]))
+        return tuple(dict.fromkeys([*self.about["exchanges"]["ends"], *(self.about["stops"] if self.is_chat else ())]))
 
     @property
     def scoring(self) -> Scoring:
