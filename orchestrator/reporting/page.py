@@ -22,6 +22,7 @@ from orchestrator.reporting.document import Block, Command, Drawing, Section, Ta
 from orchestrator.reporting.figures import LIGHT
 from orchestrator.reporting.first_figure import pairs_and_cost
 from orchestrator.reporting.recommendation import Advice, advice
+from orchestrator.reporting.unfinished import unfinished_replies
 from orchestrator.study.schema import Study
 from trainables.config.trial import TrialSpec
 
@@ -32,10 +33,11 @@ class Summary:
 
     answer: str
     verdicts: Sequence[str]  # of each claim
+    cautions: Sequence[str] = ()
 
     @property
     def lines(self) -> list[str]:
-        return [self.answer, *self.verdicts]
+        return [self.answer, *self.verdicts, *self.cautions]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Page:
     scale: str
     counts: str
     answer: str
+    cautions: Sequence[str]
     lines: Sequence[Line]
     figure: Drawing | None
     advice: Advice
@@ -92,6 +95,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         scale=_scale(study),
         counts=_counts(tables),
         answer=answer(tables, verdicts),
+        cautions=unfinished_replies(tables),
         lines=claim_lines(verdicts),
         figure=pairs_and_cost(study, tables, verdicts),
         advice=advice(study, tables, points, verdicts, storage=storage),
@@ -102,7 +106,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines])
+    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 
@@ -153,7 +157,7 @@ def _markdown(page: Page) -> str:
     use += [Table("Recipe", ("factor", "value"), a.recipe, "ll")] if a.recipe else []
     use += [Table("Confidence and cost", ("what", "value"), a.facts, "ll")] if a.facts else []
     use += [Command(a.command)] if a.command else []
-    blocks: list[Block] = [page.scale, page.counts, page.answer]
+    blocks: list[Block] = [page.scale, page.counts, page.answer, *page.cautions]
     blocks += [Table("Claims", head, lines, "lllrrrrrrl")] if lines else []
     blocks += [page.figure] if page.figure else []
     out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from trainables.config.data import PretrainedTokenizer
 from trainables.config.errors import DataError
@@ -80,10 +80,13 @@ def open_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def chat_template(tokenizer: Any) -> str:
-    """Returns the template of a chat model's tokenizer. Raises DataError where there is none."""
+def chat_template(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
+    """Returns the template of a chat model's tokenizer; some have another one for conversations with tools.
+
+    Raises DataError where there is none.
+    """
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=tools or None)
     except ValueError:  # there is none, or several without a default
         raise DataError(
             "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
@@ -129,6 +132,32 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
     pairs = ((tokenizer.cls_token_id, tokenizer.bos_token_id), (tokenizer.sep_token_id, tokenizer.eos_token_id))
     start, end = (first if first is not None else second for first, second in pairs)
     return start, end
+
+
+def stops(spec: PretrainedTokenizer, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids that end a reply whatever the template: the tokenizer's own, and those that the `generation_config`
+    beside it lists."""
+    beside = generation_config(spec.name, spec.revision)
+    return tuple(dict.fromkeys([*listed(ends(tokenizer)[1]), *(listed(beside.eos_token_id) if beside else ())]))
+
+
+def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
+    """Returns the `generation_config` of a folder or of the hub, where there is one."""
+    folder = Path(name).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Returns token ids as a list: configs hold one, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def marks(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of added tokens, blanks excepted: those with which templates mark the parts of a conversation."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace())
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
