@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from orchestrator.analysis.tables import tables
 from orchestrator.cli import add_study_arguments, open_storage
@@ -31,7 +31,7 @@ from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import open_data
-from trainables.data.tokenizer import encode, ends, generation_config, listed
+from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
 from trainables.models import build, shared_bert
 from trainables.storage.phase_store import Corrupt, PhaseStore
 from trainables.training.phase_graph import streams_of
@@ -114,11 +114,16 @@ def export(
             _keep_generation_config(to, generation_config(named.pretrained, named.revision))
         _describe_tokenizer(to, net)
         made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
-        card = model_card(study, made, Exported(row, model, phase, _task(net)), storage=uri)
+        loader = _tokenizer_class(to, tokenizer)
+        card = model_card(study, made, Exported(row, model, phase, _task(net), loader), storage=uri)
         (to / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
+    if loader != "AutoTokenizer":
+        print(
+            f"load its tokenizer with {loader}: AutoTokenizer gives a {net.config.model_type} rules that this one was not made by"
+        )
 
 
 def set_generation_tokens(net: Any, tokenizer: Any, end_ids: Sequence[int] = (), *, is_chat: bool = False) -> None:
@@ -191,6 +196,11 @@ def _describe_tokenizer(to: Path, net: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_class(to: Path, tokenizer: Any) -> str:
+    """Names the class of transformers that reads texts from the folder as the model was trained."""
+    return "AutoTokenizer" if reads_alike(AutoTokenizer.from_pretrained(to), tokenizer) else "PreTrainedTokenizerFast"
 
 
 def _task(net: Any) -> str:

@@ -18,6 +18,9 @@ from trainables.storage.hub import why_not
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
+# Keys of tokenizer_config.json that change what tokenizer.json says.
+OVERRIDES = ("add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars")
+
 # Two tokenizers with one vocabulary may still differ in what they do to case, accents, spaces and numbers.
 PROBE = "The naïve Café's  RÉSUMÉ, don't_split: 1,234.5e-6 x[0] = {'key': \"value\"}\n\tunbelievably ﬁne… 中文 🙂"
 
@@ -72,7 +75,26 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
         raise DataError(f"tokenizer: cannot load {spec.name!r}{at} from a folder or the hub: {reason}") from error
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {spec.name!r} has no fast form; choose one with a tokenizer.json")
-    return tokenizer
+    return _as_its_file(tokenizer, where, spec.revision)
+
+
+def _as_its_file(tokenizer: Any, where: str, revision: str | None) -> Any:
+    """Returns the tokenizer of `tokenizer.json`, with which the model was trained.
+
+    AutoTokenizer gives some model types (Qwen2, Phi-3) the rules of their class in place of the file's, whatever the file says.
+    What tokenizer_config.json sets itself counts.
+    """
+    try:
+        plain = PreTrainedTokenizerFast.from_pretrained(where, revision=revision)
+    except (OSError, ValueError):  # there is no such file
+        return tokenizer
+    overridden = any(tokenizer.init_kwargs.get(key) is not None for key in OVERRIDES)
+    return tokenizer if overridden or reads_alike(tokenizer, plain) else plain
+
+
+def reads_alike(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers give a text of all kinds of characters the same ids."""
+    return encode(tokenizer, [PROBE]) == encode(other, [PROBE])
 
 
 def open_tokenizer(folder: str) -> Any:
