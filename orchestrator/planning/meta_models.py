@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoConfig
 
-from trainables.config.errors import ModelError
 from trainables.config.models import Model
 from trainables.config.phase import How, Lora
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import Prepared
-from trainables.models import build, lora, output_head, tokenizer_check
+from trainables.models import build, configs, lora, output_head, tokenizer_check
 from trainables.training.layer_outputs import num_executed
 
 Precision = Literal["fp32", "bf16"]
@@ -84,14 +82,7 @@ class Shapes:
         return self._once(("config", *_key(model, length)), lambda: self._config(model, length))
 
     def _config(self, model: Model, length: int) -> Any:
-        if model.pretrained is None:
-            special_ids = dict(self.special_ids)
-            return build.make_config(model, vocab_size=self.vocab_size, special_ids=special_ids, length=length)
-        try:
-            name, revision = model.pretrained, model.revision or "main"
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no model at {model.pretrained!r}: {str(error).splitlines()[0]}") from None
+        return configs.config_of(model, vocab_size=self.vocab_size, special_ids=self.special_ids, length=length)
 
     def net(self, model: Model, length: int, *, how: How = "full", num_labels: int | None = None) -> Any:
         """The model on the meta device, trained as `how` says, with a classifier's head where `num_labels` is given.
@@ -127,7 +118,8 @@ class Shapes:
 
 
 def _key(model: Model, length: int) -> tuple[str, int]:
-    return model.model_dump_json(exclude={"init"}), length  # how weights are drawn does not change their number
+    # how weights are drawn does not change their number, but copied layers bring settings of a model that this one is like
+    return model.model_dump_json(exclude={"init"} if model.like is None else None), length
 
 
 def _reply_share(data: ExchangeSet) -> float:

@@ -23,7 +23,7 @@ from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.prepared import Prepared, open_data
-from trainables.models import remap
+from trainables.models import configs, remap
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
@@ -181,19 +181,19 @@ def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
             key = digest([*pair, model.init.depth, model.init.width])
             if key in seen:
                 continue
-            config = shapes.config(source, longest(spec))
-            how = f"{model.init.depth} {config.num_hidden_layers}→{model.layers}"
+            ours, theirs = (shapes.net(m, longest(spec)) for m in (source, model))
+            how = f"{model.init.depth} {ours.config.num_hidden_layers}→{theirs.config.num_hidden_layers}"
             if model.init.width is not None:
-                how += f", {model.init.width} {config.hidden_size}→{model.width}"
+                how += f", {model.init.width} {ours.config.hidden_size}→{theirs.config.hidden_size}"
+            plan = remap.check(model.init.depth, ours.config, theirs.config, model.init.width)
             try:
-                plan, found = remap.preview_remap(source, model, config if source.pretrained else None)
-                layers = " ".join("-" if i is None else str(i) for i in plan)
-                verdict = f"layers {layers}; {found.verdict} (logits change by {found.difference:.2g})"
-            except ValueError as error:  # pretrained weights of a family whose small models are none
-                if source.pretrained is None:
-                    raise
-                verdict = f"not measured: {str(error).splitlines()[0]}"
-            seen[key] = f"{name} from {model.init.from_}, {how}: {verdict}"
+                _, found = remap.preview_remap(model.init, ours.config, theirs.config)
+                verdict = f"{found.verdict} (logits change by {found.difference:.2g})"
+            except Exception as error:  # a family whose small models are none
+                verdict = f"not measured: {configs.one_line(error)}"
+            layers = " ".join("-" if i is None else str(i) for i in plan)
+            parts = [f"layers {layers}", verdict, *remap.notes(ours, theirs, plan)]
+            seen[key] = f"{name} from {model.init.from_}, {how}: {'; '.join(parts)}"
     return list(seen.values())
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -34,8 +29,8 @@ from trainables.config.models import Model, Random
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
 from trainables.models import shared_bert
-from trainables.models.initialise import initialise, position_table
-from trainables.models.layouts import INNER_SIZES
+from trainables.models.configs import auto_class, dropouts, is_masked_lm, make_config, one_line, text_part
+from trainables.models.initialise import initialise
 from trainables.storage.hub import why_not
 
 
@@ -95,66 +90,6 @@ def initial(model: Model) -> Random:
     return model.init if isinstance(model.init, Random) else model.init.rest
 
 
-def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
-    """The transformers config of a shape. Raises ModelError for fields that the family does not have."""
-    assert model.family is not None and model.width is not None
-    if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise ModelError(
-            f"transformers has no language model of family {model.family!r}; expected bert, modernbert, gpt2 …"
-        )
-    config = AutoConfig.for_model(model.family)
-    fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "num_hidden_layers": model.layers,
-        "hidden_size": model.width,
-        "num_attention_heads": model.num_heads,
-    }
-    inner = next((key for key in INNER_SIZES if hasattr(config, key)), None)
-    if inner is not None:
-        fields[inner] = model.intermediate_size or 4 * model.width
-    if hasattr(config, "max_position_embeddings"):
-        fields["max_position_embeddings"] = max(length, 8) + _position_offset(model.family)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
-        if hasattr(config, key):
-            fields[key] = special_ids.get(key)
-    if hasattr(config, "num_key_value_heads"):  # heads that share keys and values must be asked for in `config`
-        fields["num_key_value_heads"] = model.num_heads
-    if getattr(config, "head_dim", None) is not None:
-        fields["head_dim"] = model.width // model.num_heads
-    if model.dropout is not None:
-        fields.update({key: model.dropout for key in dropouts(config)})
-    for key, value in model.config.items():
-        if not hasattr(config, key):
-            raise ModelError(f"a {model.family} config has no field {key!r}")
-        fields[key] = value
-    config = AutoConfig.for_model(model.family, **fields)
-    if model.sharing is None:
-        return config
-    try:
-        return shared_bert.shared(config, model.sharing.order, model.sharing.swap)
-    except shared_bert.SharingError as error:
-        raise ModelError(str(error)) from None
-
-
-@cache
-def _position_offset(family: str) -> int:
-    """Rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
-    with torch.device("meta"):
-        table = position_table(from_config(AutoConfig.for_model(family)))
-    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-
-
-def dropouts(config: Any) -> Iterator[str]:
-    """The fields of a transformers config that are dropout rates, except that of a classifier's head."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and key.endswith(("dropout", "dropout_prob", "pdrop")) and "classifier" not in key:
-            yield key
-
-
-def is_masked_lm(family: str) -> bool:
-    return family in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, shared_bert.FAMILY)
-
-
 def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
     """Raises ModelError unless a masked stream has an encoder and a next-token stream a decoder."""
     if (corruption is not None) != is_masked_lm(config.model_type):
@@ -181,7 +116,7 @@ def _load(
         )
         _refuse_code_of_the_hub(config, repr(model.pretrained))
         if model.dropout is not None:
-            config.update({key: model.dropout for key in dropouts(config)})
+            text_part(config).update({key: model.dropout for key in dropouts(text_part(config))})
         if num_labels is not None:
             _give_labels(config, num_labels)
             if config.pad_token_id is None:
@@ -202,6 +137,8 @@ def _load(
     except (OSError, ValueError, SafetensorError) as error:
         expected = "a folder with config.json and model.safetensors, or a hub id"
         raise _missing(str(model.pretrained), expected, error) from None
+    if num_labels is None:
+        net = _text_model(net)
     if net.config.vocab_size < vocab_size:
         raise ModelError(
             f"{model.pretrained!r} has {net.config.vocab_size} rows for a tokenizer of {vocab_size} tokens"
@@ -210,6 +147,16 @@ def _load(
         absent = {*about["missing_keys"], *(entry[0] for entry in about["mismatched_keys"])}
         _draw_again(net, {path.rpartition(".")[0] for path in absent}, name=name, seed=seed)
     return net
+
+
+def _text_model(net: Any) -> Any:
+    """The language model within one that also reads images or sound; another model as it is."""
+    if (part := text_part(net.config)) is net.config:
+        return net
+    text = from_config(part)
+    text.base_model.load_state_dict(net.get_decoder().state_dict())
+    text.get_output_embeddings().load_state_dict(net.get_output_embeddings().state_dict())
+    return text.to(net.dtype).eval()
 
 
 @torch.no_grad()
@@ -280,15 +227,16 @@ def from_config(config: Any, num_labels: int | None = None) -> Any:
     if num_labels is not None:
         config = copy.deepcopy(config)
         _give_labels(config, num_labels)
-    net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+    try:
+        net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+    except Exception as error:  # each family checks its config in its own way
+        raise ModelError(f"transformers cannot make a {config.model_type} of this config: {one_line(error)}") from None
     net.config.architectures = [type(net).__name__]
     return net
 
 
 def _auto(config: Any, num_labels: int | None) -> Any:
-    if num_labels is not None:
-        return AutoModelForSequenceClassification
-    return AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+    return auto_class(config.model_type) if num_labels is None else AutoModelForSequenceClassification
 
 
 def _give_labels(config: Any, num_labels: int) -> None:
