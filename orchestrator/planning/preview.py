@@ -16,7 +16,7 @@ from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.errors import StudyError
 from orchestrator.study.schema import Choice, Study
-from trainables.config.errors import DataError
+from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
 from trainables.config.terms import Term
 from trainables.config.trial import TrialSpec
@@ -41,18 +41,21 @@ def print_plan(scheduler: Scheduler) -> None:
             data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}
             check_trial(study, spec, data, shapes)
         trials, rows = scheduler.known(), scheduler.ledger.rows
-        sections = {
-            "trials": _trials(study, trials, rows),
-            "phases": _phases(scheduler.storage, trials, base, corpora),
-            "models": _models(study, base, shapes),
-            "losses": _losses(base),
-            "remaps": _remaps([trial.spec for trial in reached], shapes),
-            "data": _data(base, corpora),
-            "memory": memory_lines(study, shapes, reached),
-            "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
-            "claims": claim_lines(study),
-            "power": _power(study),
-        }
+        try:
+            sections = {
+                "trials": _trials(study, trials, rows),
+                "phases": _phases(scheduler.storage, trials, base, corpora),
+                "models": _models(study, base, shapes),
+                "losses": _losses(base),
+                "remaps": _remaps([trial.spec for trial in reached], shapes),
+                "data": _data(base, corpora),
+                "memory": memory_lines(study, shapes, reached),
+                "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
+                "claims": claim_lines(study),
+                "power": _power(study),
+            }
+        except ModelError as error:
+            raise StudyError(f"{study.file}: models: {error}") from None
     print(f"\n{study.folder}: {study.question}\n")
     for heading, lines in sections.items():
         for i, line in enumerate(lines):
