@@ -197,10 +197,11 @@ def _like(model: Model, other: Any) -> dict[str, Any]:
 
 
 def per_layer(config: Any) -> dict[str, Any]:
-    """The fields of a config that have a value for each layer."""
-    lists = {key: value for key, value in config.to_dict().items() if isinstance(value, list | tuple)}
+    """The fields of a config that have a value for each layer, which is not the number of a layer."""
+    lists = {key: [*value] for key, value in config.to_dict().items() if isinstance(value, list | tuple)}
     num, others = getattr(config, "num_hidden_layers", None), ("token_id", "architectures")
-    return {key: value for key, value in lists.items() if len(value) == num and not key.endswith(others)}
+    found = {key: value for key, value in lists.items() if len(value) == num and not key.endswith(others)}
+    return {key: value for key, value in found.items() if value != [*range(len(value))]}
 
 
 def inner_size(config: Any) -> str | None:
@@ -249,7 +250,7 @@ def _read_back(model: Model, config: Any) -> None:
     asked = {key: getattr(model, size) for size, key in sizes.items() if getattr(model, size) is not None}
     if model.intermediate_size is not None and (inner := inner_size(config)) is not None:
         asked[inner] = model.intermediate_size
-    for key, value in {**asked, **model.config}.items():
+    for key, value in (*asked.items(), *model.config.items()):
         found = getattr(config, key, None)
         if not _holds(found, value):
             which = "has no such field" if found is None else f"makes that {found!r}"

@@ -96,9 +96,9 @@ def notes(source: Any, target: Any, layers: Layers) -> Iterator[str]:
         yield f"the last {rest} layers of the source are not copied"
     if old.is_rotary and new.head_size % old.head_size and old.head_size % new.head_size:
         yield f"rotary heads of {old.head_size} become {new.head_size}, no multiple: channels turn at the nearest speed"
-    kinds = {key: value for key, value in configs.per_layer(target.config).items() if key in source.config.to_dict()}
-    for key, theirs in kinds.items():
-        ours = getattr(source.config, key)
+    of_source, of_target = configs.per_layer(source.config), configs.per_layer(target.config)
+    for key in of_source.keys() & of_target.keys():
+        ours, theirs = of_source[key], of_target[key]
         for to, layer in enumerate(layers):
             if isinstance(layer, int) and ours[layer] != theirs[to]:
                 yield f"layer {to} has {key} {theirs[to]} and weights of layer {layer}, which has {ours[layer]}"
