@@ -24,6 +24,7 @@ from orchestrator.reporting.first_figure import pairs_and_cost
 from orchestrator.reporting.recommendation import Advice, advice
 from orchestrator.reporting.unfinished import unfinished_replies
 from orchestrator.study.schema import Study
+from trainables.config.models import Model
 from trainables.config.trial import TrialSpec
 
 
@@ -121,10 +122,17 @@ def _scale(study: Study) -> str:
     shapes: dict[str, list[str]] = {}
     for spec in specs:
         for name, model in spec.models.items():
-            shapes.setdefault(name, []).append(model.pretrained or f"{model.layers}×{model.width}")
+            shapes.setdefault(name, []).append(_shape(model))
     sizes = ", ".join(f"{name} {' or '.join(dict.fromkeys(variants))}" for name, variants in shapes.items())
     profile = f"{study.profile} profile, " if study.profile else ""
     return f"Scale: {profile}{sizes} (layers × width). Results at this scale may not transfer to larger models."
+
+
+def _shape(model: Model) -> str:
+    if isinstance(model.like, Model):
+        given = [f"{size} {what}" for what, size in (("layers", model.layers), ("width", model.width)) if size]
+        return f"{_shape(model.like)} with {' and '.join(given) or 'other settings'}"
+    return model.pretrained or f"{model.layers}×{model.width}"
 
 
 def _counts(tables: Tables) -> str:

@@ -23,7 +23,9 @@ def write_folder(folder: Path, config: PreTrainedConfig, **about: Any) -> Tokeni
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([TEXT] * 20, trainer)
     config.save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))
