@@ -5,7 +5,7 @@ STUDY ?= search_spaces/dwt.yaml
 PORT ?= 5000
 CLUSTER ?= cluster.yaml
 
-.PHONY: install sweep test test-all ui cluster clean
+.PHONY: install sweep test test-all long ui cluster clean
 
 install: .venv/installed
 
@@ -28,6 +28,9 @@ test: install  # lint, types, words, unit tests; needs no root and no services
 
 test-all: install  # the tests that start Ray, kill processes or open a browser
 	$(BIN)/python -m pytest -q -m "slow or faults or hosts or browser"
+
+long: install  # minutes: every family of models that transformers has is trained, exported and loaded, or refused
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
 
 ui: install  # MLflow on loopback, with every trial nested under its study
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
+from transformers import AutoTokenizer, GenerationConfig
 
 from orchestrator.analysis.tables import tables
 from orchestrator.cli import add_study_arguments, open_storage
@@ -26,10 +27,17 @@ from orchestrator.study.errors import StudyError, nearest
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
+from trainables.config.phase_run import PhaseRun
+from trainables.config.trial import TrialSpec
+from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import open_data
-from trainables.data.tokenizer import encode, ends
+from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
 from trainables.models import build, shared_bert
 from trainables.storage.phase_store import Corrupt, PhaseStore
+from trainables.training.phase_graph import streams_of
+
+# keys of tokenizer_config.json that say how we loaded it, or that make a loader put special tokens elsewhere
+OURS = ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,41 +95,65 @@ def export(
         net = build.restore(trained[phase].configs[model], store.weights(trained[phase].key, model))
         if net.config.model_type == shared_bert.FAMILY:
             net = shared_bert.unrolled(net)
-        data = next(value for name, value in row["fingerprints"].items() if name.startswith("data:"))
-        tokenizer = open_data(storage.sub("data").uri, data).tokenizer
+        spec, run = TrialSpec.model_validate(row["spec"]), PhaseRun.parse(phase)
+        stream = streams_of(spec, run)[spec.phases[run.phase].pace]
+        data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{stream.data}"])
+        tokenizer, named = data.tokenizer, spec.models[model]
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
     try:
         if net.can_generate():
-            set_generation_tokens(net, tokenizer)
+            is_chat = isinstance(data, ExchangeSet) and data.is_chat
+            set_generation_tokens(net, tokenizer, getattr(data, "end_ids", ()), is_chat=is_chat)
+        else:
+            set_special_tokens(tokenizer, *ends(tokenizer))
         net.save_pretrained(str(to))
         _name_rotary(to)
         tokenizer.save_pretrained(str(to))
-        _name_inputs(to, net)
+        if named.pretrained is not None:
+            _keep_generation_config(to, generation_config(named.pretrained, named.revision))
+        _describe_tokenizer(to, net)
         made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
-        card = model_card(study, made, Exported(row, model, phase, _task(net)), storage=uri)
+        loader = _tokenizer_class(to, tokenizer)
+        card = model_card(study, made, Exported(row, model, phase, _task(net), loader), storage=uri)
         (to / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
+    if loader != "AutoTokenizer":
+        print(
+            f"load its tokenizer with {loader}: AutoTokenizer gives a {net.config.model_type} rules that this one was not made by"
+        )
 
 
-def set_generation_tokens(net: Any, tokenizer: Any) -> None:
-    """Sets a decoder's special tokens as in training: a start token before the prompt, none after it, an end token that
-    ends a reply."""
+def set_generation_tokens(net: Any, tokenizer: Any, end_ids: Sequence[int] = (), *, is_chat: bool = False) -> None:
+    """Sets a decoder's special tokens as in training: a start token before the prompt, none after it, and `end_ids`, by default
+    the tokenizer's end token, of which any ends a reply. A chat template writes all tokens itself."""
     start, end = ends(tokenizer)
+    stops = list(end_ids) or listed(end)
     for config in (net.config, net.generation_config):
-        config.bos_token_id, config.eos_token_id = start, end
-        config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        config.bos_token_id = config.bos_token_id if start is None else start
+        config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+        config.pad_token_id = stops[0] if tokenizer.pad_token_id is None and stops else tokenizer.pad_token_id
     for name, token in (("bos_token", start), ("eos_token", end)):
         if getattr(tokenizer, name) is None and token is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
-    before = [] if start is None else [start]
-    if tokenizer("a", "b")["input_ids"] == [*before, *encode(tokenizer, ["a"])[0], *encode(tokenizer, ["b"])[0]]:
+    set_special_tokens(tokenizer, None if is_chat else start, None)
+
+
+def set_special_tokens(tokenizer: Any, start: int | None, end: int | None) -> None:
+    """Makes the tokenizer put `start` before a text or a pair of texts, and `end` after each text, unless it does so."""
+    before, after = listed(start), listed(end)
+    first, second = (encode(tokenizer, [text])[0] for text in "ab")
+    as_trained = ([*before, *first, *after], [*before, *first, *after, *second, *after])
+    if (tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]) == as_trained:
         return
-    names = tokenizer.convert_ids_to_tokens(before)
+    (head, tail) = (tokenizer.convert_ids_to_tokens(ids) for ids in (before, after))
+    single = [*head, "$A", *tail]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=list(zip(names, before, strict=True))
+        single=single,
+        pair=[*single, "$B:1", *(f"{token}:1" for token in tail)],
+        special_tokens=list(zip([*head, *tail], [*before, *after], strict=True)),
     )
 
 
@@ -134,16 +166,41 @@ def _name_rotary(to: Path) -> None:
     if own:
         scaling = {key: value for key, value in rotary.items() if key not in own}
         about |= {**own, "rope_scaling": None if rotary.get("rope_type", "default") == "default" else scaling}
-        path.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        write_json(path, about)
 
 
-def _name_inputs(to: Path, net: Any) -> None:
-    """Makes the tokenizer return token types to a model that has them, as in training; save_pretrained drops this."""
+def _keep_generation_config(to: Path, own: GenerationConfig | None) -> None:
+    """Adds what a pretrained model's own `generation_config` says of sampling and ends; our tokens count where both do."""
+    path = to / "generation_config.json"
+    if own is None or not path.exists():
+        return
+    ours = json.loads(path.read_text())
+    stops = list(dict.fromkeys([*listed(ours.get("eos_token_id")), *listed(own.eos_token_id)]))
+    write_json(path, {**own.to_diff_dict(), **ours, "eos_token_id": stops if len(stops) > 1 else stops[0]})
+
+
+def _describe_tokenizer(to: Path, net: Any) -> None:
+    """Describes the tokenizer as older loaders know it, and so that all read tokenizer.json as it is. It returns token types to a
+    model that has them, as in training; save_pretrained drops this."""
     path = to / "tokenizer_config.json"
-    about = json.loads(path.read_text())
-    if getattr(net.config, "type_vocab_size", 0) > 1 and "model_input_names" not in about:
-        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    about = {key: value for key, value in json.loads(path.read_text()).items() if key not in OURS}
+    types = ["token_type_ids"] if getattr(net.config, "type_vocab_size", 0) > 1 else []
+    if isinstance(about.get("extra_special_tokens"), list):
+        about["additional_special_tokens"] = about.pop("extra_special_tokens")
+    about |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+    }
+    write_json(path, about)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_class(to: Path, tokenizer: Any) -> str:
+    """Names the class of transformers that reads texts from the folder as the model was trained."""
+    return "AutoTokenizer" if reads_alike(AutoTokenizer.from_pretrained(to), tokenizer) else "PreTrainedTokenizerFast"
 
 
 def _task(net: Any) -> str:

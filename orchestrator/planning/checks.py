@@ -61,7 +61,7 @@ def _named(file: str, path: str) -> Iterator[None]:
         yield
     except forward.TermError as error:
         raise StudyError(f"{file}phases: {error}") from None
-    except (ModelError, remap.RemapError, DataError, GenerationError) as error:
+    except (ModelError, DataError, GenerationError) as error:
         raise StudyError(f"{file}{path}{error}") from None
 
 

@@ -16,6 +16,7 @@ from orchestrator.planning.slot_fit import num_slots
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.schema import Study
+from trainables.config.errors import ModelError
 from trainables.config.phase import Phase, ReplySource, Sampled, Stream
 from trainables.config.phase_run import PhaseRun
 from trainables.config.schedules import RisesWithLoss
@@ -25,7 +26,7 @@ from trainables.data.instructions.packing import ExchangeBatch
 from trainables.data.prepared import Prepared
 from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
-from trainables.models import build, output_head
+from trainables.models import build, configs, output_head
 from trainables.storage.files import Storage, bytes_text
 from trainables.storage.phase_store import PhaseStore
 from trainables.training.phase_graph import head_of, longest, num_steps, streams_of
@@ -149,10 +150,16 @@ class StepTimer:
 
         def step() -> None:
             for model, net in nets.items():
-                with torch.set_grad_enabled(model in phase.train):
-                    loss = _loss(net, read.batch(rows, stream.corruption, seed=0), is_task=read.num_labels is not None)
-                if model in phase.train:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                try:
+                    with torch.set_grad_enabled(model in phase.train):
+                        loss = _loss(
+                            net, read.batch(rows, stream.corruption, seed=0), is_task=read.num_labels is not None
+                        )
+                    if model in phase.train:
+                        loss.backward()  # type: ignore[no-untyped-call]
+                except Exception as error:  # each family fails in its own way where text alone is not enough
+                    about = f"{model} (a {net.config.model_type}) cannot read the data"
+                    raise ModelError(f"{about}: {configs.one_line(error)}") from None
 
         step()  # warms up
         started = time.monotonic()

@@ -22,7 +22,7 @@ from trainables.config.models import Model
 from trainables.config.phase import How, Lora
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import Prepared
-from trainables.models import build, lora, output_head, tokenizer_check
+from trainables.models import build, configs, lora, output_head, tokenizer_check
 from trainables.models.pretrained import Folder
 from trainables.training.layer_outputs import num_executed
 
@@ -85,10 +85,9 @@ class Shapes:
 
     def _config(self, model: Model, length: int) -> Any:
         if model.pretrained is None:
-            special_ids = dict(self.special_ids)
-            return build.make_config(model, vocab_size=self.vocab_size, special_ids=special_ids, length=length)
-        config = copy.deepcopy(self.folder(model).config)
-        if not build.is_masked_lm(config.model_type):  # as where a decoder classifies
+            return configs.config_of(model, vocab_size=self.vocab_size, special_ids=self.special_ids, length=length)
+        config = copy.deepcopy(configs.text_part(self.folder(model).config))
+        if not configs.is_masked_lm(config.model_type):  # as where a decoder classifies
             config.pad_token_id = self.special_ids.get("pad_token_id", config.pad_token_id)
         return config
 
@@ -140,7 +139,8 @@ class Shapes:
 
 
 def _key(model: Model, length: int) -> tuple[str, int]:
-    return model.model_dump_json(exclude={"init"}), length  # how weights are drawn does not change their number
+    # how weights are drawn does not change their number, but copied layers bring settings of a model that this one is like
+    return model.model_dump_json(exclude={"init"} if model.like is None else None), length
 
 
 def _reply_share(data: ExchangeSet) -> float:
@@ -155,7 +155,7 @@ def count_activations(net: Any, row: RowShape, *, precision: Precision, drops: b
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # logs an error before it raises
     try:
         one, two = (_saved_bytes(net, row, num, precision) for num in (1, 2))
-    except (RuntimeError, NotImplementedError):  # the code needs values, or has no kernel for shapes alone
+    except Exception:  # the code needs values, or has no kernel for shapes alone
         one, two = (num * row.length * _token_bytes(net) for num in (1, 2))
     layer_input = row.length * net.config.hidden_size * net.dtype.itemsize
     return Activations(2 * one - two, two - one, num_executed(net.config), layer_input)

@@ -17,14 +17,14 @@ from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.errors import StudyError
 from orchestrator.study.schema import Choice, Study
-from trainables.config.errors import DataError
+from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
 from trainables.config.terms import Term
 from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.prepared import Prepared, open_data
-from trainables.models import remap, tokenizer_check
+from trainables.models import configs, remap, tokenizer_check
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
@@ -41,18 +41,21 @@ def print_plan(scheduler: Scheduler) -> None:
         for spec in (base.pruned(), *(trial.spec for trial in reached)):
             check_trial(study, spec, corpora, shapes)
         trials, rows = scheduler.known(), scheduler.ledger.rows
-        sections = {
-            "trials": _trials(study, trials, rows),
-            "phases": _phases(scheduler.storage, trials, base, corpora),
-            "models": _models(study, base, corpora, shapes),
-            "losses": _losses(base),
-            "remaps": _remaps([trial.spec for trial in reached], shapes),
-            "data": _data(base, corpora),
-            "memory": memory_lines(study, shapes, reached),
-            "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
-            "claims": claim_lines(study),
-            "power": _power(study),
-        }
+        try:
+            sections = {
+                "trials": _trials(study, trials, rows),
+                "phases": _phases(scheduler.storage, trials, base, corpora),
+                "models": _models(study, base, corpora, shapes),
+                "losses": _losses(base),
+                "remaps": _remaps([trial.spec for trial in reached], shapes),
+                "data": _data(base, corpora),
+                "memory": memory_lines(study, shapes, reached),
+                "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
+                "claims": claim_lines(study),
+                "power": _power(study),
+            }
+        except ModelError as error:
+            raise StudyError(f"{study.file}: models: {error}") from None
     print(f"\n{study.folder}: {study.question}\n")
     for heading, lines in sections.items():
         for i, line in enumerate(lines):
@@ -187,19 +190,19 @@ def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
             key = digest([*pair, model.init.depth, model.init.width])
             if key in seen:
                 continue
-            config = shapes.config(source, longest(spec))
-            how = f"{model.init.depth} {config.num_hidden_layers}→{model.layers}"
+            ours, theirs = (shapes.net(m, longest(spec)) for m in (source, model))
+            how = f"{model.init.depth} {ours.config.num_hidden_layers}→{theirs.config.num_hidden_layers}"
             if model.init.width is not None:
-                how += f", {model.init.width} {config.hidden_size}→{model.width}"
+                how += f", {model.init.width} {ours.config.hidden_size}→{theirs.config.hidden_size}"
+            plan = remap.check(model.init.depth, ours.config, theirs.config, model.init.width)
             try:
-                plan, found = remap.preview_remap(source, model, config if source.pretrained else None)
-                layers = " ".join("-" if i is None else str(i) for i in plan)
-                verdict = f"layers {layers}; {found.verdict} (logits change by {found.difference:.2g})"
-            except ValueError as error:  # pretrained weights of a family whose small models are none
-                if source.pretrained is None:
-                    raise
-                verdict = f"not measured: {str(error).splitlines()[0]}"
-            seen[key] = f"{name} from {model.init.from_}, {how}: {verdict}"
+                _, found = remap.preview_remap(model.init, ours.config, theirs.config)
+                verdict = f"{found.verdict} (logits change by {found.difference:.2g})"
+            except Exception as error:  # a family whose small models are none
+                verdict = f"not measured: {configs.one_line(error)}"
+            layers = " ".join("-" if i is None else str(i) for i in plan)
+            parts = [f"layers {layers}", verdict, *remap.notes(ours, theirs, plan)]
+            seen[key] = f"{name} from {model.init.from_}, {how}: {'; '.join(parts)}"
     return list(seen.values())
 
 

@@ -36,11 +36,12 @@ class Exported(NamedTuple):
     model: str
     phase: str
     task: str  # fill-mask | text-generation | text-classification
+    tokenizer_class: str  # of transformers, which reads texts from the folder as in training
 
 
 def model_card(study: Study, tables: Tables, exported: Exported, *, storage: str = DEFAULT_STORAGE) -> str:
     """Returns the README.md of the folder, with metadata as huggingface_hub defines them."""
-    row, model, phase, task = exported
+    row, model, phase, task, _ = exported
     scores = _scores(tables, exported)
     pretrained = {name: spec.get("pretrained") for name, spec in row["spec"]["models"].items()}
     own = pretrained[model]
@@ -64,7 +65,7 @@ def model_card(study: Study, tables: Tables, exported: Exported, *, storage: str
         f"# {model} of {study.folder}, {row['point']}",
         f"{how}, trained by codistill. The study asks: {study.question}",
         "## How to load",
-        _snippet(task),
+        _snippet(exported),
         "## Scores",
         as_markdown(_score_table(scores)) if scores else "No score of this phase was recorded.",
         "## Recipe",
@@ -132,9 +133,9 @@ def _score_table(scores: Sequence[_Score]) -> Table:
     return Table(caption, ("data", "split", "metric", "this model", "mean", "n"), rows, "lllrrr")
 
 
-def _snippet(task: str) -> str:
-    name = AUTO_CLASSES[task]
+def _snippet(exported: Exported) -> str:
+    name, tokenizer = AUTO_CLASSES[exported.task], exported.tokenizer_class
     return (
-        f'```python\nfrom transformers import {name}, AutoTokenizer\n\nfolder = "."  # where this file lies\n'
-        f"model, tokenizer = {name}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n```"
+        f'```python\nfrom transformers import {name}, {tokenizer}\n\nfolder = "."  # where this file lies\n'
+        f"model, tokenizer = {name}.from_pretrained(folder), {tokenizer}.from_pretrained(folder)\n```"
     )

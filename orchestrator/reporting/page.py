@@ -22,7 +22,9 @@ from orchestrator.reporting.document import Block, Command, Drawing, Section, Ta
 from orchestrator.reporting.figures import LIGHT
 from orchestrator.reporting.first_figure import pairs_and_cost
 from orchestrator.reporting.recommendation import Advice, advice
+from orchestrator.reporting.unfinished import unfinished_replies
 from orchestrator.study.schema import Study
+from trainables.config.models import Model
 from trainables.config.trial import TrialSpec
 
 
@@ -32,10 +34,11 @@ class Summary:
 
     answer: str
     verdicts: Sequence[str]  # of each claim
+    cautions: Sequence[str] = ()
 
     @property
     def lines(self) -> list[str]:
-        return [self.answer, *self.verdicts]
+        return [self.answer, *self.verdicts, *self.cautions]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Page:
     scale: str
     counts: str
     answer: str
+    cautions: Sequence[str]
     lines: Sequence[Line]
     figure: Drawing | None
     advice: Advice
@@ -92,6 +96,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         scale=_scale(study),
         counts=_counts(tables),
         answer=answer(tables, verdicts),
+        cautions=unfinished_replies(tables),
         lines=claim_lines(verdicts),
         figure=pairs_and_cost(study, tables, verdicts),
         advice=advice(study, tables, points, verdicts, storage=storage),
@@ -102,7 +107,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines])
+    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 
@@ -117,10 +122,17 @@ def _scale(study: Study) -> str:
     shapes: dict[str, list[str]] = {}
     for spec in specs:
         for name, model in spec.models.items():
-            shapes.setdefault(name, []).append(model.pretrained or f"{model.layers}×{model.width}")
+            shapes.setdefault(name, []).append(_shape(model))
     sizes = ", ".join(f"{name} {' or '.join(dict.fromkeys(variants))}" for name, variants in shapes.items())
     profile = f"{study.profile} profile, " if study.profile else ""
     return f"Scale: {profile}{sizes} (layers × width). Results at this scale may not transfer to larger models."
+
+
+def _shape(model: Model) -> str:
+    if isinstance(model.like, Model):
+        given = [f"{size} {what}" for what, size in (("layers", model.layers), ("width", model.width)) if size]
+        return f"{_shape(model.like)} with {' and '.join(given) or 'other settings'}"
+    return model.pretrained or f"{model.layers}×{model.width}"
 
 
 def _counts(tables: Tables) -> str:
@@ -153,7 +165,7 @@ def _markdown(page: Page) -> str:
     use += [Table("Recipe", ("factor", "value"), a.recipe, "ll")] if a.recipe else []
     use += [Table("Confidence and cost", ("what", "value"), a.facts, "ll")] if a.facts else []
     use += [Command(a.command)] if a.command else []
-    blocks: list[Block] = [page.scale, page.counts, page.answer]
+    blocks: list[Block] = [page.scale, page.counts, page.answer, *page.cautions]
     blocks += [Table("Claims", head, lines, "lllrrrrrrl")] if lines else []
     blocks += [page.figure] if page.figure else []
     out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]

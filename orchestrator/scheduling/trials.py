@@ -69,8 +69,7 @@ class Fingerprints:
             except DataError as error:
                 raise StudyError(f"data.{name}: {error}") from None
         for name, model in spec.models.items():
-            if model.pretrained is not None:
-                source = (model.pretrained, model.revision)
+            if (source := model.folder) is not None:
                 if source not in self._weights:
                     try:
                         self._weights[source] = build.weights_fingerprint(*source)

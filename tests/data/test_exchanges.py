@@ -130,8 +130,14 @@ def test_special_tokens_count_where_a_chat_template_puts_them(tmp_path: Path) ->
     data = opened(
         tmp_path, [{"messages": messages}], tok(template=template), template="chat", columns={"messages": "messages"}
     )
-    assert data.test.prompt(0).tolist() == [1, 3, WORDS.index("w1"), 4]  # one start, though the template has it too
-    assert data.test.reply(0).tolist() == [WORDS.index("w2"), 0, 0, 0, WORDS.index("w3"), 2]
+    assert data.test.prompt(0).tolist() == [
+        1,
+        3,
+        WORDS.index("w1"),
+        4,
+    ]  # the start that the template writes, and no other
+    written = data.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert data.test.reply(0).tolist() == written[4:] == [WORDS.index("w2"), 3, WORDS.index("w3"), 4]
     assert data.about["exchanges"]["template"] == "chat"
 
 

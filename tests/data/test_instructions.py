@@ -295,7 +295,7 @@ def test_a_reply_begins_after_what_the_template_writes_though_that_holds_its_wor
         (CHATML.replace("{{ m['content'] }}", "{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}"),
          r"template: the tokenizer's chat template \(\{% for m in .* loses the reply str 'Hello you'; expected a template"),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "loses the reply"),
-        (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), "does not begin a conversation with its own"),
+        (CHATML.replace("{% for m in messages %}", "{{ messages | length }}{% for m in messages %}"), "does not begin a conversation with its own"),
         ("{{ raise_exception('no system here') }}", "refuses a conversation of system, user, assistant: no system here"),
         (None, "template: chat is the tokenizer's own, and this tokenizer has none"),
     ],

@@ -61,6 +61,14 @@ def net_of(
     return build.build(shape, name=name, seed=0, vocab_size=vocab_size, special_ids={"pad_token_id": 0}, length=16)
 
 
+def previewed(source: Model, target: Model, config: Any = None) -> Any:
+    """The preview between two shapes. `config`: of a source with pretrained weights."""
+    how: dict[str, Any] = {"vocab_size": 40, "special_ids": {"pad_token_id": 0}, "length": 16}
+    configs = [config or build.make_config(source, **how), build.make_config(target, **how)]
+    assert isinstance(target.init, Remap)
+    return preview_remap(target.init, *configs)
+
+
 def layer_of(net: Any, name: str) -> tuple[int, str] | None:
     prefix = layers_prefix(net)
     if not name.startswith(prefix):
@@ -80,8 +88,8 @@ def test_every_depth_has_plans_here() -> None:
 def test_a_plan_names_a_source_layer_for_each_target_layer(depth: Any) -> None:
     for (num_source, num_target), expected in PLANS[depth].items():
         assert depth_plan(depth, num_source, num_target) == expected
-    for num_source in range(1, 7):
-        for num_target in range(1, 7):
+    for num_source in range(1, 9):
+        for num_target in range(1, 9):
             try:
                 plan = depth_plan(depth, num_source, num_target)
             except RemapError:
@@ -89,9 +97,15 @@ def test_a_plan_names_a_source_layer_for_each_target_layer(depth: Any) -> None:
                 continue
             assert len(plan) == num_target
             assert all(layer in (None, "idle", *range(num_source)) for layer in plan)
+            if depth in ("every_other", "interpolate", "spread") and 1 < num_target <= num_source:  # from end to end
+                assert plan[0] == 0 and plan[-1] >= num_source - -(-num_source // num_target)
 
 
 def test_every_other_says_how_many_layers_it_needs() -> None:
+    with pytest.raises(
+        RemapError, match="every_other of 30 source layers is 15, and the target has 10; expected spread"
+    ):
+        depth_plan("every_other", 30, 10)
     with pytest.raises(RemapError, match="at least 5 source layers for 3; there are 4"):
         depth_plan("every_other", 4, 3)
 
@@ -244,7 +258,7 @@ def test_growing_a_pre_norm_decoder_by_layers_that_add_nothing_is_exact(family: 
 def test_growing_by_identity_is_exact_where_norms_come_first_and_new_layers_learn(family: str, num_target: int) -> None:
     source, target = Model(family=family, layers=3, width=128), Model(family=family, layers=num_target, width=128)
     target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth="identity")})
-    plan, found = preview_remap(source, target)
+    plan, found = previewed(source, target)
     assert plan == (0, 1, 2, "idle", "idle")[:num_target] and found.verdict == "exact" and found.difference < 1e-12
     net = net_of(family, num_target, name="t")
     apply(net_of(family, 3, name="s"), net, plan)
@@ -269,7 +283,7 @@ def test_what_a_remap_of_depth_does_is_preview_remapn(
 ) -> None:
     source, target = (Model(family=family, layers=num, width=768, heads=12) for num in layers)
     target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth=depth)})
-    plan, found = preview_remap(source, target)
+    plan, found = previewed(source, target)
     assert plan == depth_plan(depth, *layers) and found.verdict == verdict
 
 
@@ -285,7 +299,7 @@ def test_grouped_heads_of_a_given_size_are_preview_remapn_in_their_proportions()
     )
     target = Model(family="llama", layers=1, width=4096, heads=64, intermediate_size=11264, config=wide,
                    init=Remap(kind="remap", from_="s", depth="stack", width="replicate"))  # fmt: skip
-    assert preview_remap(source, target)[1].verdict == "exact"
+    assert previewed(source, target)[1].verdict == "exact"
 
 
 @pytest.mark.parametrize(
@@ -300,7 +314,7 @@ def test_layers_that_run_again_are_preview_remapn_as_they_run(
                                      "init": {"kind": "remap", "from": "s", "depth": "first"}})
                for order in (of_source, of_target)]  # fmt: skip
     source, target = models_[0].model_copy(update={"init": Random()}), models_[1]
-    assert preview_remap(source, target)[1].verdict == verdict
+    assert previewed(source, target)[1].verdict == verdict
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -309,13 +323,13 @@ def test_weights_that_bring_their_own_shape_are_preview_remapn_by_it(family: str
     target = target.model_copy(update={"init": Remap(kind="remap", from_="s", depth="first")})
     config = net_of(family, 2, width=128, heads=4, intermediate_size=512).config
     before = config.to_dict()
-    assert preview_remap(source, target, config)[1].verdict == "exact" and config.to_dict() == before
+    assert previewed(source, target, config)[1].verdict == "exact" and config.to_dict() == before
     assert (
-        preview_remap(source, target, net_of(family, 3, width=128, heads=4, intermediate_size=512).config)[1].verdict
+        previewed(source, target, net_of(family, 3, width=128, heads=4, intermediate_size=512).config)[1].verdict
         == "lossy"
     )
     with pytest.raises(RemapError, match="equal hidden_size"):
-        preview_remap(source, target, net_of(family, 2, width=64, heads=4, intermediate_size=512).config)
+        previewed(source, target, net_of(family, 2, width=64, heads=4, intermediate_size=512).config)
 
 
 def test_what_pretrained_weights_do_otherwise_is_seen() -> None:
@@ -323,7 +337,8 @@ def test_what_pretrained_weights_do_otherwise_is_seen() -> None:
     target = Model(family="llama", layers=2, width=128, heads=4, init=Remap(kind="remap", from_="s", depth="first"))
     config = net_of("llama", 2, width=128, heads=4, intermediate_size=512).config
     config.rope_parameters = {**config.rope_parameters, "rope_theta": 100.0}
-    assert preview_remap(Model(pretrained="s"), target, config)[1].verdict != "exact"
+    with pytest.raises(RemapError, match=r"equal rope_parameters; source has .*100\.0.*`like: SOURCE`"):
+        previewed(Model(pretrained="s"), target, config)
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -543,7 +543,9 @@ def test_a_remap_is_preview_remapn_on_small_models_of_the_same_proportions(
         Model.model_validate({"family": family, "layers": 2, "width": size, "heads": heads, "init": init})
         for (size, heads), init in zip(sizes, ({"kind": "random"}, {"kind": "remap", "from": "s", "depth": "stack", "width": width}), strict=True)
     )  # fmt: skip
-    layers, found = preview_remap(source, target)
+    how: dict[str, Any] = {"vocab_size": 40, "special_ids": {"pad_token_id": 0}, "length": 16}
+    ours, theirs = (build.make_config(model, **how) for model in (source, target))
+    layers, found = preview_remap(target.init, ours, theirs)
     assert layers == (0, 1) and found.verdict == verdict
 
 

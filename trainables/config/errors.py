@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class ModelError(ValueError):
     """The model cannot be built or loaded; the message is one sentence."""
+
+
+class RemapError(ModelError):
+    """Shapes between which a remap is impossible; the message says why and what is expected."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, JsonValue, model_validator
 
 from trainables.config.value import Name, Positive, Value
 
@@ -65,15 +65,18 @@ class Sharing(Value):
 
 
 class Model(Value):
-    """A model by shape (`family`, `layers`, `width`) or by `pretrained` weights (hub id or local folder)."""
+    """A model by shape (`family`, `layers`, `width`), by `pretrained` weights (hub id or local folder), or `like` another
+    one: with its config, but for what is given here."""
 
+    # within a trial the name of a model; the trial puts that model's value in its place
+    like: Name | Model | None = Field(None, exclude_if=lambda value: value is None)
     family: str | None = None
     layers: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=4)
     heads: int | None = Field(None, ge=1)  # by default one head for each 64 channels
     intermediate_size: int | None = Field(None, ge=1)  # by default 4 x width
     dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
-    config: dict[str, bool | int | float | str] = {}  # further fields of the family's transformers config
+    config: dict[str, JsonValue] = {}  # further fields of the transformers config; nested ones are merged
     pretrained: str | None = None
     revision: str | None = None
     init: Init = Random()
@@ -81,7 +84,11 @@ class Model(Value):
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
 
     @model_validator(mode="after")
-    def _either_a_shape_or_pretrained_weights(self) -> Model:
+    def _one_source_of_the_shape(self) -> Model:
+        if self.like is not None and (self.family or self.pretrained):
+            raise ValueError(
+                f"like brings the family and the shape: remove {'family' if self.family else 'pretrained'}"
+            )
         if self.pretrained is not None:
             given = [
                 key
@@ -89,15 +96,22 @@ class Model(Value):
                 if getattr(self, key) is not None
             ]
             if given or self.config:
-                raise ValueError(f"pretrained weights bring their own shape: remove {', '.join(given) or 'config'}")
+                raise ValueError(
+                    f"pretrained weights bring their own shape: remove {', '.join(given) or 'config'}; for another shape "
+                    "expected a model `like` this one"
+                )
             if self.init != Random():
                 raise ValueError("pretrained weights are the initialisation: remove init")
             if self.sharing is not None:
                 raise ValueError("pretrained weights are not shared: give a shape, and `init: {kind: remap, from: …}`")
             return self
+        if self.like is not None:
+            return self
         missing = [key for key in ("family", "layers", "width") if getattr(self, key) is None]
         if missing:
-            raise ValueError(f"needs {', '.join(missing)} (or pretrained: a hub id or a folder)")
+            raise ValueError(
+                f"needs {', '.join(missing)} (or pretrained: a hub id or a folder; or like: another model)"
+            )
         assert self.width is not None
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.num_heads}")
@@ -109,4 +123,21 @@ class Model(Value):
 
     @property
     def num_heads(self) -> int:
+        """The heads of a model by shape."""
         return self.heads or max(1, (self.width or 64) // 64)
+
+    @property
+    def folder(self) -> tuple[str, str | None] | None:
+        """The hub id or folder, and its revision, from which the weights or, with `like`, the shape are read."""
+        if isinstance(self.like, Model):
+            return self.like.folder
+        return None if self.pretrained is None else (self.pretrained, self.revision)
+
+    def by_content(self, fingerprint: str | None, **dump: Any) -> dict[str, Any]:
+        """The fields as JSON, with the fingerprint of a folder that gives the shape in place of its path."""
+        value = self.model_dump(mode="json", **dump)
+        if isinstance(self.like, Model) and fingerprint is not None:
+            value["like"] = self.like.by_content(fingerprint) | {"revision": None}
+            if self.like.pretrained is not None:
+                value["like"]["pretrained"] = fingerprint
+        return value

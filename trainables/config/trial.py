@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from trainables.config.data import FORMATS, Corpora, Data, Feature, Instructions, SameTokenizer, Tasks
-from trainables.config.models import Model, Remap
+from trainables.config.models import Model, Random, Remap
 from trainables.config.phase import Fold, Masking, Phase, Stream, Tokens
 from trainables.config.phase_run import PhaseRun, Start
 from trainables.config.terms import Term
@@ -69,8 +69,19 @@ class TrialSpec(Value):
         _check_eval_only(self)
         _check_widths(self)
         _refuse_cycle({n: [m.init.from_] for n, m in self.models.items() if isinstance(m.init, Remap)}, "remaps")
+        _refuse_cycle({n: [m.like] for n, m in self.models.items() if isinstance(m.like, str)}, "models.*.like")
+        for name in self.models:
+            self.models[name] = self._self_contained(name)
         _refuse_cycle({name: self._upstream(name) for name in self.phases}, "phases")
         return self
+
+    def _self_contained(self, name: str) -> Model:
+        """Returns the model with the value of that which it is like, of which only the config counts."""
+        model = self.models[name]
+        if not isinstance(model.like, str):
+            return model
+        unset = {"init": Random(), "dtype": "fp32"}
+        return model.model_copy(update={"like": self._self_contained(model.like).model_copy(update=unset)})
 
     def origin(self, phase: str, model: str) -> str | None:
         """Returns the phase (`phase`, `phase@0.5`, `phase[data]`) whose weights `model` has when `phase` starts, or None.
@@ -170,6 +181,8 @@ def _references(spec: TrialSpec) -> Iterator[tuple[str, str, str]]:
     """Yields (path, "model" or "data set", name) for each name by which one part refers to another."""
     remaps = {name: model.init.from_ for name, model in spec.models.items() if isinstance(model.init, Remap)}
     yield from ((f"models.{name}.init.from", "model", source) for name, source in remaps.items())
+    likes = {name: model.like for name, model in spec.models.items() if isinstance(model.like, str)}
+    yield from ((f"models.{name}.like", "model", other) for name, other in likes.items())
     for name, phase in spec.phases.items():
         at = f"phases.{name}"
         yield from ((f"{at}.train", "model", model) for model in phase.train)
@@ -331,4 +344,6 @@ def trial_id(spec: TrialSpec, fingerprints: Mapping[str, str]) -> str:
     for name, model in lean.models.items():
         if model.pretrained is not None:
             value["models"][name] = {"weights": fingerprints[f"model:{name}"], "dropout": model.dropout}
+        elif model.like is not None:
+            value["models"][name] = model.by_content(fingerprints.get(f"model:{name}"))
     return digest(value, 12)

@@ -63,14 +63,17 @@ def lender(data: Data, others: Mapping[str, Data]) -> Data | None:
 
 def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, Any]:
     """Returns what determines the tokenizer. If it is trained on this very data set, the text counts anyway."""
-    source = lender(data, others)
+    source, fields = lender(data, others), dict[str, Any]()
     match (source or data).tokenizer:
         case PretrainedTokenizer() as named:
             tok = tokenizer.load_pretrained(named)
-            chat = {"chat_template": tokenizer.chat_template(tok)} if data.reads_chats else {}
-            return {"kind": "pretrained", "behaviour": tokenizer.behaviour(tok), **chat}
+            fields = {"kind": "pretrained", "behaviour": tokenizer.behaviour(tok)}
+            if data.reads_chats:
+                fields |= {"chat_template": tokenizer.chat_template(tok), "stops": tokenizer.stops(named, tok)}
+                fields |= {"templates": tok.chat_template} if isinstance(tok.chat_template, dict) else {}
+            return fields
         case WordPiece() as trained:
-            fields: dict[str, Any] = trained.model_dump(mode="json")
+            fields = trained.model_dump(mode="json")
             if source is None:
                 return fields
             return {**fields, "of": {"prepare": corpora.PREPARE, **ENCODERS[source.format.name].text_fields(source)}}
@@ -86,10 +89,11 @@ def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Prepa
     key, encoder = fingerprint(data, others), ENCODERS[data.format.name]
 
     def write(home: Path) -> dict[str, Any]:
-        splits, source = encoder.split(data), lender(data, others)
+        splits, source, stops = encoder.split(data), lender(data, others), tuple[int, ...]()
         match (source or data).tokenizer:
             case PretrainedTokenizer() as named:
                 tok = tokenizer.load_pretrained(named)
+                stops = tokenizer.stops(named, tok)
             case WordPiece(size=size) if source is None:
                 tok = tokenizer.train_wordpiece(encoder.training_texts(data, splits), size)
             case _:
@@ -101,6 +105,7 @@ def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Prepa
             "removed_duplicates": splits.removed,
             "tokenizer_identity": tokenizer.identity(tok),
             "vocab_size": tokenizer.num_ids(tok),
+            "stops": stops,
             **encoder.write(data, splits, tok, home),
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from trainables.config.data import PretrainedTokenizer
 from trainables.config.errors import DataError
@@ -17,6 +17,9 @@ from trainables.config.value import digest
 from trainables.storage.hub import why_not
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+# Keys of tokenizer_config.json that change what tokenizer.json says.
+OVERRIDES = ("add_prefix_space", "do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 # Two tokenizers with one vocabulary may still differ in what they do to case, accents, spaces and numbers.
 PROBE = "The naïve Café's  RÉSUMÉ, don't_split: 1,234.5e-6 x[0] = {'key': \"value\"}\n\tunbelievably ﬁne… 中文 🙂"
@@ -72,7 +75,26 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
         raise DataError(f"tokenizer: cannot load {spec.name!r}{at} from a folder or the hub: {reason}") from error
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {spec.name!r} has no fast form; choose one with a tokenizer.json")
-    return tokenizer
+    return _as_its_file(tokenizer, where, spec.revision)
+
+
+def _as_its_file(tokenizer: Any, where: str, revision: str | None) -> Any:
+    """Returns the tokenizer of `tokenizer.json`, with which the model was trained.
+
+    AutoTokenizer gives some model types (Qwen2, Phi-3) the rules of their class in place of the file's, whatever the file says.
+    What tokenizer_config.json sets itself counts.
+    """
+    try:
+        plain = PreTrainedTokenizerFast.from_pretrained(where, revision=revision)
+    except (OSError, ValueError):  # there is no such file
+        return tokenizer
+    overridden = any(tokenizer.init_kwargs.get(key) is not None for key in OVERRIDES)
+    return tokenizer if overridden or reads_alike(tokenizer, plain) else plain
+
+
+def reads_alike(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers give a text of all kinds of characters the same ids."""
+    return encode(tokenizer, [PROBE]) == encode(other, [PROBE])
 
 
 def open_tokenizer(folder: str) -> Any:
@@ -80,10 +102,13 @@ def open_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def chat_template(tokenizer: Any) -> str:
-    """Returns the template of a chat model's tokenizer. Raises DataError where there is none."""
+def chat_template(tokenizer: Any, tools: Sequence[Any] | None = None) -> str:
+    """Returns the template of a chat model's tokenizer; some have another one for conversations with tools.
+
+    Raises DataError where there is none.
+    """
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=tools or None)
     except ValueError:  # there is none, or several without a default
         raise DataError(
             "template: chat is the tokenizer's own, and this tokenizer has none; expected `template: alpaca`, or the "
@@ -129,6 +154,32 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
     pairs = ((tokenizer.cls_token_id, tokenizer.bos_token_id), (tokenizer.sep_token_id, tokenizer.eos_token_id))
     start, end = (first if first is not None else second for first, second in pairs)
     return start, end
+
+
+def stops(spec: PretrainedTokenizer, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids that end a reply whatever the template: the tokenizer's own, and those that the `generation_config`
+    beside it lists."""
+    beside = generation_config(spec.name, spec.revision)
+    return tuple(dict.fromkeys([*listed(ends(tokenizer)[1]), *(listed(beside.eos_token_id) if beside else ())]))
+
+
+def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
+    """Returns the `generation_config` of a folder or of the hub, where there is one."""
+    folder = Path(name).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name, revision=revision)
+    except (OSError, ValueError):
+        return None
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """Returns token ids as a list: configs hold one, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def marks(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of added tokens, blanks excepted: those with which templates mark the parts of a conversation."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace())
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -66,19 +66,20 @@ def _score_replies(
 ) -> tuple[Floats, Floats]:
     """Returns ROUGE-L of each example's reply, and whether the reply never ended. `seed`: None for greedy replies."""
     rouge_E, unfinished_E = np.zeros(len(exchanges)), np.zeros(len(exchanges))
+    context = GenerationContext(data.end_ids, data.end_id, data.vocab_size, on.device, on.autocast)
     for first, indices, batch in _batches(exchanges, on.rows, on):
         drawn = sample(
             net,
             batch.prompts,
             data.scoring,
-            GenerationContext(data.end_id, batch.pad_id, data.vocab_size, on.device, on.autocast),
+            context,
             seed=random_stream("scoring", seed or 0),
             first=first,
             greedy=seed is None,
         )
         for index, reply in zip(indices.tolist(), drawn.replies, strict=True):
             rouge_E[index] = rouge_l(data.text(reply.tolist()), exchanges.references(index))
-            unfinished_E[index] = reply[-1] != data.end_id
+            unfinished_E[index] = not context.has_ended(reply)
     return on.total(rouge_E), on.total(unfinished_E)
 
 

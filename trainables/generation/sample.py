@@ -43,7 +43,7 @@ def sample(
     room = reply_room(prompts, sampling.max_tokens, context.length, net)
     with generation_mode(net), context.autocast():
         for chosen in length_batches(prompts, context.rows):
-            written = RepliesInProgress([room[i] for i in chosen], context.end_id, device)
+            written = RepliesInProgress([room[i] for i in chosen], context.end_ids, device)
             uniforms_RT = uniform_streams(
                 seed, "draw", [first + i for i in chosen], num=sampling.max_tokens, device=device
             )
@@ -130,8 +130,8 @@ def length_batches(prompts: Sequence[Tokens], rows: int | None) -> Iterator[list
 class RepliesInProgress:
     """The replies so far of R rows, of which B are active, those that are not dropped yet."""
 
-    def __init__(self, room: list[int], end_id: int, device: str) -> None:
-        self.end_id = end_id
+    def __init__(self, room: list[int], end_ids: Sequence[int], device: str) -> None:
+        self.ends_E = torch.tensor(end_ids, device=device)
         self.room_R = torch.tensor(room, device=device)
         self.num_R = torch.zeros_like(self.room_R)
         self.has_ended_R = torch.zeros_like(self.room_R, dtype=torch.bool)
@@ -151,7 +151,7 @@ class RepliesInProgress:
         new_N = ids_BG[rows_N, columns_N]
         self.ids_RT[active_B[rows_N], self.num_R[active_B[rows_N]] + columns_N] = new_N
         self.num_R[active_B] += is_new_BG.sum(1)
-        self.has_ended_R[active_B] |= (is_new_BG & (ids_BG == self.end_id)).any(1)
+        self.has_ended_R[active_B] |= (is_new_BG & torch.isin(ids_BG, self.ends_E)).any(1)
         return ~self.has_ended_R[active_B] & (self.left_B() > 0)
 
     def replies(self) -> list[Tokens]:

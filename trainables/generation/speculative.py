@@ -39,7 +39,7 @@ def interleave(
     teacher adds none. Arguments and errors as in `sample`. Draft and teacher have random streams of their own, one draw
     for each place of a reply, so that `block` changes the cost but not the reply.
     """
-    (draft, teacher), device, vocab_size, end_id = nets, context.device, context.vocab_size, context.end_id
+    (draft, teacher), device, vocab_size = nets, context.device, context.vocab_size
     replies: dict[int, Tokens] = {}
     draft_tokens = teacher_tokens = 0
     room = reply_room(prompts, rule.max_tokens, context.length, draft, teacher)
@@ -47,7 +47,7 @@ def interleave(
     with generation_mode(draft, teacher), context.autocast():
         for chosen in length_batches(prompts, context.rows):
             drafting, judging = CachedModel(draft, vocab_size), CachedModel(teacher, vocab_size)
-            written = RepliesInProgress([room[i] for i in chosen], end_id, device)
+            written = RepliesInProgress([room[i] for i in chosen], context.end_ids, device)
             numbers = [first + i for i in chosen]
             draft_RT = uniform_streams(seed, "draw", numbers, num=rule.max_tokens, device=device)
             teacher_RT = uniform_streams(seed, "teacher", numbers, num=rule.max_tokens, device=device)
@@ -65,7 +65,7 @@ def interleave(
                 read_BT = torch.cat([ids_BT, proposed_BG[:, :-1]], 1)
                 read_mask_BT = torch.cat([mask_BT, mask_BT.new_ones(proposed_BG[:, 1:].shape)], 1)
                 logits_BGV = judging.read(read_BT, read_mask_BT, block)
-                kept_B, is_whole_B = _accepted(proposed_BG, logits_BGV, left_B, top=rule.top, end_id=end_id)
+                kept_B, is_whole_B = _accepted(proposed_BG, logits_BGV, left_B, top=rule.top, ends_E=written.ends_E)
                 if not is_whole_B.all():
                     where_B = kept_B.clamp_max(block - 1)
                     uniforms_B = teacher_RT[written.active_B, (num_B + kept_B).clamp_max(rule.max_tokens - 1)]
@@ -89,13 +89,14 @@ def interleave(
 
 
 def _accepted(
-    proposed_BG: Tensor, logits_BGV: Tensor, left_B: Tensor, *, top: int, end_id: int
+    proposed_BG: Tensor, logits_BGV: Tensor, left_B: Tensor, *, top: int, ends_E: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Counts the proposals that each row keeps, and whether it keeps all up to its end token and its length."""
     places_G = torch.arange(proposed_BG.shape[1], device=proposed_BG.device)
     chosen_BG1 = logits_BGV.gather(2, proposed_BG[:, :, None])
     is_inside_BG = (logits_BGV > chosen_BG1).sum(-1) < top  # fewer than `top` tokens are likelier
-    ended_before_BG = (proposed_BG == end_id).long().cumsum(1) - (proposed_BG == end_id).long() > 0
+    is_end_BG = torch.isin(proposed_BG, ends_E).long()
+    ended_before_BG = is_end_BG.cumsum(1) - is_end_BG > 0
     could_B = (~ended_before_BG & (places_G < left_B[:, None])).sum(1)
     kept_B = torch.minimum(is_inside_BG.long().cumprod(1).sum(1), could_B)
     return kept_B, kept_B == could_B

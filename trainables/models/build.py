@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -32,8 +27,8 @@ from trainables.config.models import Model, Random
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
 from trainables.models import shared_bert
-from trainables.models.initialise import initialise, position_table
-from trainables.models.layouts import INNER_SIZES
+from trainables.models.configs import auto_class, dropouts, is_masked_lm, make_config, one_line, text_part
+from trainables.models.initialise import initialise
 from trainables.models.pretrained import Folder, class_layer, refuse_code_of_the_hub
 
 
@@ -59,9 +54,9 @@ def build(
     if model.pretrained is not None:
         folder = Folder.read(model.pretrained, model.revision)
         if model.dropout is not None:
-            folder.config.update({key: model.dropout for key in dropouts(folder.config)})
+            text_part(folder.config).update({key: model.dropout for key in dropouts(text_part(folder.config))})
         start = start_of(folder, num_labels, class_names, special_ids, is_head_read=is_head_read)
-        if (rows := start.config.get_text_config().vocab_size) < vocab_size:
+        if (rows := text_part(start.config).vocab_size) < vocab_size:
             raise ModelError(f"{model.pretrained!r} has {rows} rows for a tokenizer of {vocab_size} tokens")
         return _load(start, DTYPES[model.dtype], name=name, seed=seed)
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
@@ -100,66 +95,6 @@ def check_types(precision: str, models: Mapping[str, Model], device: str) -> Non
 def initial(model: Model) -> Random:
     """How weights are drawn that no other model's weights replace."""
     return model.init if isinstance(model.init, Random) else model.init.rest
-
-
-def make_config(model: Model, *, vocab_size: int, special_ids: dict[str, int], length: int) -> Any:
-    """The transformers config of a shape. Raises ModelError for fields that the family does not have."""
-    assert model.family is not None and model.width is not None
-    if not (is_masked_lm(model.family) or model.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise ModelError(
-            f"transformers has no language model of family {model.family!r}; expected bert, modernbert, gpt2 …"
-        )
-    config = AutoConfig.for_model(model.family)
-    fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "num_hidden_layers": model.layers,
-        "hidden_size": model.width,
-        "num_attention_heads": model.num_heads,
-    }
-    inner = next((key for key in INNER_SIZES if hasattr(config, key)), None)
-    if inner is not None:
-        fields[inner] = model.intermediate_size or 4 * model.width
-    if hasattr(config, "max_position_embeddings"):
-        fields["max_position_embeddings"] = max(length, 8) + _position_offset(model.family)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
-        if hasattr(config, key):
-            fields[key] = special_ids.get(key)
-    if hasattr(config, "num_key_value_heads"):  # heads that share keys and values must be asked for in `config`
-        fields["num_key_value_heads"] = model.num_heads
-    if getattr(config, "head_dim", None) is not None:
-        fields["head_dim"] = model.width // model.num_heads
-    if model.dropout is not None:
-        fields.update({key: model.dropout for key in dropouts(config)})
-    for key, value in model.config.items():
-        if not hasattr(config, key):
-            raise ModelError(f"a {model.family} config has no field {key!r}")
-        fields[key] = value
-    config = AutoConfig.for_model(model.family, **fields)
-    if model.sharing is None:
-        return config
-    try:
-        return shared_bert.shared(config, model.sharing.order, model.sharing.swap)
-    except shared_bert.SharingError as error:
-        raise ModelError(str(error)) from None
-
-
-@cache
-def _position_offset(family: str) -> int:
-    """Rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
-    with torch.device("meta"):
-        table = position_table(from_config(AutoConfig.for_model(family)))
-    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-
-
-def dropouts(config: Any) -> Iterator[str]:
-    """The fields of a transformers config that are dropout rates, except that of a classifier's head."""
-    for key, value in config.to_dict().items():
-        if isinstance(value, float) and key.endswith(("dropout", "dropout_prob", "pdrop")) and "classifier" not in key:
-            yield key
-
-
-def is_masked_lm(family: str) -> bool:
-    return family in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, shared_bert.FAMILY)
 
 
 def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
@@ -237,12 +172,23 @@ def _order_of_classes(folder: Folder, ours: Sequence[str]) -> tuple[int, ...]:
 @torch.no_grad()
 def _load(start: Start, dtype: torch.dtype, *, name: str, seed: int) -> Any:
     net = start.kind.from_pretrained(str(start.folder.path), config=start.config, dtype=dtype, use_safetensors=True)
-    net.config.architectures = [start.kind.__name__]  # not those of the folder, whose head may be another
     _draw_again(net, {path.rpartition(".")[0] for path in start.fresh}, name=name, seed=seed)
     if start.order != tuple(range(len(start.order))):
         for tensor in net.get_submodule(class_layer(net)).parameters():
             tensor.copy_(tensor[list(start.order)])
+    net = net if start.order else _text_model(net)
+    net.config.architectures = [type(net).__name__]  # not those of the folder, whose head may be another
     return net
+
+
+def _text_model(net: Any) -> Any:
+    """The language model within one that also reads images or sound; another model as it is."""
+    if (part := text_part(net.config)) is net.config:
+        return net
+    text = from_config(part)
+    text.base_model.load_state_dict(net.get_decoder().state_dict())
+    text.get_output_embeddings().load_state_dict(net.get_output_embeddings().state_dict())
+    return text.to(net.dtype).eval()
 
 
 @torch.no_grad()
@@ -327,16 +273,17 @@ def from_config(
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
         if not is_masked_lm(config.model_type):
-            config.pad_token_id = (special_ids or {}).get("pad_token_id", config.pad_token_id)
-    net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+            config.pad_token_id = (special_ids or {}).get("pad_token_id", getattr(config, "pad_token_id", None))
+    try:
+        net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
+    except Exception as error:  # each family checks its config in its own way
+        raise ModelError(f"transformers cannot make a {config.model_type} of this config: {one_line(error)}") from None
     net.config.architectures = [type(net).__name__]
     return net
 
 
 def _auto(config: Any, num_labels: int | None) -> Any:
-    if num_labels is not None:
-        return AutoModelForSequenceClassification
-    return AutoModelForMaskedLM if is_masked_lm(config.model_type) else AutoModelForCausalLM
+    return auto_class(config.model_type) if num_labels is None else AutoModelForSequenceClassification
 
 
 def enable_gradient_checkpointing(net: Any) -> None:

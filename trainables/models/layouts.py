@@ -188,7 +188,7 @@ class Shape:
 def shape_of(config: Any) -> Shape:
     """The shape of a transformers config."""
     inner = (getattr(config, key, None) for key in INNER_SIZES)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     return Shape(
         hidden=config.hidden_size,
         heads=heads,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from trainables.config.errors import ModelError
 from trainables.config.phase import Lora
 from trainables.config.value import random_stream
-from trainables.models.build import dropouts, weights_of
+from trainables.models.build import weights_of
+from trainables.models.configs import dropouts
 from trainables.models.layouts import Outputs, is_linear, is_transposed, projections_of
 
 ADAPTER = "default"  # peft's name of a single adapter

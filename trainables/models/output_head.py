@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.config.errors import ModelError
-from trainables.models.build import is_masked_lm
+from trainables.models.configs import is_masked_lm
 
 
 def logits_at(

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from trainables.config.models import Depth, Model, Remap, Width
-from trainables.models import build, initialise
+from trainables.config.errors import RemapError
+from trainables.config.layer_maps import Layers, depth_plan
+from trainables.config.models import Depth, Random, Remap, Width
+from trainables.models import build, configs, initialise
 from trainables.models.layouts import INNER_SIZES, LAYOUTS, NORM_EPS, PRE_NORM, Shape, family_of, place_of, shape_of
 from trainables.models.remap_width import is_padded, plan_resizing, resize, with_own_rows
 
-# For each target layer the source layer; None: the layer keeps its own weights; idle: this too, and adds nothing.
-Layers = tuple[int | Literal["idle"] | None, ...]
-SWITCHES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias", "decoder_bias", "scale_attn_weights")
 FIELDS = {  # of a shape, as transformers calls them
     "hidden": "hidden_size",
     "heads": "num_attention_heads",
@@ -30,52 +31,18 @@ FIELDS = {  # of a shape, as transformers calls them
     "head_size": "head_dim",
     "inner": "intermediate_size",
 }
-
-
-class RemapError(ValueError):
-    """Shapes between which a remap is impossible; the message says why and what is expected."""
-
-
-def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
-    """The source layer of each target layer. Raises RemapError.
-
-    copy_last: in order, the last one repeated (DWT's remapping, section 3; FNA++). stack: the whole block repeated
-    (G_stack). interpolate: each layer repeated in place, evenly (also downwards). spread: evenly, the first and the last
-    included (DistilBERT: 0 2 4 7 9 11 of 12). every_other: 0, 2, 4 … first: in order, further layers keep their own
-    weights. identity: in order, further layers add nothing. random: all layers keep their own; only the rest is copied.
-    """
-    target = range(num_target)
-    match depth:
-        case "copy_last":
-            return tuple(min(i, num_source - 1) for i in target)
-        case "stack":
-            return tuple(i % num_source for i in target)
-        case "interpolate":
-            return tuple(i * num_source // num_target for i in target)
-        case "spread":
-            gaps = max(1, num_target - 1)  # rounded to the nearest, halves up
-            return tuple((2 * i * (num_source - 1) + gaps) // (2 * gaps) for i in target)
-        case "every_other":
-            if num_source < 2 * num_target - 1:
-                needed = 2 * num_target - 1
-                raise RemapError(
-                    f"every_other needs at least {needed} source layers for {num_target}; there are {num_source}"
-                )
-            return tuple(2 * i for i in target)
-        case "first":
-            return tuple(i if i < num_source else None for i in target)
-        case "identity":
-            if num_source > num_target:
-                layers = f"the source has {num_source}, the target {num_target}"
-                raise RemapError(f"identity adds layers; {layers}; expected first")
-            return tuple(i if i < num_source else "idle" for i in target)
-        case "random":
-            return (None,) * num_target
+# fields of a config in which models may differ and copied weights still mean the same: sizes that a remap changes or compares
+# itself, and settings of training, of tokens and of labels
+FREE = re.compile(
+    r"drop|token_id|initializer|init_|_init|std$|label|problem_type|architectures|dtype|version|_name|cache|output_|return_dict|"
+    r"eps|max_position|n_positions|n_ctx|window|local_attention|layers$|layer_(types|order|swap)|loss|aux|pretraining_tp|chunk_size|"
+    r"implementation|classifier_(pooling|activation)|summary_|sparse_pred|deterministic|type_vocab|tie_word|model_type|sub_configs"
+)
 
 
 def check(depth: Depth, source: Any, target: Any, width: Width | None = None) -> Layers:
     """The plan between two transformers configs. Raises RemapError, which says what differs."""
-    for key in ("model_type", "vocab_size", *SWITCHES):
+    for key in ("model_type", "vocab_size"):
         ours, theirs = (family_of(c) if key == "model_type" else getattr(c, key, None) for c in (source, target))
         if ours != theirs:
             raise RemapError(f"a remap needs equal {key}; source has {ours}, target {theirs}")
@@ -92,6 +59,7 @@ def check(depth: Depth, source: Any, target: Any, width: Width | None = None) ->
         _refuse_widths_that_differ(shape_of(source), shape_of(target))
     elif family_of(source) not in LAYOUTS:
         raise RemapError(f"width remaps serve the families {', '.join(LAYOUTS)}; these are {source.model_type}")
+    _refuse_settings_that_differ(source, target)
     return depth_plan(depth, source.num_hidden_layers, target.num_hidden_layers)
 
 
@@ -103,6 +71,47 @@ def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
                 f"a remap without width needs equal {key}; source has {ours}, target {theirs}; expected width, one of "
                 + ", ".join(get_args(Width))
             )
+
+
+def _refuse_settings_that_differ(source: Any, target: Any) -> None:
+    """Copied weights would compute something else: at another rotary base, with another activation or scale …"""
+    ours, theirs = source.to_dict(), target.to_dict()
+    sizes = {
+        target.attribute_map.get(key, key) for key in ("num_hidden_layers", *FIELDS.values(), *INNER_SIZES)
+    } | configs.per_layer(target).keys()
+    for key in sorted(ours.keys() & theirs.keys() - sizes):
+        if not key.startswith("_") and not FREE.search(key) and ours[key] != theirs[key]:
+            raise RemapError(
+                f"a remap needs equal {key}; source has {ours[key]}, target {theirs[key]}; a target with `like: SOURCE` in "
+                "place of `family` has the source's settings"
+            )
+
+
+def notes(source: Any, target: Any, layers: Layers) -> Iterator[str]:
+    """What a plan does that its name does not say. `source`, `target`: models, of any device."""
+    old, new = shape_of(source.config), shape_of(target.config)
+    copied = [layer for layer in layers if isinstance(layer, int)]
+    gap = max((abs(b - a) for a, b in pairwise(copied)), default=1)
+    if copied and (rest := source.config.num_hidden_layers - 1 - max(copied)) > gap:
+        yield f"the last {rest} layers of the source are not copied"
+    if old.is_rotary and new.head_size % old.head_size and old.head_size % new.head_size:
+        yield f"rotary heads of {old.head_size} become {new.head_size}, no multiple: channels turn at the nearest speed"
+    of_source, of_target = configs.per_layer(source.config), configs.per_layer(target.config)
+    for key in of_source.keys() & of_target.keys():
+        ours, theirs = of_source[key], of_target[key]
+        for to, layer in enumerate(layers):
+            if isinstance(layer, int) and ours[layer] != theirs[to]:
+                yield f"layer {to} has {key} {theirs[to]} and weights of layer {layer}, which has {ours[layer]}"
+                break
+    prefix, known = layers_prefix(source), set(source.state_dict())
+    own = [name for name in target.state_dict() if _is_copied(name, prefix, layers)]
+    if own := [name for name in own if _wanted(name, prefix, layers, known) is None]:
+        yield f"{len(own)} tensors that the source's layers lack keep their own weights: {own[0]} …"
+
+
+def _is_copied(name: str, prefix: str, layers: Layers) -> bool:
+    """Whether the tensor is part of a layer that is copied."""
+    return name.startswith(prefix) and isinstance(layers[int(name.removeprefix(prefix).partition(".")[0])], int)
 
 
 @torch.no_grad()
@@ -123,7 +132,7 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
         if _is_silent(name, prefix, layers, family_of(target.config)):
             tensor.zero_()
             continue
-        wanted, ahead = _wanted(name, prefix, layers, ours)
+        wanted = _wanted(name, prefix, layers, ours)
         if wanted is None:
             left.append(name)
             continue
@@ -132,7 +141,7 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
         if resizing is not None:
             if place is None:
                 raise RemapError(f"no width-remap rule for parameter {wanted} {tuple(old.shape)}")
-            old = resize(resizing, wanted, old, tensor, following=ahead)
+            old = resize(resizing, wanted, old, tensor, following=ours.get(_following(wanted, prefix)))
         elif place == "table":
             old = with_own_rows(old, tensor)
         if old.shape != tensor.shape:
@@ -143,15 +152,19 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
     return tuple(left)
 
 
-def _wanted(name: str, prefix: str, layers: Layers, ours: Mapping[str, Tensor]) -> tuple[str | None, Tensor | None]:
-    """The name of the source's tensor that becomes `name`, if there is one, and the same tensor of the next layer."""
-    if not name.startswith(prefix):
-        return (name if name in ours else None), None
+def _wanted(name: str, prefix: str, layers: Layers, ours: Container[str]) -> str | None:
+    """The name of the source's tensor that becomes `name`, if there is one."""
+    wanted = name
+    if name.startswith(prefix):
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        wanted = f"{prefix}{layers[int(index)]}.{rest}"  # of no layer where the plan has no number
+    return wanted if wanted in ours else None  # e.g. ModernBERT's first layer has no norm
+
+
+def _following(name: str, prefix: str) -> str:
+    """The name of the same tensor in the next layer."""
     index, _, rest = name.removeprefix(prefix).partition(".")
-    layer = layers[int(index)]
-    if not isinstance(layer, int) or f"{prefix}{layer}.{rest}" not in ours:  # e.g. ModernBERT's first layer has no norm
-        return None, None
-    return f"{prefix}{layer}.{rest}", ours.get(f"{prefix}{layer + 1}.{rest}")
+    return f"{prefix}{int(index) + 1}.{rest}" if name.startswith(prefix) else ""
 
 
 def _is_silent(name: str, prefix: str, layers: Layers, family: str) -> bool:
@@ -206,80 +219,55 @@ def measure(
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
-def preview_remap(source: Model, target: Model, config: Any = None) -> tuple[Layers, Measured]:
-    """The plan by which `target` is remapped from `source`, and its effect on small models of the same family, depths and
-    proportions, with gains and biases that differ from their start as trained ones do. Raises RemapError.
+def preview_remap(init: Remap, source: Any, target: Any) -> tuple[Layers, Measured]:
+    """The plan by which a model is remapped, and its effect on small models of the same configs and proportions, with gains
+    and biases that differ from their start as trained ones do. Raises RemapError.
 
-    `config`: the transformers config of a source with pretrained weights, which bring their own shape.
+    `source`, `target`: the transformers configs.
     """
-    assert isinstance(target.init, Remap)
-    if config is not None:
-        source = _described(config)
     nets: list[Any] = []
-    for name, model in zip(("source", "target"), _small(source, target), strict=True):
-        made = build.make_config(model, vocab_size=128, special_ids={"pad_token_id": 0}, length=32)
-        if name == "source" and config is not None:
-            made = _resized(config, made)
-        net = build.from_config(made).float()
-        initialise.initialise(net, build.initial(model), name=name, seed=0)
+    for name, config in zip(("source", "target"), _small(source, target), strict=True):
+        net = build.from_config(config).float()
+        initialise.initialise(net, Random(std="width"), name=name, seed=0)
         generator = torch.Generator().manual_seed(len(nets))
         for vector in (parameter for parameter in net.parameters() if parameter.ndim < 2):  # gains of 1, biases of 0
             vector.data.add_(0.3 * torch.randn(vector.shape, generator=generator))
         nets.append(net)
-    layers = check(target.init.depth, nets[0].config, nets[1].config, target.init.width)
-    return layers, measure(nets[0], nets[1], layers, target.init.width)
+    layers = check(init.depth, nets[0].config, nets[1].config, init.width)
+    return layers, measure(nets[0], nets[1], layers, init.width)
 
 
-def _described(config: Any) -> Model:
-    """A model value with the shape of a transformers config."""
-    shape = shape_of(config)
-    sizes = {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_size}
-    return Model(
-        family=family_of(config),
-        layers=config.num_hidden_layers,
-        width=shape.hidden,
-        heads=shape.heads,
-        intermediate_size=shape.inner,
-        config={key: size for key, size in sizes.items() if getattr(config, key, None) is not None},
-    )
-
-
-def _resized(config: Any, small: Any) -> Any:
-    """A copy of a config with the sizes of a small one; norms, rotations and biases stay as they are."""
-    resized = copy.deepcopy(config)
-    ids = (key for key in small.to_dict() if key.endswith("_token_id"))
-    for key in ("vocab_size", "max_position_embeddings", *FIELDS.values(), *INNER_SIZES, *ids):
-        if hasattr(small, key) and hasattr(resized, key):
-            setattr(resized, key, getattr(small, key))
-    return resized
-
-
-def _small(*pair: Model) -> list[Model]:
-    """The smallest models of the same proportions: few heads, small heads and inner layers."""
-    heads = [model.num_heads for model in pair]
-    kv_heads = [int(model.config.get("num_key_value_heads", model.num_heads)) for model in pair]
-    share = [(model.width or 0) // model.num_heads for model in pair]
-    head_size = [int(model.config.get("head_dim", size)) for model, size in zip(pair, share, strict=True)]
-    inner = [model.intermediate_size or 4 * (model.width or 0) for model in pair]
-    heads_unit, size_unit, inner_unit = math.gcd(*heads, *kv_heads), math.gcd(*share, *head_size), math.gcd(*inner)
-    num = 2 if heads_unit == max(heads) else 1
-    small = []
-    for i, model in enumerate(pair):
-        width_of_head, num_heads = 8 * share[i] // size_unit, num * heads[i] // heads_unit
-        sizes = {"num_key_value_heads": num * kv_heads[i] // heads_unit, "head_dim": 8 * head_size[i] // size_unit}
-        value = {
-            "family": model.family,
-            "layers": model.layers,
-            "heads": num_heads,
-            "width": num_heads * width_of_head,
-            "intermediate_size": max(1, 64 * inner_unit // max(inner)) * inner[i] // inner_unit,
-            "dropout": 0,
-            "config": {key: sizes.get(key, value) for key, value in model.config.items()},
-            "init": {"kind": "random", "std": "width"},
-            "sharing": model.sharing,
+def _small(*pair: Any) -> list[Any]:
+    """Copies of two configs with the smallest sizes of the same proportions: few heads, small heads and inner layers. Norms,
+    rotations and biases stay as they are."""
+    shapes = [shape_of(config) for config in pair]
+    share = [shape.hidden // shape.heads for shape in shapes]
+    heads = [n for shape in shapes for n in (shape.heads, shape.kv_heads)]
+    heads_unit, size_unit = math.gcd(*heads), math.gcd(*share, *(shape.head_size for shape in shapes))
+    inner_unit, most = math.gcd(*(shape.inner for shape in shapes)), max(shape.inner for shape in shapes)
+    num = 2 if heads_unit == max(shape.heads for shape in shapes) else 1
+    found = []
+    for config, shape, each in zip(pair, shapes, share, strict=True):
+        small, num_heads = copy.deepcopy(config), num * shape.heads // heads_unit
+        sizes = {
+            "vocab_size": 128,
+            "max_position_embeddings": 40,
+            "hidden_size": num_heads * 8 * each // size_unit,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num * shape.kv_heads // heads_unit,
+            "head_dim": 8 * shape.head_size // size_unit,
+            configs.inner_size(config): max(1, 64 * inner_unit // most) * shape.inner // inner_unit,
+            **{
+                key: 0
+                for key, value in config.to_dict().items()
+                if key.endswith("_token_id") and isinstance(value, int)
+            },
         }
-        small.append(Model.model_validate(value))
-    return small
+        for key, size in sizes.items():
+            if key is not None and configs.has_field(config, key) and getattr(config, key) is not None:
+                setattr(small, key, size)
+        found.append(small)
+    return found
 
 
 class _Double(TorchFunctionMode):

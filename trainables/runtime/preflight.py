@@ -60,7 +60,7 @@ def expect(
         device=device,
         bf16=any(spec.precision == "bf16" for spec in specs) or any(model.dtype == "bf16" for model in models),
         data=tuple(sorted(found)),
-        models=tuple(sorted({m.pretrained for m in models if m.pretrained and Path(m.pretrained).is_dir()})),
+        models=tuple(sorted({m.folder[0] for m in models if m.folder and Path(m.folder[0]).is_dir()})),
     )
 
 

@@ -21,14 +21,13 @@ import transformers
 from trainables.config.errors import DataError, ModelError
 from trainables.config.session import Session
 from trainables.config.trial import TrialSpec
-from trainables.models.remap import RemapError
 from trainables.runtime.outcome import Outcome, Status
 from trainables.runtime.trial import run_trial
 from trainables.storage.files import Storage, StorageError, as_json, attempts, log
 from trainables.training.state import Diverged, Environment, Stopped, Suspended, is_out_of_memory
 from trainables.training.stop_signals import LEAVE, Notice, StopReason, watched
 
-OUTCOMES = (Diverged, DataError, ModelError, RemapError)  # whose message says all: logged without a traceback
+OUTCOMES = (Diverged, DataError, ModelError)  # whose message says all: logged without a traceback
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of what a trial writes outside the storage
 
 

@@ -25,7 +25,7 @@ from trainables.generation.context import Autocast
 from trainables.losses import hidden
 from trainables.losses.chunked import LogitSource, chunked_terms, num_rows
 from trainables.losses.terms import term_loss
-from trainables.models import build, output_head
+from trainables.models import configs, output_head
 from trainables.training import layer_outputs
 
 GlobalBatch = MaskedBatch | TaskBatch | ExchangeBatch  # of a step
@@ -164,7 +164,7 @@ def _inner_loss(
     to_qkv = [layer_outputs.projections(*to.attention[j - 1]) for _, j in pairs]
     if term.inputs == "relations":
         return term_loss(term, from_qkv, to_qkv, mask_BT)
-    if not build.is_masked_lm(nets[term.target].config.model_type):  # a query never sees later keys
+    if not configs.is_masked_lm(nets[term.target].config.model_type):  # a query never sees later keys
         length, device = to.attention[0][1].shape[1], to.attention[0][1].device
         causal_1TT = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
         mask_BT = causal_1TT if mask_BT is None else causal_1TT & mask_BT.bool()[:, None] & mask_BT.bool()[:, :, None]

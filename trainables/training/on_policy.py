@@ -54,7 +54,7 @@ def read_batch(phase: PhaseState, name: str) -> GlobalBatch:
     indices = stream.indices(*drawn)
     batch = stream.data.train.rows(indices)
     context = GenerationContext(
-        end_id=stream.data.end_id,
+        end_id=stream.data.end_ids,
         pad_id=batch.pad_id,
         vocab_size=stream.data.vocab_size,
         device=phase.context.device,
@@ -137,7 +137,7 @@ def _generate(
     generations: list[Generation] = [generation for of_rank in session.gather(own) for generation in of_rank]
     replies = tuple(reply for generation in generations for reply in generation.replies)
     state["replies"] += len(replies)
-    state["unfinished"] += sum(int(reply[-1]) != context.generation.end_id for reply in replies)
+    state["unfinished"] += sum(not context.generation.has_ended(reply) for reply in replies)
     state["tokens"] += sum(map(len, replies))
     computed = {source.models[0]: sum(generation.num_tokens for generation in generations)}
     if isinstance(source, Interleaved):

@@ -139,7 +139,7 @@ def _weights(spec: TrialSpec, instance: PhaseRun, name: str, fingerprints: Mappi
     if model.pretrained is not None:
         return {"pretrained": fingerprints[f"model:{name}"], "dropout": model.dropout, "dtype": model.dtype}
     value: dict[str, Any] = {"name": name, "seed": seed_of(spec, phase), "length": longest(spec)}
-    value["shape"] = model.model_dump(mode="json", exclude={"init"})
+    value["shape"] = model.by_content(fingerprints.get(f"model:{name}"), exclude={"init"})
     if isinstance(model.init, Remap):
         value["remap"] = model.init.model_dump(mode="json", include={"depth", "width", "rest"})
         value["source"] = _weights(spec, instance, model.init.from_, fingerprints)

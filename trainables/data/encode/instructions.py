@@ -1,33 +1,33 @@
 """From rows of prompts and replies to files of tokens. Knows no model and no phase.
 
-A prompt and its reply are tokenized separately and joined, so that the boundary between them is where it is when a model
-continues the prompt.
+Prompt and reply are encoded together, as a model reads them that continues the prompt: the tokens in which the whole begins
+as the prompt alone does are the prompt, the others the reply.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from trainables.config.data import Instructions
 from trainables.config.errors import DataError
 from trainables.data import tokenizer
-from trainables.data.arrow import Ids, write_table
+from trainables.data.arrow import write_table
 from trainables.data.instructions.exchanges import end_of
-from trainables.data.instructions.rows import Row, Rows, divide, nothing_left
-from trainables.data.instructions.templates import Rendered, render
+from trainables.data.instructions.rows import Row, Rows, divide, leave_out, nothing_left
+from trainables.data.instructions.templates import Rendered, render, shared
 from trainables.data.order import sample_rows
 from trainables.data.sources.read import read_source
 from trainables.data.split import SPLITS, Sources, Split
 
-INSTRUCT = 2  # raised whenever the same rows would be split or put into a template otherwise
-EXCHANGE = 1  # raised whenever the same rows would be encoded otherwise
+INSTRUCT = 3  # raised whenever the same rows would be split or put into a template otherwise
+EXCHANGE = 2  # raised whenever the same rows would be encoded otherwise
 CHUNK = 4_000  # rows that are encoded together
 SCHEMA = pa.schema(
     [("prompt", pa.list_(pa.int32())), ("reply", pa.list_(pa.int32())), ("references", pa.list_(pa.string()))]
@@ -46,7 +46,9 @@ def fields(data: Instructions) -> dict[str, Any]:
 
 
 def _hash_of(rows: Rows | None) -> str | None:
-    return rows if rows is None else hashlib.sha256(b"".join(json.dumps(r).encode() + b"\n" for r in rows)).hexdigest()
+    """Hashes rows, wherever they lie."""
+    plain = None if rows is None else b"".join(json.dumps(row[:-1]).encode() + b"\n" for row in rows)
+    return None if plain is None else hashlib.sha256(plain).hexdigest()
 
 
 def split(data: Instructions) -> Split[Rows]:
@@ -61,26 +63,41 @@ def training_texts(data: Instructions, splits: Split[Rows]) -> Sequence[str]:
             "tokenizer: there is no train to train one on; expected pretrained, or that of another data set"
         )
     rendered = (render(row, data.template, None) for row in splits.train)
-    return [f"{text.prompt}{text.reply}" for text in rendered]
+    return [text.whole for text in rendered]
+
+
+class Encoded(NamedTuple):
+    """A row as tokens."""
+
+    prompt: list[int]
+    reply: list[int]  # the token that ends it included
+    references: list[str]
+    lead: str
 
 
 def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict[str, Any]:
-    counts, leads = {}, set[str]()
+    counts, leads, ends = {}, set[str](), Counter[int]()
+    num_rows, refused = sum(len(getattr(splits, name)) for name in SPLITS), list[DataError]()
     for name in SPLITS:
         rows: Rows = getattr(splits, name)
-        dropped = dict(splits.dropped.get(name, {}))
-        short = _with_short_prompts(rows, data, tok)
-        if len(short) < len(rows):
-            dropped[f"a prompt over {data.prompt_length} tokens"] = len(rows) - len(short)
+        dropped, before = Counter(splits.dropped.get(name, {})), len(refused)
+        encoded = _encode(rows, data, tok, refused)
+        leave_out(refused, num_rows, Counter())
+        leave_out(refused[before:], num_rows, dropped)
+        short = [each for each in encoded if len(each.prompt) <= data.prompt_length]
+        if len(short) < len(encoded):
+            dropped[f"a prompt over {data.prompt_length} tokens"] = len(encoded) - len(short)
         if rows and not short:
             raise nothing_left(name, dropped, hint=f"raise prompt_length {data.prompt_length}, or shorten the prompts")
         chosen = [short[i] for i in sample_rows(len(short), data.examples if name == "train" else data.evaluate)]
-        leads |= {text.lead for _, text, _ in chosen}
-        counts[name] = {**_write(chosen, tok, data.length, home / f"{name}.arrow"), "dropped": dropped}
+        leads |= {each.lead for each in chosen}
+        ends.update(each.reply[-1] for each in chosen)
+        counts[name] = {**_write(chosen, data.length, home / f"{name}.arrow"), "dropped": dict(dropped)}
     facts = {
         "template": data.template,
         "scoring": data.scoring.model_dump(mode="json"),
         "leads": _decoded(sorted(leads), tok),
+        "ends": [token for token, _ in ends.most_common()],
     }
     return {"exchange": EXCHANGE, "splits": counts, "exchanges": facts}
 
@@ -92,45 +109,68 @@ def _decoded(leads: Sequence[str], tok: Any) -> list[str]:
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
-def _with_short_prompts(rows: Rows, data: Instructions, tok: Any) -> list[tuple[Row, Rendered, Ids]]:
-    """Returns the rows whose prompt is not too long, with their text and the tokens of the prompt."""
-    start, _ = tokenizer.ends(tok)
-    short = []
+def _encode(rows: Rows, data: Instructions, tok: Any, refused: list[DataError]) -> list[Encoded]:
+    """Encodes the rows that the template takes; adds the errors of the others to `refused`."""
+    done, parts = list[Encoded](), _turn_parts(tok) if data.reads_chats else _text_parts(tok)
     for first in range(0, len(rows), CHUNK):
-        some = rows[first : first + CHUNK]
-        rendered = [render(row, data.template, tok) for row in some]
-        encoded = tokenizer.encode(tok, [text.prompt for text in rendered], is_template=data.reads_chats)
-        for row, text, ids in zip(some, rendered, encoded, strict=True):
-            if start is not None and ids[:1] != [start]:  # a chat template may have put it there
-                ids = [start, *ids]
-            if len(ids) <= data.prompt_length:
-                short.append((row, text, np.array(ids, np.int32)))
-    return short
+        taken = list[tuple[Row, Rendered]]()
+        for row in rows[first : first + CHUNK]:
+            try:
+                taken.append((row, render(row, data.template, tok)))
+            except DataError as error:
+                refused.append(error)
+        encoded = (
+            tokenizer.encode(tok, [getattr(text, part) for _, text in taken], is_template=data.reads_chats)
+            for part in ("prompt", "whole", "tail")
+            if taken
+        )
+        for (row, text), *ids in zip(taken, *encoded, strict=True):
+            prompt, reply = parts(*ids)
+            learnt = text.reply or tok.decode(reply[:-1], skip_special_tokens=True).strip()
+            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], text.lead))
+    return done
 
 
-def _encode_replies(texts: Sequence[Rendered], tok: Any) -> list[list[int]]:
-    """Encodes leads and replies, without the end. Special tokens are such only where the template put them."""
-    plain = [f"{text.lead}{text.reply}" if text.lead.isspace() else text.reply for text in texts]
-    leads = ["" if text.lead.isspace() else text.lead for text in texts]
-    heads = tokenizer.encode(tok, leads, is_template=True) if any(leads) else [list[int]()] * len(texts)
-    return [[*head, *ids] for head, ids in zip(heads, tokenizer.encode(tok, plain), strict=True)]
+Parts = Callable[[list[int], list[int], list[int]], tuple[list[int], list[int]]]  # of prompt, whole and tail
 
 
-def _write(rows: Sequence[tuple[Row, Rendered, Ids]], tok: Any, length: int, path: Path) -> dict[str, Any]:
-    end_id, num_prompt, num_reply, num_cut = end_of(tok), 0, 0, 0
+def _text_parts(tok: Any) -> Parts:
+    """Returns how a text is parted into (prompt, reply): a start token, if the tokenizer has one, before, its end token after
+    it."""
+    head, end_id = [token for token in tokenizer.ends(tok)[:1] if token is not None], end_of(tok)
 
-    def blocks() -> Iterator[list[Any]]:
-        nonlocal num_prompt, num_reply, num_cut
-        for start in range(0, len(rows), CHUNK):
-            some, texts, prompts = zip(*rows[start : start + CHUNK], strict=True)
-            whole = [[*ids, end_id] for ids in _encode_replies(texts, tok)]
-            replies = [ids[: length - len(prompt)] for ids, prompt in zip(whole, prompts, strict=True)]
-            num_prompt += sum(map(len, prompts))
-            num_reply += sum(map(len, replies))
-            num_cut += sum(len(kept) < len(ids) for kept, ids in zip(replies, whole, strict=True))
-            yield [list(prompts), replies, [row.replies for row in some]]
+    def parts(prompt: list[int], whole: list[int], _: list[int]) -> tuple[list[int], list[int]]:
+        num = shared(prompt, whole)
+        return [*head, *whole[:num]], [*whole[num:], end_id]
 
-    write_table(path, SCHEMA, blocks())
+    return parts
+
+
+def _turn_parts(tok: Any) -> Parts:
+    """Returns how a conversation is parted into (prompt, reply), as its template writes it and no token more.
+
+    The reply ends with the first mark after the reply's text; where the template writes none, with the tokenizer's end token.
+    """
+    marks = tokenizer.marks(tok)
+
+    def parts(prompt: list[int], whole: list[int], tail: list[int]) -> tuple[list[int], list[int]]:
+        num = shared(prompt, whole)
+        reply, end_id = whole[num:], next((token for token in tail if token in marks), None)
+        if end_id is not None and end_id not in reply:  # a call of tools may end otherwise
+            end_id = next((token for token in reversed(reply) if token in marks), None)
+        if end_id is None:
+            return whole[:num], [*reply, end_of(tok)]
+        return whole[:num], reply[: len(reply) - reply[::-1].index(end_id)]
+
+    return parts
+
+
+def _write(rows: Sequence[Encoded], length: int, path: Path) -> dict[str, Any]:
+    cut = [row._replace(reply=row.reply[: length - len(row.prompt)]) for row in rows]
+    blocks = (list(zip(*cut[start : start + CHUNK], strict=True))[:3] for start in range(0, len(cut), CHUNK))
+    write_table(path, SCHEMA, blocks)
+    num_prompt, num_reply = sum(len(row.prompt) for row in cut), sum(len(row.reply) for row in cut)
+    num_cut = sum(len(kept.reply) < len(row.reply) for kept, row in zip(cut, rows, strict=True))
     return {
         "exchanges": len(rows),
         "tokens": num_prompt + num_reply,

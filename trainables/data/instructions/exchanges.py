@@ -71,11 +71,22 @@ class ExchangeSet(PreparedData):
     @staticmethod
     def open_split(path: Path, about: dict[str, Any], tokenizer: Any) -> Exchanges:
         # padding is never read; a padding token would make some models warn
-        return Exchanges(path, length=about["length"], pad_id=end_of(tokenizer))
+        return Exchanges(path, length=about["length"], pad_id=about["exchanges"]["ends"][0])
 
     @property
     def end_id(self) -> int:
-        return end_of(self.tokenizer)
+        return self.end_ids[0]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes all tokens."""
+        return bool(self.about["exchanges"]["template"] == "chat")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply: those of the data, the most usual first; in a chat also those that end the replies of
+        its tokenizer's model."""
+        return tuple(dict.fromkeys([*self.about["exchanges"]["ends"], *(self.about["stops"] if self.is_chat else ())]))
 
     @property
     def scoring(self) -> Scoring:
@@ -89,7 +100,11 @@ class ExchangeSet(PreparedData):
     def text(self, reply: Sequence[int]) -> str:
         """Decodes a reply for comparison with references: without special tokens, and without the text that the template
         has before a reply (an empty thought, say), which is learnt with the reply and is no answer."""
-        text: str = self.tokenizer.decode(list(reply), skip_special_tokens=True).strip()
+        ids = list(reply)
+        text: str = self.tokenizer.decode(
+            ids[:-1] if ids[-1:] and ids[-1] in self.end_ids else ids, skip_special_tokens=True
+        )
+        text = text.strip()
         return text.removeprefix(next((lead for lead in self.leads if text.startswith(lead)), "")).lstrip()
 
     def unpacked(self) -> ExchangeSet:

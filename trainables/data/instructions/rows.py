@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainables.config.errors import DataError
 from trainables.data.split import SPLITS, Sources, Split, split_groups
@@ -12,11 +14,27 @@ CUT, MOST = (
     0.08,
     500,
 )  # share of the rows of train, and about their number at most, for each missing one of dev and test
+MOST_REFUSED = 0.01  # share of a source's rows that may be left out because they cannot be read or rendered
 
 
 class Turn(NamedTuple):
+    """A message of a conversation."""
+
     role: str
-    content: str
+    content: Any  # a text, or a list of parts {type: text, text}; None in a call of tools
+    more: Mapping[str, Any] | None = (
+        None  # further keys that a chat template may read: tool_calls, reasoning_content, …
+    )
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as `apply_chat_template` takes it."""
+        return {"role": self.role, "content": self.content, **(self.more or {})}
+
+    @property
+    def said(self) -> str:
+        """The text of the content."""
+        return "".join(part["text"] for part in self.content) if isinstance(self.content, list) else self.content or ""
 
 
 class Row(NamedTuple):
@@ -26,16 +44,26 @@ class Row(NamedTuple):
     context: str  # that the prompt refers to; may be empty
     replies: tuple[str, ...]
     group: str | None = None  # rows of a group are never in two splits; None: rows of one prompt are a group
+    answer: Turn | None = None  # the message of the reply where it is more than a text; a bare call replies with ""
+    tools: Sequence[Any] | None = None  # schemas that a chat template may read
+    place: str = ""  # file and row, for messages; rows are equal wherever they lie
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Row) and self[:-1] == other[:-1]
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @property
     def text(self) -> str:
         """What the model reads, without case and spaces."""
-        texts = (*(turn.content for turn in self.turns), self.context)
-        return "\0".join(" ".join(text.lower().split()) for text in texts)
+        more = [turn.more for turn in self.turns if turn.more] + list(self.tools or ())
+        texts = (*(turn.said for turn in self.turns), self.context, *(json.dumps(each) for each in more))
+        return "\0".join(" ".join(text.lower().split()) for text in texts if text)
 
     @property
     def split_by(self) -> str:
-        return " ".join(self.turns[-1].content.lower().split()) if self.group is None else self.group
+        return self.text if self.group is None else self.group
 
     @property
     def marks(self) -> set[tuple[str, str]]:
@@ -96,6 +124,18 @@ def nothing_left(split: str, *counts: Mapping[str, int], hint: str = "") -> Data
     parts = [f"{num:,} with {reason}" for some in counts for reason, num in some.items() if num]
     advice = hint or "name other columns, or give rows that have a prompt and a reply"
     return DataError(f"{split}: no row is left ({', '.join(parts) or 'there was none'}); {advice}")
+
+
+def leave_out(refused: Sequence[DataError], num_rows: int, dropped: Counter[str]) -> None:
+    """Counts refused conversations, of a source with `num_rows`, as rows left out.
+
+    Raises the first refusal where there are more than 1 %.
+    """
+    if len(refused) > MOST_REFUSED * num_rows:
+        others = f" (and {len(refused) - 1:,} more of {num_rows:,} rows)" if len(refused) > 1 else ""
+        raise DataError(f"{refused[0]}{others}")
+    if refused:
+        dropped[f"a conversation that cannot be used, as {refused[0]}"] += len(refused)
 
 
 def brief(value: object) -> str:

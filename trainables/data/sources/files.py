@@ -49,6 +49,7 @@ class Wanted(NamedTuple):
     texts: tuple[str, ...]
     others: tuple[str, ...]
     fields: Mapping[str, str]
+    optional: tuple[str, ...] = ()  # columns of anything, read where they are there
 
 
 def find_files(data: Any, suffixes: tuple[str, ...] = SUFFIXES) -> Places:
@@ -116,28 +117,27 @@ def _read_hub(place: HubSplit, wanted: Wanted, what: str) -> Table:
         reason = why_not(name, "data set", error)
         raise DataError(f"{what}: cannot load split {split!r} of hub data set {where}: {reason}") from error
     _check_columns(wanted, rows.features.arrow_schema, name, what)
-    columns = dict.fromkeys((*wanted.texts, *wanted.others))
+    columns = _present(wanted, rows.column_names)
     return Table(f"split {split!r} of {name!r}", {column: rows.data.column(column).to_pylist() for column in columns})
 
 
 def _columns_of(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]]:
     if uri.endswith(JSON):
         return _columns_of_json(uri, wanted, what)
-    columns = list(dict.fromkeys((*wanted.texts, *wanted.others)))
     fs, path = fsspec.core.url_to_fs(uri)
     try:
         if uri.endswith(".txt"):
-            return {columns[0]: list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8")))}
-        rows = pads.dataset(path, filesystem=fs, format=_format(uri, columns))
+            return {wanted.texts[0]: list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8-sig")))}
+        rows = pads.dataset(path, filesystem=fs, format=_format(uri, (*wanted.texts, *wanted.others, *wanted.optional)))
         _check_columns(wanted, rows.schema, uri, what)
-        return dict(rows.to_table(columns=columns).to_pydict())
+        return dict(rows.to_table(columns=_present(wanted, rows.schema.names)).to_pydict())
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(uri, what, error) from error
 
 
 def _columns_of_json(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]]:
     """Reads by Python's own reader: Arrow's takes a date in a text for a time, and rejects columns that nobody wants."""
-    columns: dict[str, list[Any]] = {column: [] for column in (*wanted.texts, *wanted.others)}
+    columns: dict[str, list[Any]] = {column: [] for column in (*wanted.texts, *wanted.others, *wanted.optional)}
     names: dict[str, None] = {}
     for where, row in _objects(uri, what):
         names |= dict.fromkeys(row)
@@ -151,9 +151,15 @@ def _columns_of_json(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]
         raise DataError(
             f"{what}: {uri!r} has no rows; give at least one object with {' and '.join(map(repr, columns))}"
         )
-    for column in columns:
+    for column in (*wanted.texts, *wanted.others):
         _check_is_there(column, tuple(names), uri, what, field=wanted.fields.get(column))
     return columns
+
+
+def _present(wanted: Wanted, names: Sequence[str]) -> list[str]:
+    """Returns the columns to read of a table that has these; each once."""
+    optional = (column for column in wanted.optional if column in names)
+    return list(dict.fromkeys((*wanted.texts, *wanted.others, *optional)))
 
 
 def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,9 +172,9 @@ def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.isspace():
                     continue
                 if line.lstrip()[:1] != "[":
-                    each: Iterable[tuple[str, Any]] = [(f"line {number}", json.loads(line.rstrip()))]
+                    each: Iterable[tuple[str, Any]] = [(f"line {number}", _parsed(line.rstrip()))]
                 else:  # a list is no row, so this is the array of all of them
-                    each = ((f"row {i}", row) for i, row in enumerate(json.loads(line + file.read()), 1))
+                    each = ((f"row {i}", row) for i, row in enumerate(_parsed(line + file.read()), 1))
                 for where, row in each:
                     if not isinstance(row, dict):
                         raise DataError(
@@ -181,6 +187,19 @@ def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise _unreadable(uri, what, ValueError(place)) from error
     except UnicodeDecodeError as error:
         raise _unreadable(uri, what, ValueError(f"after line {number}: {error}")) from error
+
+
+def _parsed(text: str) -> Any:
+    """Parses JSON. Half of a surrogate pair, which no encoding can hold, becomes U+FFFD."""
+    try:
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            whole = json.dumps(json.loads(text), ensure_ascii=False)
+            text = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; objects within objects without end
+        raise json.JSONDecodeError(str(error), text, 0) from error
 
 
 def _unreadable(uri: str, what: str, error: Exception) -> DataError:

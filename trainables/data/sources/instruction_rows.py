@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainables.config.data import InstructionFiles, InstructionHub
 from trainables.config.errors import DataError
-from trainables.data.instructions.rows import Row, Rows, Turn, brief
+from trainables.data.instructions.rows import Row, Rows, Turn, brief, leave_out
 from trainables.data.sources.files import Places, Wanted, read
 from trainables.data.split import Sources, Table
 
 ROLES = "{role, content}"
+TOOLS = "tools"  # a column that conversations may have
+CALLS = ("tool_calls", "function_call")  # keys of a message that call tools: its content may be empty
 NO_PROMPT, NO_REPLY = "an empty prompt", "an empty reply"  # reasons for which a row is dropped
+
+
+class LeftOut(NamedTuple):
+    """Rows that are not used: how many for which reason, and conversations that cannot be read."""
+
+    counts: Counter[str]
+    refused: list[DataError]
 
 
 def load(data: InstructionFiles | InstructionHub, places: Places) -> Sources[Rows]:
@@ -24,25 +34,34 @@ def load(data: InstructionFiles | InstructionHub, places: Places) -> Sources[Row
     others = [column for column in fields if column not in texts]
     if data.split_by is not None:
         fields, others = {data.split_by: "split_by", **fields}, [*others, data.split_by]
+    optional = () if columns.messages is None or TOOLS in fields else (TOOLS,)
     splits, dropped = dict[str, Rows](), dict[str, dict[str, int]]()
     for name, place in places:
-        counts: Counter[str] = Counter()
-        tables = read(place, Wanted(texts, tuple(others), fields), what=name)
-        splits[name] = tuple(row for table in tables for row in _rows(data, table, name, counts))
-        dropped[name] = dict(counts)
+        out = LeftOut(Counter(), [])
+        tables = read(place, Wanted(texts, tuple(others), fields, optional), what=name)
+        splits[name] = tuple(row for table in tables for row in _rows(data, table, name, out))
+        leave_out(out.refused, len(splits[name]) + sum(out.counts.values()) + len(out.refused), out.counts)
+        dropped[name] = dict(out.counts)
     return Sources(splits.get("train"), splits.get("dev"), splits.get("test"), dropped=dropped)
 
 
-def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, dropped: Counter[str]) -> Iterator[Row]:
-    """Yields the rows of a table that have prompt and reply; counts the others in `dropped`."""
+def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, out: LeftOut) -> Iterator[Row]:
+    """Yields the rows of a table that have prompt and reply; counts the others in `out`."""
     names, columns = data.columns, table.columns
     for i in range(len(next(iter(columns.values())))):
         where = f"{split}: {table.where}: row {i + 1}"
+        context, answer, tools = "", None, None
         if names.messages is not None:
-            turns, replies = _conversation(columns[names.messages][i], f"{where}: {names.messages!r}")
-            context = ""
+            try:
+                *turns, answer = _conversation(columns[names.messages][i], f"{where}: {names.messages!r}")
+                tools = _tools(columns[TOOLS][i], f"{where}: {TOOLS!r}") if TOOLS in columns else None
+            except DataError as error:
+                out.refused.append(error)
+                continue
+            replies = _replies(answer.said, where) or (("",) if any(key in CALLS for key in answer.more or ()) else ())
+            answer = answer if answer.more or isinstance(answer.content, list) else None
         else:
-            turns = (Turn("user", columns[names.prompt][i] or ""),)
+            turns = [Turn("user", columns[names.prompt][i] or "")]
             context = "" if names.context is None else _text(columns[names.context][i], f"{where}: {names.context!r}")
             replies = _replies(columns[names.response][i], f"{where}: {names.response!r}")
         group = None
@@ -52,12 +71,12 @@ def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, dro
                     f"{where} has no {data.split_by!r}, by which rows are split; fill it in, or leave it out"
                 )
             group = str(value)
-        if not turns[-1].content.strip():
-            dropped[NO_PROMPT] += 1
+        if not turns[-1].said.strip():
+            out.counts[NO_PROMPT] += 1
         elif not replies:
-            dropped[NO_REPLY] += 1
+            out.counts[NO_REPLY] += 1
         else:
-            yield Row(turns, context if context.strip() else "", replies, group)
+            yield Row(tuple(turns), context if context.strip() else "", replies, group, answer, tools, where)
 
 
 def _text(value: Any, where: str) -> str:
@@ -74,20 +93,45 @@ def _replies(value: Any, where: str) -> tuple[str, ...]:
     return tuple(reply.strip() for reply in replies if reply and not reply.isspace())
 
 
-def _conversation(value: Any, where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """Returns (the turns before the last reply, the last reply if it is not blank)."""
+def _conversation(value: Any, where: str) -> list[Turn]:
+    """Returns the messages, of which the last one is the assistant's, its text without the spaces around it."""
     expected = f"expected a list of {ROLES}, of which the last one has the role assistant and is the reply"
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise DataError(f"{where} is {brief(value)}; {expected}")
     turns = []
-    for number, turn in enumerate(value, 1):
-        role, content = turn.get("role"), turn.get("content")
-        if not isinstance(role, str) or not role or not (content is None or isinstance(content, str)):
-            raise DataError(f"{where}: message {number} is {brief(turn)}, no {ROLES} of texts; {expected}")
-        turns.append(Turn(role, content or ""))
+    for number, message in enumerate(value, 1):
+        more = {key: each for key, each in message.items() if each not in (None, "", [], {})}  # as tables fill up rows
+        role, content = more.pop("role", None), more.pop("content", None)
+        is_call = any(key in more for key in CALLS)
+        is_text = content is None if is_call or "content" in message else False
+        if not isinstance(role, str) or not (is_text or isinstance(content, str | list)):
+            raise DataError(f"{where}: message {number} is {brief(message)}, no {ROLES} of texts; {expected}")
+        if isinstance(content, list):
+            content = [_part(part, f"{where}: message {number}") for part in content]
+        turns.append(Turn(role, content if content is not None or is_call else "", more or None))
     if len(turns) < 2 or turns[-1].role != "assistant":
         says = (
             f"ends with {turns[-1].role!r}" if len(turns) > 1 else f"has {len(turns)} of the 2 messages that it needs"
         )
         raise DataError(f"{where} {says}; {expected}")
-    return tuple(turns[:-1]), _replies(turns[-1].content, where)
+    last = turns[-1]
+    return [*turns[:-1], last._replace(content=last.content.strip()) if isinstance(last.content, str) else last]
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """Returns a part of a content, without the keys that a table has filled up. Raises DataError unless it is a text."""
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        raise DataError(f"{where} has a part {brief(kind or part)} in its content; expected {{type: text, text}}")
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def _tools(value: Any, where: str) -> list[Any] | None:
+    """Returns schemas of tools; a text is read as JSON, since tables hold them so."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError:
+        tools = value
+    if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f"{where} is {brief(value)}; expected a list of objects that describe tools, or nothing")
+    return tools or None
