@@ -315,7 +315,9 @@ def weights_fingerprint(name: str, revision: str | None) -> str:
     """SHA-256 over the config and weights of a folder, or of a revision of a hub repository. Raises ModelError where the
     folder is none that can be loaded."""
     folder = Folder.read(name, revision)
-    total = hashlib.sha256()
+    # earlier versions took named classes in the folder's order: what they stored must not be taken for this
+    by_name = folder.config.id2label and _are_names(list(map(str, folder.config.id2label.values())))
+    total = hashlib.sha256(b"classes by name" if by_name else b"")
     for path in sorted((*folder.path.glob("config.json"), *folder.path.glob("*.safetensors"))):
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())

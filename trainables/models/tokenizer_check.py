@@ -57,10 +57,10 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def other_special_ids(config: Any, tokenizer: Any) -> list[str]:
-    """Says where a pretrained model's config has other special tokens than the tokenizer, whose count."""
+    """Says where a pretrained model's config has other special tokens than the tokenizer, by which data are read."""
     lines = []
     for name, ours in special_ids(tokenizer).items():
         theirs = getattr(config, name, None)
         if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
-            lines.append(f"its config.json has {name} {theirs}, the tokenizer {ours}; the tokenizer's is used")
+            lines.append(f"its config.json has {name} {theirs}, the tokenizer {ours}; the tokenizer's is read")
     return lines
