@@ -86,9 +86,7 @@ def texts(num: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
-def test_a_classifier_made_of_a_language_model_is_stored_restored_and_exported_as_one(
-    family: str, tmp_path: Path
-) -> None:
+def test_a_classifier_made_of_a_language_model_is_stored_and_exported_as_one(family: str, tmp_path: Path) -> None:
     net = loaded(saved(tmp_path / "lm", family), 2, NAMES)
     assert net.config.architectures == [type(net).__name__] and type(net).__name__.endswith("ForSequenceClassification")
     config = json.loads(json.dumps(build_.plain_config(net.config)))
