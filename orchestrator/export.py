@@ -14,19 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import processors
-
 from orchestrator.cli import add_study_arguments, open_storage
+from orchestrator.cluster.machine import start
 from orchestrator.reporting.commands import sweep_command
 from orchestrator.study.errors import StudyError, nearest
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
-from trainables.data.prepared import open_data
-from trainables.data.tokenizer import encode, ends
-from trainables.models import build, shared_bert
 from trainables.storage.files import Storage
-from trainables.storage.phase_store import Corrupt, PhaseStore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m orchestrator.export", description="Writes a model as a Hugging Face folder."
     )
     add_study_arguments(parser)
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    folder = "a new or empty folder"
+    parser.add_argument("--to", required=True, type=lambda to: Path(to).expanduser(), metavar="DIR", help=folder)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--arm", metavar="A", help="an arm, at its first seed")
     which.add_argument("--trial", metavar="ID", help="a trial by its id")
@@ -60,6 +56,10 @@ def export(
 
     Raises StudyError where no such model was trained, and where the folder cannot be written.
     """
+    from trainables.data.prepared import open_data  # here, as below, so that `--help` and a wrong argument are quick
+    from trainables.models import build, shared_bert
+    from trainables.storage.phase_store import Corrupt, PhaseStore
+
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StudyError(f"--to {to}: exists and is not empty; give a new or empty folder")
     storage = open_storage(uri)
@@ -100,6 +100,10 @@ def export(
 def set_generation_tokens(net: Any, tokenizer: Any) -> None:
     """Sets a decoder's special tokens as in training: a start token before the prompt, none after it, an end token that
     ends a reply."""
+    from tokenizers import processors
+
+    from trainables.data.tokenizer import encode, ends
+
     start, end = ends(tokenizer)
     for config in (net.config, net.generation_config):
         config.bos_token_id, config.eos_token_id = start, end
@@ -139,7 +143,8 @@ def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -
         winner = scheduler.search.winner() if scheduler.search else None
         name = arm or (winner.name if winner else None)
         if name is None:
-            raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
+            arms = f"--arm A, of {', '.join(study.arms)}, or " if study.arms else ""
+            raise StudyError(f"{study.file}: no winner of a search to export (yet); give {arms}--trial ID")
         of_point = [
             row
             for row in ended.values()
@@ -150,11 +155,13 @@ def _trial(study: Study, storage: Storage, arm: str | None, trial: str | None) -
         first = "confirm" if arm is None else "trial"
         trial = min(of_point, key=lambda row: (row["kind"] != first, row["seed"]))["trial"]
     if trial not in ended:
-        raise StudyError(f"no ended trial {trial!r}{nearest(str(trial), ended)} in {storage.uri}/{study.folder}")
+        some = ", ".join([*list(ended)[:5], "…"][: len(ended)]) or "none"
+        where = f"in {storage.uri}/{study.folder}"
+        raise StudyError(f"no ended trial {trial!r}{nearest(str(trial), ended)} {where}; expected {some}")
     start = json.loads(storage.read(f"{study.folder}/trials/{trial}/trial.json") or b"{}")
     data = next(value for name, value in start["fingerprints"].items() if name.startswith("data:"))
     return {**ended[trial], "spec": start["spec"], "data": data}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

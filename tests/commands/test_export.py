@@ -102,8 +102,9 @@ def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
         (["--arm", "nobody"], "no arm 'nobody'; expected alone, taught, shared"),
         (["--arm", "alone", "--phase", "teach"], "--phase teach: does not train 'student'; expected distil"),
         (["--trial", "123"], "no ended trial '123'"),
+        (["--trial", "123"], "; expected "),
         (["--arm", "alone", "--model", "teacher"], "trains no model 'teacher'; expected student"),
-        ([], "no winner"),
+        ([], "no winner of a search to export (yet); give --arm A, of alone, taught, shared, or --trial ID"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from trainables.config.paths import FolderOrId
 from trainables.config.value import Name, Positive, Value
 
 
@@ -74,7 +75,7 @@ class Model(Value):
     intermediate_size: int | None = Field(None, ge=1)  # by default 4 x width
     dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
     config: dict[str, bool | int | float | str] = {}  # further fields of the family's transformers config
-    pretrained: str | None = None
+    pretrained: FolderOrId | None = None
     revision: str | None = None
     init: Init = Random()
     sharing: Sharing | None = None
