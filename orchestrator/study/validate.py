@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.study.errors import Lines, StudyError, line_of, nearest, without_place
+from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
 from orchestrator.study.schema import Choice, Claim, Objective, Study
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
@@ -41,7 +41,7 @@ class _Checker:
         try:
             yield
         except StudyError as error:
-            raise StudyError(f"{place}: {without_place(error)}") from None
+            raise StudyError(f"{place}: {error.message}") from None
 
     def known(self, kind: str, name: str, among: Iterable[str], where: str) -> None:
         if name not in (among := tuple(among)):
@@ -66,8 +66,8 @@ class _Checker:
             for end in axis.ends():
                 with self.blamed_on(f"{self.place('vary', name)}: vary.{name} at {end!r}"):
                     self.trains_objective(point=study.point_at(name, end))
-        ends = ([(name, end) for end in axis.ends()] for name, axis in study.vary.items())
-        for combination in itertools.islice(itertools.product(*ends), 512):
+        ends = [[(name, end) for end in axis.ends()] for name, axis in study.vary.items()]
+        for combination in itertools.islice(itertools.product(*ends), 512) if ends else ():
             point: dict[str, Any] = {}
             for name, end in combination:
                 point |= {name: end} if study.is_active(name, point) else {}
@@ -95,16 +95,22 @@ class _Checker:
         if study.is_zip(name) and not (
             isinstance(axis, Choice) and all(isinstance(value, dict) for value in axis.choice.values())
         ):
-            raise StudyError(
-                f"{where}: is no path of the trial, so each choice must map paths to values"
-                f"{nearest(name, TrialSpec.model_fields)}"
-            )
+            paths = [path for path in dotted(study.trial) if path.endswith(f".{name}")]
+            meant = nearest(name, TrialSpec.model_fields) or (f" (did you mean {paths[0]!r}?)" if paths else "")
+            raise StudyError(f"{where}: is no path of the trial, so each choice must map paths to values{meant}")
 
     def trains_objective(self, **how: Any) -> TrialSpec:
         """Builds a trial, and checks that it trains something in the objective's phase."""
         spec, phase = self.study.spec(seed=0, **how), self.study.objective.phase
         if phase in spec.phases and phase not in spec.pruned().phases:
             raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
+        for name, data in spec.data.items():
+            scoring = data.scoring
+            if scoring and "max_tokens" in scoring.model_fields_set and scoring.max_tokens > data.length:
+                raise StudyError(
+                    f"trial.data.{name}.scoring.max_tokens: {scoring.max_tokens} is beyond length {data.length}, which a prompt "
+                    f"and its reply share; expected at most {data.length}"
+                )
         return spec
 
     # ------------------------------------------------------------------------------------------------------- arms
