@@ -21,7 +21,7 @@ from trainables.generation import kv_cache
 from trainables.generation.context import GenerationError
 from trainables.models import build, initialise, remap, tokenizer_check
 from trainables.training import forward, optimizers
-from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, streams_of
+from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, reads_head, streams_of
 
 
 def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
@@ -100,42 +100,36 @@ def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, net: Any, voc
 
 
 def fresh_heads(spec: TrialSpec, run: PhaseRun, corpora: Mapping[str, Prepared], shapes: Shapes) -> list[str]:
-    """Says which classifier's heads are drawn anew when a run starts, though the trunk has weights.
+    """Says which heads are drawn anew when a run starts, though the trunk has weights.
 
     Raises ModelError where pretrained weights do not fit, and where the run reads such a head without training it.
     """
-    phase, lines = spec.phases[run.phase], list[str]()
+    lines = list[str]()
     for name in spec.models_of(run.phase):
         head, origin, source = head_of(spec, run, name), origin_of(spec, run, name), name
         while origin is None and isinstance(init := spec.models[source].init, Remap):
             source, origin = init.from_, origin_of(spec, run, init.from_)
-        model = spec.models[source]
+        is_read, how = reads_head(spec, run, name), spec.phases[run.phase].train.get(name)
         if origin is not None:
             is_fresh = head is not None and head != head_of(spec, origin.instance, source)
-        elif model.pretrained is not None:
+        elif spec.models[source].pretrained is not None:
             read = corpora.get(head.data) if head is not None and not head.is_derived else None
-            names = tuple(getattr(read, "class_names", ()))
+            names, num_labels = tuple(getattr(read, "class_names", ())), head.num_labels if head is not None else None
             try:
-                is_fresh = bool(shapes.start(model, head.num_labels if head is not None else None, names).fresh)
+                is_fresh = bool(shapes.start(spec.models[source], num_labels, names, is_head_read=is_read).fresh)
             except ModelError as error:
                 raise ModelError(f"{source}: {error}") from None
         else:
             continue
-        if not is_fresh or head is None:
+        if head is None or not is_fresh or not is_read:
             continue
-        how = phase.train.get(name)
-        labels = {of for stream in phase.streams.values() if stream.labels for of in stream.labels.of}
-        reads = name in labels or any(term.inputs == "logits" and name in term.reads for term in phase.terms.values())
-        if how != "full" and (how is not None or reads):
+        if how != "full":
             why = "reads it without training" if how is None else "trains LoRA's pairs alone"
             raise ModelError(
-                f"{source}: has no head for the classes of data.{head.data}, and phase {run} {why}; expected a classifier of "
-                f"them, or a phase before that has train: {{{source}: full}}"
+                f"{source}: has no head for the outputs of data.{head.data}, and phase {run} {why}; expected a classifier of "
+                f"these, or an earlier phase on data.{head.data} with train: {{{name}: full}}"
             )
-        if how is not None:
-            lines.append(
-                f"{name:12} phase {run} draws its head for the {head.num_labels} outputs of data.{head.data} anew"
-            )
+        lines.append(f"{name:12} phase {run} draws its head for the {head.num_labels} outputs of data.{head.data} anew")
     return lines
 
 

@@ -97,10 +97,13 @@ class Shapes:
         name, revision = model.pretrained, model.revision
         return self._once(("folder", name, revision), lambda: Folder.read(name, revision))
 
-    def start(self, model: Model, num_labels: int | None, class_names: tuple[str, ...]) -> build.Start:
+    def start(
+        self, model: Model, num_labels: int | None, class_names: tuple[str, ...], *, is_head_read: bool
+    ) -> build.Start:
         """How a model starts from its pretrained weights. Raises ModelError where they do not fit."""
-        key = ("start", model.pretrained, model.revision, num_labels, class_names)
-        return self._once(key, lambda: build.start_of(self.folder(model), num_labels, class_names, self.special_ids))
+        key, ids = ("start", model.pretrained, model.revision, num_labels, class_names, is_head_read), self.special_ids
+        folder = self.folder(model)
+        return self._once(key, lambda: build.start_of(folder, num_labels, class_names, ids, is_head_read=is_head_read))
 
     def net(self, model: Model, length: int, *, how: How = "full", num_labels: int | None = None) -> Any:
         """The model on the meta device, trained as `how` says, with a classifier's head where `num_labels` is given.

@@ -213,7 +213,7 @@ FAMILIES = ["bert", "xlm-roberta", "deberta", "deberta-v2", "electra", "albert",
 
 
 @pytest.mark.parametrize("family", ["roberta", "llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])
-def test_folders_of_language_models_become_classifiers_that_teach_learn_and_are_exported(
+def test_language_models_become_classifiers_that_teach_learn_and_are_exported(
     family: str, new_task_lab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab: Lab = new_task_lab()

@@ -208,8 +208,12 @@ def test_a_classifier_of_another_kind_or_another_number_of_classes_is_refused(tm
             loaded(path, 2)
         tokens = AutoModelForTokenClassification.from_pretrained(saved(tmp_path / f"{family}-lm", family), num_labels=2)
         tokens.save_pretrained(tmp_path / f"{family}-tokens")
-        with pytest.raises(ModelError, match=r"ForTokenClassification"):
+        with pytest.raises(
+            ModelError, match=r"is a \w+ForTokenClassification; expected a language model or a \w+ForSeq"
+        ):
             loaded(tmp_path / f"{family}-tokens", 2)
+        with pytest.raises(ModelError, match=r"has other tensors than .*missing, as "):
+            loaded(configured(path, num_hidden_layers=3), 3)
 
 
 def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> None:

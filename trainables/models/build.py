@@ -42,19 +42,20 @@ def build(
     length: int,
     num_labels: int | None = None,
     class_names: Sequence[str] = (),
+    is_head_read: bool = True,
 ) -> Any:
     """Builds a model on the CPU, in its own type. The initial weights depend on (seed, name, module) alone; weights in
     bf16 are those in fp32, rounded.
 
     `special_ids`: the tokenizer's ids by transformers' names (`pad_token_id`, …). `length`: the longest sequence.
     `num_labels`: classes of a classifier's head (1: a number), called `class_names` where they have names; None: the head
-    of a language model.
+    of a language model, which pretrained weights may lack if it is not `is_head_read`.
     """
     if model.pretrained is not None:
         folder = Folder.read(model.pretrained, model.revision)
         if model.dropout is not None:
             text_part(folder.config).update({key: model.dropout for key in dropouts(text_part(folder.config))})
-        start = start_of(folder, num_labels, class_names, special_ids)
+        start = start_of(folder, num_labels, class_names, special_ids, is_head_read=is_head_read)
         if (rows := text_part(start.config).vocab_size) < vocab_size:
             raise ModelError(f"{model.pretrained!r} has {rows} rows for a tokenizer of {vocab_size} tokens")
         return _load(start, DTYPES[model.dtype], name=name, seed=seed)
@@ -120,7 +121,7 @@ class Start:
     folder: Folder
     config: Any
     kind: Any  # class of the model
-    fresh: frozenset[str]  # tensors of a classifier's head that are drawn anew
+    fresh: frozenset[str]  # tensors of a head that are drawn anew
     order: tuple[int, ...]  # the folder's number of each class, where the folder has the head
 
 
@@ -129,6 +130,8 @@ def start_of(
     num_labels: int | None,
     class_names: Sequence[str] = (),
     special_ids: Mapping[str, int] | None = None,
+    *,
+    is_head_read: bool = True,
 ) -> Start:
     """Finds out from headers alone how pretrained weights are loaded. Raises ModelError where they do not fit."""
     config = copy.deepcopy(folder.config)
@@ -136,7 +139,7 @@ def start_of(
         net = language_model = from_config(config)
         if num_labels is not None:
             net = from_config(config, num_labels, class_names, special_ids)
-    fresh = folder.fresh(net, language_model)
+    fresh = folder.fresh(net, language_model, is_head_read=is_head_read)
     order, config = tuple(range(num_labels or 0)), net.config
     if num_labels is not None and not fresh:
         order = _order_of_classes(folder, class_names)
@@ -169,12 +172,12 @@ def _order_of_classes(folder: Folder, ours: Sequence[str]) -> tuple[int, ...]:
 @torch.no_grad()
 def _load(start: Start, dtype: torch.dtype, *, name: str, seed: int) -> Any:
     net = start.kind.from_pretrained(str(start.folder.path), config=start.config, dtype=dtype, use_safetensors=True)
-    net = net if start.order or start.fresh else _text_model(net)
-    net.config.architectures = [type(net).__name__]  # not those of the folder, whose head may be another
     _draw_again(net, {path.rpartition(".")[0] for path in start.fresh}, name=name, seed=seed)
     if start.order != tuple(range(len(start.order))):
         for tensor in net.get_submodule(class_layer(net)).parameters():
             tensor.copy_(tensor[list(start.order)])
+    net = net if start.order else _text_model(net)
+    net.config.architectures = [type(net).__name__]  # not those of the folder, whose head may be another
     return net
 
 
@@ -270,7 +273,7 @@ def from_config(
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
         if not is_masked_lm(config.model_type):
-            config.pad_token_id = (special_ids or {}).get("pad_token_id", config.pad_token_id)
+            config.pad_token_id = (special_ids or {}).get("pad_token_id", getattr(config, "pad_token_id", None))
     try:
         net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
     except Exception as error:  # each family checks its config in its own way

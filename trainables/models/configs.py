@@ -21,7 +21,7 @@ from trainables.config.models import Model, Remap
 from trainables.models import shared_bert
 from trainables.models.initialise import position_table
 from trainables.models.layouts import INNER_SIZES
-from trainables.storage.hub import why_not
+from trainables.models.pretrained import Folder
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 T = TypeVar("T")
@@ -66,11 +66,7 @@ def config_of(model: Model, *, vocab_size: int, special_ids: Mapping[str, int], 
     """The transformers config of a shape or of pretrained weights. Raises ModelError."""
     if model.pretrained is None:
         return make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
-    name, revision = model.pretrained, model.revision or "main"
-    try:
-        config = text_part(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no model at {name!r}: {why_not(name, 'model', error)}") from None
+    config = text_part(Folder.read(model.pretrained, model.revision).config)
     if model.dropout is not None:
         config.update({key: model.dropout for key in dropouts(config)})
     return config

@@ -48,11 +48,11 @@ class Folder:
         config, trunk = _config(name, path, fields)
         return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path))
 
-    def fresh(self, net: PreTrainedModel, language_model: PreTrainedModel) -> frozenset[str]:
-        """Returns the tensors of a classifier's head that the folder lacks: all of `net` that are drawn anew.
+    def fresh(self, net: Any, language_model: Any, *, is_head_read: bool = True) -> frozenset[str]:
+        """Returns the tensors of a head that the folder lacks: all of `net` that are drawn anew.
 
         `net`: a model of this config on the meta device, of the class that will be loaded. `language_model`: the same for
-        the family's language model, whose head is never drawn anew. Raises ModelError where tensors are missing, unexpected
+        the family's language model, whose head is drawn anew only if it is not read. Raises ModelError where tensors are missing, unexpected
         or of another shape.
         """
         with _quiet():
@@ -64,40 +64,42 @@ class Folder:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        is_task, prefix = net is not language_model, f"{net.base_model_prefix}."
-        missing, own = (
-            set(about["missing_keys"]),
-            {name for name in language_model.state_dict() if name.startswith(prefix)},
-        )
+        missing, unexpected = set(about["missing_keys"]), set(about["unexpected_keys"])
         shapes = {name: (list(stored), list(wanted)) for name, stored, wanted in about["mismatched_keys"]}
+        is_task, known = net is not language_model, language_model.state_dict()
+        last, trunk = class_layer(net) if is_task else "", missing
+        if is_task or not is_head_read:
+            trunk = {name for name in missing if name in known and name.startswith(f"{net.base_model_prefix}.")}
+        others = shapes.keys() - {f"{last}.weight", f"{last}.bias"}
+        if trunk or others or self._other_parts(net, unexpected, is_task=is_task):
+            raise ModelError(self._misfit(type(net).__name__, missing, unexpected, shapes))
         if is_task:
-            last = class_layer(net)
-            if shapes.keys() and shapes.keys() <= {f"{last}.weight", f"{last}.bias"}:
-                (stored, *_), (wanted, *_) = next(iter(shapes.values()))
-                raise ModelError(
-                    f"{self.name!r} is a classifier of {stored} classes, and the data have {wanted}; expected as many, or a "
-                    "language model"
-                )
-            is_fresh = f"{last}.weight" in missing
-            refused = {name for name in missing if name in own or not is_fresh}
-            classes = self.config.architectures
-            if not is_fresh and classes and type(net).__name__ not in classes:
-                raise ModelError(
-                    f"{self.name!r} is a {classes[0]}; expected a language model or a {type(net).__name__}"
-                )
-        else:
-            refused = missing
-        tops = {name.split(".")[0] for name in self.trunk}
-        heads = {name.split(".")[0] for name in net.state_dict()}
-        unexpected = {
-            name
-            for name in about["unexpected_keys"]
-            if name.removeprefix(prefix) not in self.trunk
-            and (name.startswith(prefix) or name.split(".")[0] in tops or not (is_task or name.split(".")[0] in heads))
-        }
-        if refused or unexpected or shapes:
-            raise ModelError(self._misfit(type(net).__name__, missing, set(about["unexpected_keys"]), shapes))
+            self._check_head(type(net).__name__, last, missing, shapes)
         return frozenset(missing)
+
+    def _check_head(self, kind: str, last: str, missing: set[str], shapes: Mapping[str, Any]) -> None:
+        """Raises ModelError where the last layer is that of other classes, or of another kind of classifier."""
+        if shapes:
+            (stored, *_), (wanted, *_) = next(iter(shapes.values()))
+            raise ModelError(
+                f"{self.name!r} is a classifier of {stored} classes, and the data have {wanted}; expected as many, or a "
+                "language model"
+            )
+        classes = self.config.architectures
+        if f"{last}.weight" not in missing and (missing or (classes and kind not in classes)):
+            what = f"is a {classes[0]}" if classes else f"has a {last} without {min(missing)}"
+            raise ModelError(f"{self.name!r} {what}; expected a language model or a {kind}")
+
+    def _other_parts(self, net: PreTrainedModel, unexpected: set[str], *, is_task: bool) -> set[str]:
+        """Those of unexpected tensors that are neither a pooler nor a head beside that of `net`."""
+        prefix, heads = f"{net.base_model_prefix}.", {name.split(".")[0] for name in net.state_dict()}
+        trunk = {name.split(".")[0] for name in self.trunk}
+        return {
+            name
+            for name in unexpected
+            if name.removeprefix(prefix) not in self.trunk
+            and (name.startswith(prefix) or name.split(".")[0] in trunk or not (is_task or name.split(".")[0] in heads))
+        }
 
     def _misfit(self, kind: str, missing: set[str], unexpected: set[str], shapes: Mapping[str, Any]) -> str:
         parts = [
@@ -119,12 +121,15 @@ class Folder:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps transformers from printing its table of tensors: what is in it that matters is raised."""
-    before = logging.get_verbosity()
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def class_layer(net: PreTrainedModel) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from trainables.config.errors import ModelError
 from trainables.config.models import Model
+from trainables.models.configs import one_line
 from trainables.storage.hub import model_folder
 
 TOKENIZERS = ["tokenizer*", "vocab*", "merges.txt", "*.model"]  # files of a tokenizer, of which each kind has some
@@ -27,8 +28,7 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).get_vocab()
     except Exception as error:  # what a tokenizer's files make transformers raise is of any kind
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"the tokenizer of {model.pretrained!r} cannot be read: {why}") from None
+        raise ModelError(f"the tokenizer of {model.pretrained!r} cannot be read: {one_line(error)}") from None
     if difference := difference_of({repr(model.pretrained): theirs, f"data {data_name!r}": data_tokenizer.get_vocab()}):
         raise ModelError(f"{difference}; expected tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
 

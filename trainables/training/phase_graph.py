@@ -87,6 +87,14 @@ def head_of(spec: TrialSpec, instance: PhaseRun, model: str) -> TaskHead | None:
     return None
 
 
+def reads_head(spec: TrialSpec, instance: PhaseRun, model: str) -> bool:
+    """Whether a run needs the head of a model: trains the model, or reads its logits, labels or replies."""
+    phase = spec.phases[instance.phase]
+    makers = {maker for stream in phase.streams.values() for maker in stream.models}
+    read = {name for term in phase.terms.values() if term.inputs == "logits" for name in term.reads}
+    return model in {*phase.train, *makers, *read}
+
+
 def seed_of(spec: TrialSpec, phase: str) -> int:
     return spec.seed if spec.phases[phase].seed == "trial" else SHARED_SEED
 

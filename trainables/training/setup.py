@@ -24,7 +24,16 @@ from trainables.storage.files import log
 from trainables.storage.phase_store import Corrupt
 from trainables.training import forward, on_policy
 from trainables.training.optimizers import make_optimizer
-from trainables.training.phase_graph import TaskHead, head_of, longest, num_steps, origin_of, seed_of, streams_of
+from trainables.training.phase_graph import (
+    TaskHead,
+    head_of,
+    longest,
+    num_steps,
+    origin_of,
+    reads_head,
+    seed_of,
+    streams_of,
+)
 from trainables.training.state import PhaseState, Progress, TrialContext
 from trainables.training.streams import StreamLoader, open_reader
 
@@ -95,7 +104,14 @@ def load_model(trial: TrialContext, instance: PhaseRun, name: str, head: TaskHea
         if head == head_of(spec, origin.instance, name):
             return build.restore(config, weights)
         return build.with_head(config, weights, num_labels, build.initial(model), **how)
-    net = build.build(model, vocab_size=data.vocab_size, length=longest(spec), num_labels=num_labels, **how)
+    net = build.build(
+        model,
+        vocab_size=data.vocab_size,
+        length=longest(spec),
+        num_labels=num_labels,
+        is_head_read=reads_head(spec, instance, name),
+        **how,
+    )
     if isinstance(model.init, Remap):
         source = load_model(trial, instance, model.init.from_, head)
         layers = remap.check(model.init.depth, source.config, net.config, model.init.width)
