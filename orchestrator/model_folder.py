@@ -21,7 +21,6 @@ from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
-from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import open_data
 from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
 from trainables.models import build, shared_bert
@@ -72,8 +71,7 @@ def export(
         raise StudyError(f"{error}; {rebuild}") from None
     try:
         if net.can_generate():
-            is_chat = isinstance(data, ExchangeSet) and data.is_chat
-            set_generation_tokens(net, tokenizer, getattr(data, "end_ids", ()), is_chat=is_chat)
+            set_generation_tokens(net, tokenizer, data.end_ids, is_chat=data.is_chat)
         else:
             set_special_tokens(tokenizer, *ends(tokenizer))
         net.save_pretrained(str(to))
@@ -145,7 +143,9 @@ def _keep_generation_config(to: Path, own: GenerationConfig | None) -> None:
         return
     ours = json.loads(path.read_text())
     stops = list(dict.fromkeys([*listed(ours.get("eos_token_id")), *listed(own.eos_token_id)]))
-    write_json(path, {**own.to_diff_dict(), **ours, "eos_token_id": stops if len(stops) > 1 else stops[0]})
+    both = {**own.to_diff_dict(), **ours, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    both.pop("_from_model_config", None)  # older loaders would make it anew from the config
+    write_json(path, both)
 
 
 def _describe_tokenizer(to: Path, net: Any) -> None:

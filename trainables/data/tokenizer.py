@@ -180,8 +180,9 @@ def listed(ids: int | list[int] | None) -> list[int]:
 
 
 def marks(tokenizer: Any) -> frozenset[int]:
-    """Returns the ids of added tokens, blanks excepted: those with which templates mark the parts of a conversation."""
-    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace())
+    """Returns the ids of added tokens with which templates mark the parts of a conversation: neither blanks nor unknown."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(i for i, token in added if not str(token.content).isspace() and i != tokenizer.unk_token_id)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
