@@ -189,7 +189,8 @@ def _trial(scheduler: Scheduler, arm: str | None, trial: str | None) -> dict[str
         winner = scheduler.search.winner() if scheduler.search else None
         name = arm or (winner.name if winner else None)
         if name is None:
-            raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
+            arms = f"--arm A, of {', '.join(study.arms)}, or " if study.arms else ""
+            raise StudyError(f"{study.file}: no winner of a search to export (yet); give {arms}--trial ID")
         of_point = [
             row
             for row in ended.values()
