@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from trainables.storage.files import is_local, matching
+from trainables.storage.files import matching
 
 log = logging.getLogger("codistill")
 
@@ -31,7 +31,7 @@ def locate(folder: str, text: str, *, may_be_id: bool) -> str:
     What only the working directory has is taken from there, with a warning. `may_be_id`: a text that names no folder may be an
     id of the hub, and stays as it is.
     """
-    if not is_local(text):
+    if "://" in text:
         return text
     path = os.path.expanduser(text)
     if os.path.isabs(path):
