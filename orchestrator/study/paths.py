@@ -15,8 +15,8 @@ log = logging.getLogger("codistill")
 
 
 def sqlite_uri(file: Path) -> str:
-    """Returns the URI of a SQLite file as SQLAlchemy reads it: `%` is an escape, and `?` starts the options."""
-    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+    """Returns the URI of a SQLite file as SQLAlchemy reads it: `%20` is an escape, and `?` starts the options."""
+    return "sqlite:///" + re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
 
 
 def sqlite_file(uri: str) -> Path | None:
