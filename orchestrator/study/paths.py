@@ -9,14 +9,14 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from trainables.storage.files import is_local, matching
+from trainables.storage.files import matching
 
 log = logging.getLogger("codistill")
 
 
 def sqlite_uri(file: Path) -> str:
-    """Returns the URI of a SQLite file as SQLAlchemy reads it: `%` is an escape, and `?` starts the options."""
-    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+    """Returns the URI of a SQLite file as SQLAlchemy reads it: `%20` is an escape, and `?` starts the options."""
+    return "sqlite:///" + re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -31,7 +31,7 @@ def locate(folder: str, text: str, *, may_be_id: bool) -> str:
     What only the working directory has is taken from there, with a warning. `may_be_id`: a text that names no folder may be an
     id of the hub, and stays as it is.
     """
-    if not is_local(text):
+    if "://" in text:
         return text
     path = os.path.expanduser(text)
     if os.path.isabs(path):

@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
 from orchestrator.study.schema import Choice, Claim, Objective, Study
+from trainables.config.data import Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
 from trainables.metrics.known import OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
@@ -104,12 +105,11 @@ class _Checker:
         spec, phase = self.study.spec(seed=0, **how), self.study.objective.phase
         if phase in spec.phases and phase not in spec.pruned().phases:
             raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
-        for name, data in spec.data.items():
-            scoring = data.scoring
-            if scoring and "max_tokens" in scoring.model_fields_set and scoring.max_tokens > data.length:
+        for path, sampling, length in _samplings(spec):
+            if "max_tokens" in sampling.model_fields_set and sampling.max_tokens > length:
                 raise StudyError(
-                    f"trial.data.{name}.scoring.max_tokens: {scoring.max_tokens} is beyond length {data.length}, which a prompt "
-                    f"and its reply share; expected at most {data.length}"
+                    f"trial.{path}.max_tokens: {sampling.max_tokens} is beyond length {length}, which a prompt and its reply "
+                    f"share; expected at most {length}"
                 )
         return spec
 
@@ -236,6 +236,18 @@ class _Checker:
         for name, axis in study.vary.items():
             if study.search and study.search.sampler == "grid" and not isinstance(axis, Choice):
                 raise StudyError(f"{self.place('vary', name)}: a grid needs choices; {name} is a range")
+
+
+def _samplings(spec: TrialSpec) -> Iterator[tuple[str, Sampling, int]]:
+    """Yields (path, how replies are drawn, the tokens of prompt and reply) wherever a trial draws replies."""
+    for name, data in spec.data.items():
+        if data.scoring is not None:
+            yield f"data.{name}.scoring", data.scoring, data.length
+    for name, phase in spec.phases.items():
+        for on, stream in phase.streams.items():
+            if stream.replies is not None:
+                length = min(spec.data[item].length for item in phase.for_each_dataset or (stream.data,))
+                yield f"phases.{name}.streams.{on}.replies", stream.replies, length
 
 
 def _as_tuple(task: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1023,7 +1023,11 @@ def test_replies_have_no_more_tokens_than_a_prompt_and_its_reply(refused: Refuse
     text = changed("data: {kind: python_docs, tokenizer: {kind: wordpiece, size: 1024}, length: 64, evaluate: 8}", data)
     text = text.replace("family: bert", "family: gpt2").replace("metric: mlm_loss", "metric: lm_loss")
     said = refused(text)
-    assert "trial.data.corpus.scoring.max_tokens: 65 is beyond length 64" in said and "exclude" not in said
+    assert "trial.data.corpus.scoring.max_tokens: 65 is beyond length 64" in said
+    replies = "streams: {main: {data: corpus, replies: {kind: sampled, by: teacher, max_tokens: 70}}}"
+    text = text.replace("{max_tokens: 65}", "{max_tokens: 64}")
+    said = refused(text.replace("train: {student: full}", f"train: {{student: full}}\n      {replies}"))
+    assert "trial.phases.distil.streams.main.replies.max_tokens: 70 is beyond length 64" in said
 
 
 names = st.text("abcdefghij_.", min_size=1, max_size=8) | st.sampled_from(

@@ -43,7 +43,7 @@ FILES = {"kind": "files", "tokenizer": {"kind": "wordpiece", "size": 64}}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_data_and_models_are_found_from_the_studys_file_whatever_its_folder_is_called(
+def test_data_and_models_are_found_from_the_studys_file_in_a_folder_of_any_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_a_message_about_a_missing_path_names_both_places(
 
 def test_ids_of_the_hub_and_uris_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("gpt2", "org/model", "s3://bucket/x", "hf://datasets/x"):
+    for name in ("gpt2", "org/model", "s3://bucket/x", "file:///x", "zip://a.csv::/x.zip"):
         assert locate(str(tmp_path), name, may_be_id=True) == name
     (tmp_path / "gpt2").write_text("a file is no model")
     assert locate(str(tmp_path), "gpt2", may_be_id=True) == "gpt2"

@@ -59,9 +59,8 @@ def labelled(
 def _classes(labels: Sequence[Any], classes: Sequence[str | int], where: str) -> NDArray[np.int64]:
     index = {str(name): i for i, name in enumerate(classes)}
     numbers = [_as_number(name) for name in classes]
-    by_number: dict[float | None, int] = {
-        n: i for i, n in enumerate(numbers) if n is not None and numbers.count(n) == 1
-    }
+    unique = ((number, i) for i, number in enumerate(numbers) if number is not None and numbers.count(number) == 1)
+    by_number: dict[float | None, int] = dict(unique)
     values = [index.get(_as_text(label), by_number.get(_as_number(label), -1)) for label in labels]
     if -1 in values:
         row = values.index(-1)
