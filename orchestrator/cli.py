@@ -19,7 +19,7 @@ from trainables.storage.files import Storage
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that name a study: the file, the profile, overrides, and the storage."""
-    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("study", metavar="STUDY.yaml", type=os.path.expanduser)
     parser.add_argument("--profile", metavar="P", help="a profile of the file; by default its first")
     parser.add_argument(
         "--set",
@@ -33,7 +33,11 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_storage_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--storage", metavar="URI", default="./runs", help="a folder or any fsspec URI (default ./runs)"
+        "--storage",
+        metavar="URI",
+        default="./runs",
+        type=os.path.expanduser,
+        help="a folder or any fsspec URI (default ./runs)",
     )
 
 
@@ -49,13 +53,20 @@ def open_storage(uri: str) -> Storage:
             f"--storage {redact(uri)}: a URI that slots and logs carry takes no password; give it in the environment, "
             f"as FSSPEC_{kind}_PASSWORD (FSSPEC_<PROTOCOL>_<ARGUMENT>), or in the service's own way (AWS_SECRET_ACCESS_KEY)"
         )
-    storage = Storage(uri if "://" in uri else os.path.abspath(uri))
+    storage = Storage(uri if "://" in uri else os.path.abspath(os.path.expanduser(uri)))
     try:
         storage.list()
     except (ValueError, ImportError, OSError) as error:
         reason = redact(str(error).strip().splitlines()[0])
         raise StudyError(f"--storage {redact(uri)}: cannot be read ({reason}); give a folder or URI that can") from None
     return storage
+
+
+def confirm(question: str) -> bool:
+    """Asks; only `y` is a yes, and the end of the input is a no."""
+    with contextlib.suppress(EOFError):
+        return input(question).strip().lower() == "y"
+    return False
 
 
 def positive_count(text: str) -> int:

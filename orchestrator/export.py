@@ -8,36 +8,14 @@ Without `--arm` or `--trial`, the search's winner: at its first confirmed seed, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tokenizers import processors
-from transformers import AutoTokenizer, GenerationConfig
-
-from orchestrator.analysis.tables import tables
-from orchestrator.cli import add_study_arguments, open_storage
-from orchestrator.reporting.commands import sweep_command
-from orchestrator.reporting.model_card import Exported, model_card
-from orchestrator.scheduling.scheduler import Scheduler
-from orchestrator.scheduling.trials import Fingerprints
-from orchestrator.study.errors import StudyError, nearest
+from orchestrator.cli import add_study_arguments
+from orchestrator.cluster.machine import start
+from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
-from orchestrator.study.schema import Study
-from trainables.config.errors import DataError, ModelError
-from trainables.config.phase_run import PhaseRun
-from trainables.config.trial import TrialSpec
-from trainables.data.instructions.exchanges import ExchangeSet
-from trainables.data.prepared import open_data
-from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
-from trainables.models import build, shared_bert
-from trainables.storage.phase_store import Corrupt, PhaseStore
-from trainables.training.phase_graph import streams_of
-
-# keys of tokenizer_config.json that say how we loaded it, or that make a loader put special tokens elsewhere
-OURS = ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m orchestrator.export", description="Writes a model as a Hugging Face folder."
     )
     add_study_arguments(parser)
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    folder = "a new or empty folder"
+    parser.add_argument("--to", required=True, type=lambda to: Path(to).expanduser(), metavar="DIR", help=folder)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--arm", metavar="A", help="an arm, at its first seed")
     which.add_argument("--trial", metavar="ID", help="a trial by its id")
@@ -56,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         study = load_study(given.study, given.profile, given.set)
+        from orchestrator.model_folder import export  # here, so that `--help` and a wrong argument are quick
+
         export(study, given.storage, given.to, arm=given.arm, trial=given.trial, model=given.model, phase=given.phase)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,178 +44,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(
-    study: Study, uri: str, to: Path, *, arm: str | None, trial: str | None, model: str | None, phase: str | None
-) -> None:
-    """Writes weights (safetensors), config and tokenizer. A layer that runs twice is written twice, so that transformers
-    loads the folder without our code.
-
-    Raises StudyError where no such model was trained, and where the folder cannot be written.
-    """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise StudyError(f"--to {to}: exists and is not empty; give a new or empty folder")
-    storage = open_storage(uri)
-    store = PhaseStore(storage)
-    scheduler = Scheduler(study, Fingerprints(None), storage)
-    row = _trial(scheduler, arm, trial)
-    model = model or study.objective.model
-    rebuild = f"to rebuild it, run {sweep_command(study, uri)}"
-    try:
-        found = {name: store.find(done["key"]) for name, done in row["phases"].items()}
-        if lost := [row["phases"][name]["key"] for name, stored in found.items() if stored is None]:
-            raise StudyError(f"phase {lost[0]} is not in the store; {rebuild}")
-        trained = {name: stored for name, stored in found.items() if stored is not None and model in stored.configs}
-        if not trained:
-            models = row["spec"]["models"]
-            expected = f"{nearest(model, models)}; expected {', '.join(models)}"
-            raise StudyError(f"trial {row['trial']} trains no model {model!r}{expected}")
-        phase = phase or list(trained)[-1]
-        if phase not in trained:
-            expected = f"{nearest(phase, trained)}; expected {', '.join(trained)}"
-            raise StudyError(f"--phase {phase}: does not train {model!r}{expected}")
-        net = build.restore(trained[phase].configs[model], store.weights(trained[phase].key, model))
-        if net.config.model_type == shared_bert.FAMILY:
-            net = shared_bert.unrolled(net)
-        spec, run = TrialSpec.model_validate(row["spec"]), PhaseRun.parse(phase)
-        stream = streams_of(spec, run)[spec.phases[run.phase].pace]
-        data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{stream.data}"])
-        tokenizer, named = data.tokenizer, spec.models[model]
-    except (Corrupt, ModelError, DataError, OSError) as error:
-        raise StudyError(f"{error}; {rebuild}") from None
-    try:
-        if net.can_generate():
-            is_chat = isinstance(data, ExchangeSet) and data.is_chat
-            set_generation_tokens(net, tokenizer, getattr(data, "end_ids", ()), is_chat=is_chat)
-        else:
-            set_special_tokens(tokenizer, *ends(tokenizer))
-        net.save_pretrained(str(to))
-        _name_rotary(to)
-        tokenizer.save_pretrained(str(to))
-        if named.pretrained is not None:
-            _keep_generation_config(to, generation_config(named.pretrained, named.revision))
-        _describe_tokenizer(to, net)
-        made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
-        loader = _tokenizer_class(to, tokenizer)
-        card = model_card(study, made, Exported(row, model, phase, _task(net), loader), storage=uri)
-        (to / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
-    print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
-    if loader != "AutoTokenizer":
-        print(
-            f"load its tokenizer with {loader}: AutoTokenizer gives a {net.config.model_type} rules that this one was not made by"
-        )
-
-
-def set_generation_tokens(net: Any, tokenizer: Any, end_ids: Sequence[int] = (), *, is_chat: bool = False) -> None:
-    """Sets a decoder's special tokens as in training: a start token before the prompt, none after it, and `end_ids`, by default
-    the tokenizer's end token, of which any ends a reply. A chat template writes all tokens itself."""
-    start, end = ends(tokenizer)
-    stops = list(end_ids) or listed(end)
-    for config in (net.config, net.generation_config):
-        config.bos_token_id = config.bos_token_id if start is None else start
-        config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
-        config.pad_token_id = stops[0] if tokenizer.pad_token_id is None and stops else tokenizer.pad_token_id
-    for name, token in (("bos_token", start), ("eos_token", end)):
-        if getattr(tokenizer, name) is None and token is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
-    set_special_tokens(tokenizer, None if is_chat else start, None)
-
-
-def set_special_tokens(tokenizer: Any, start: int | None, end: int | None) -> None:
-    """Makes the tokenizer put `start` before a text or a pair of texts, and `end` after each text, unless it does so."""
-    before, after = listed(start), listed(end)
-    first, second = (encode(tokenizer, [text])[0] for text in "ab")
-    as_trained = ([*before, *first, *after], [*before, *first, *after, *second, *after])
-    if (tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]) == as_trained:
-        return
-    (head, tail) = (tokenizer.convert_ids_to_tokens(ids) for ids in (before, after))
-    single = [*head, "$A", *tail]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=single,
-        pair=[*single, "$B:1", *(f"{token}:1" for token in tail)],
-        special_tokens=list(zip([*head, *tail], [*before, *after], strict=True)),
-    )
-
-
-def _name_rotary(to: Path) -> None:
-    """Adds the fields of rotary positions that older loaders read: without them they take a base of 10,000."""
-    path = to / "config.json"
-    about = json.loads(path.read_text())
-    rotary = about.get("rope_parameters") or {}
-    own = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
-    if own:
-        scaling = {key: value for key, value in rotary.items() if key not in own}
-        about |= {**own, "rope_scaling": None if rotary.get("rope_type", "default") == "default" else scaling}
-        write_json(path, about)
-
-
-def _keep_generation_config(to: Path, own: GenerationConfig | None) -> None:
-    """Adds what a pretrained model's own `generation_config` says of sampling and ends; our tokens count where both do."""
-    path = to / "generation_config.json"
-    if own is None or not path.exists():
-        return
-    ours = json.loads(path.read_text())
-    stops = list(dict.fromkeys([*listed(ours.get("eos_token_id")), *listed(own.eos_token_id)]))
-    write_json(path, {**own.to_diff_dict(), **ours, "eos_token_id": stops if len(stops) > 1 else stops[0]})
-
-
-def _describe_tokenizer(to: Path, net: Any) -> None:
-    """Describes the tokenizer as older loaders know it, and so that all read tokenizer.json as it is. It returns token types to a
-    model that has them, as in training; save_pretrained drops this."""
-    path = to / "tokenizer_config.json"
-    about = {key: value for key, value in json.loads(path.read_text()).items() if key not in OURS}
-    types = ["token_type_ids"] if getattr(net.config, "type_vocab_size", 0) > 1 else []
-    if isinstance(about.get("extra_special_tokens"), list):
-        about["additional_special_tokens"] = about.pop("extra_special_tokens")
-    about |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", *types, "attention_mask"],
-    }
-    write_json(path, about)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _tokenizer_class(to: Path, tokenizer: Any) -> str:
-    """Names the class of transformers that reads texts from the folder as the model was trained."""
-    return "AutoTokenizer" if reads_alike(AutoTokenizer.from_pretrained(to), tokenizer) else "PreTrainedTokenizerFast"
-
-
-def _task(net: Any) -> str:
-    """Names what a pipeline of transformers does with the model."""
-    if type(net).__name__.endswith("ForSequenceClassification"):
-        return "text-classification"
-    return "text-generation" if net.can_generate() else "fill-mask"
-
-
-def _trial(scheduler: Scheduler, arm: str | None, trial: str | None) -> dict[str, Any]:
-    """The end of the chosen trial, with its spec and the fingerprints of its data."""
-    study, storage, ledger = scheduler.study, scheduler.storage, scheduler.ledger
-    if arm is not None and arm not in study.arms:
-        raise StudyError(f"no arm {arm!r}{nearest(arm, study.arms)}; expected {', '.join(study.arms)}")
-    ended = {i: row for i, row in ledger.rows.items() if row["status"] == "ended"}
-    if trial is None:
-        winner = scheduler.search.winner() if scheduler.search else None
-        name = arm or (winner.name if winner else None)
-        if name is None:
-            raise StudyError(f"{study.file}: the search has no winner (yet); give --arm or --trial")
-        of_point = [
-            row
-            for row in ended.values()
-            if row["point"] == name and row["kind"] in ("trial", "confirm") and ledger.is_planned(row["trial"])
-        ]
-        if not of_point:
-            raise StudyError(f"{study.file}: no trial of {name} has ended in {storage.uri}; run the sweep first")
-        first = "confirm" if arm is None else "trial"
-        trial = min(of_point, key=lambda row: (row["kind"] != first, row["seed"]))["trial"]
-    if trial not in ended:
-        raise StudyError(f"no ended trial {trial!r}{nearest(str(trial), ended)} in {storage.uri}/{study.folder}")
-    start = json.loads(storage.read(f"{study.folder}/trials/{trial}/trial.json") or b"{}")
-    return {**ended[trial], "spec": start["spec"], "fingerprints": start["fingerprints"]}
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

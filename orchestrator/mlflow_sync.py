@@ -7,21 +7,25 @@ store lacks, with the tables' timestamps. To catch up, everything is put again, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from orchestrator.study.errors import redact
+from orchestrator.study.paths import sqlite_file
 
 Row = Mapping[str, Any]
 Point = tuple[str, int, int]  # metric, step, and the time where the step alone does not tell two apart
@@ -130,6 +134,15 @@ class Mirror:
             return f"{where} refused {refused.waits()} records of trial {refused.row.get('trial')}: {refused.refused}"
         return None
 
+    @property
+    def advice(self) -> str:
+        """What makes the store answer again."""
+        if (file := sqlite_file(self.uri)) is None:
+            return "start it"
+        again = f"move {file} away: the mirror is made again from the tables"
+        upgrade = f"run `mlflow db upgrade {shlex.quote(self.uri)}` on a copy that you can go back to, or "
+        return f"{upgrade if 'mlflow db upgrade' in str(self._error) else ''}{again}"
+
     # ------------------------------------------------------------------------------------------------- both threads
 
     def _take(self) -> list[_Trial]:
@@ -178,8 +191,9 @@ class Mirror:
 
         for logger in ("mlflow", "alembic"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)  # `problem` has what a user needs
-        client = MlflowClient(self.uri)
-        experiment = client.get_experiment_by_name(self.experiment)
+        with _alone(self.uri):  # the first request makes the tables
+            client = MlflowClient(self.uri)
+            experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             self._experiment_id = client.create_experiment(self.experiment, artifact_location=_artifacts(self.uri))
         else:
@@ -286,6 +300,23 @@ class Mirror:
 # ---------------------------------------------------------------------------------------------------- pure functions
 
 
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keeps the mirrors of other sweeps from a SQLite file: two that make its tables at once break them."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def _reason(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {error}".partition("\n")[0])[:300]
 
@@ -300,8 +331,8 @@ def _artifacts(uri: str) -> str | None:
     """The artifact folder of a new experiment: beside a SQLite file (not MLflow's ./mlruns), or the server's choice."""
     if not uri.startswith("sqlite:"):
         return None
-    path = re.sub(r"^sqlite:/{0,3}|\?.*$", "", uri)
-    folder = Path(path).resolve().parent if path not in ("", ":memory:") else Path(tempfile.mkdtemp())
+    file = sqlite_file(uri)
+    folder = file.resolve().parent if file is not None else Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / "mlartifacts").as_uri()
 

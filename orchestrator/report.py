@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from orchestrator.analysis.tables import read
 from orchestrator.cli import add_study_arguments, open_storage
+from orchestrator.cluster.machine import start
 from orchestrator.reporting.commands import sweep_command
 from orchestrator.reporting.page import make_report
 from orchestrator.study.errors import StudyError
@@ -43,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli import add_storage_argument, open_storage
+from orchestrator.cli import add_storage_argument, confirm, open_storage
+from orchestrator.cluster.machine import start
 from orchestrator.study.errors import StudyError
 from trainables.storage.files import Storage, bytes_text
 
@@ -62,7 +63,7 @@ def prune(storage: Storage, listed: Sequence[Entry], *, ask: bool) -> int:
         print("nothing to prune: each entry is used by a study, or younger than an hour")
         return 0
     question = f"delete {len(unused)} entries, {bytes_text(sum(e.size for e in unused))}, that no study uses? [y/N] "
-    if ask and input(question).strip().lower() != "y":
+    if ask and not confirm(question):
         print("nothing was deleted")
         return 1
     for entry in unused:
@@ -101,4 +102,4 @@ def _finished(storage: Storage, kind: str, name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -9,7 +9,6 @@ trial ended, or the storage cannot be written. 2: bad file or argument. 130: Ctr
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 import signal
@@ -21,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli import add_study_arguments, hours_above_zero, open_storage, positive_count, provenance
+from orchestrator.cli import add_study_arguments, confirm, hours_above_zero, open_storage, positive_count, provenance
+from orchestrator.cluster.machine import start
 from orchestrator.study.errors import StudyError, redact
 from orchestrator.study.load import load_study
+from orchestrator.study.paths import sqlite_uri
 from orchestrator.study.schema import Study
 from trainables.storage.files import Storage, as_json, check_writable
 
@@ -61,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--points", type=positive_count, metavar="N", help="points of the search, in total")
     add("--seeds", type=positive_count, metavar="N", help="seeds of each arm, in total")
     add("--address", metavar="A", help="a running Ray, e.g. auto; by default Ray is started on this machine")
-    add("--tracking-uri", metavar="URI", help="MLflow; by default sqlite in the storage (./runs/mlflow.db)")
+    add(
+        "--tracking-uri",
+        metavar="URI",
+        type=os.path.expanduser,
+        help="MLflow; by default sqlite in the storage (./runs/mlflow.db)",
+    )
     add("--tracking-later", action="store_true", help="go on if MLflow does not answer; the next start catches up")
     add("--dry-run", action="store_true", help="print the plan and stop; writes nothing")
     add("--fresh", action="store_true", help="rename the study's folder and start anew; phases are kept")
@@ -185,9 +191,11 @@ def _check_tracking(mirror: Mirror, later: bool) -> None:
     print(problem)
     if later:
         return
-    if sys.stdin.isatty() and input("continue without it? The next start catches up. [y/N] ").strip().lower() == "y":
+    if sys.stdin.isatty() and confirm("continue without it? The next start catches up. [y/N] "):
         return
-    raise StudyError("MLflow does not answer; start it, or add --tracking-later: the next start then catches up")
+    raise StudyError(
+        f"MLflow does not answer; {mirror.advice}; or add --tracking-later: the next start then catches up"
+    )
 
 
 def _finish(sweep: Sweep) -> int:
@@ -260,7 +268,7 @@ def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _default_tracking(storage: Storage) -> str:
     folder = storage.path() if storage.is_local else Path("runs").absolute()
-    return f"sqlite:///{folder}/mlflow.db"
+    return sqlite_uri(folder / "mlflow.db")
 
 
 def _check_storage(uri: str) -> None:
@@ -283,6 +291,5 @@ def _keep_study(study: Study, home: Storage, provenance: Mapping[str, str]) -> N
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    sys.exit(main())
+    start(main)

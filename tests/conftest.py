@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from pydantic import TypeAdapter
 
 from tests.support.trials import Lab, wordy_documents, write_questions, write_task
@@ -16,6 +17,10 @@ from trainables.config.data import Data, Files
 from trainables.data.prepare import prepare
 
 torch.set_num_threads(1)  # sums in one order: tests compare bits
+settings.register_profile(
+    "ours", deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,14 @@ start other machines.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.machine import start
 from orchestrator.study.errors import StudyError, line_of
 from orchestrator.study.yaml_reader import read_yaml
 
@@ -26,18 +29,20 @@ AWS_FIELDS = {  # required for each kind of machine, and what happens without th
 Problems = Iterator[tuple[tuple[str, ...], str]]  # (path in the file, what is wrong there)
 
 
-def main(argv: Sequence[str]) -> int:
-    if len(argv) != 1:
-        print("usage: python -m orchestrator.cluster.check_config cluster.yaml", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.cluster.check_config", description="Validates the file of a cluster."
+    )
+    parser.add_argument("file", metavar="cluster.yaml", type=os.path.expanduser)
+    file = parser.parse_args(argv).file
     try:
-        config, lines = read_yaml(argv[0])
+        config, lines = read_yaml(file)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = list(problems(config, Path.home()))
     for path, problem in found:
-        print(f"error: {argv[0]}:{line_of(lines, *path)}: {'.'.join(path)}: {problem}", file=sys.stderr)
+        print(f"error: {file}:{line_of(lines, *path)}: {'.'.join(path)}: {problem}", file=sys.stderr)
     return 2 if found else 0
 
 
@@ -96,4 +101,4 @@ def _aws(config: Mapping[str, Any]) -> Problems:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(main)

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from orchestrator.cluster.machine import start
+from orchestrator.study.paths import sqlite_uri
 from trainables.storage.files import Storage
 
 NAME = "mlflow.db"
@@ -71,7 +73,7 @@ def serve(storage: Storage, database: Path, port: int, every: float) -> int:
 
 def server_command(storage: Storage, database: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", f"{storage.uri}/artifacts"]  # fmt: skip
+            "--backend-store-uri", sqlite_uri(database), "--artifacts-destination", f"{storage.uri}/artifacts"]  # fmt: skip
 
 
 def fetch(storage: Storage, database: Path) -> bool:
@@ -113,4 +115,4 @@ def _is_free(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.cluster.machine import num_cores
 from orchestrator.cluster.ray_internals import (
     hide_command_line,
     listen_on_loopback,
@@ -46,6 +48,7 @@ RAY_ENVIRONMENT = {  # unless the user sets a variable
     "MALLOC_ARENA_MAX": "1",  # one heap: with a heap per thread a slot keeps 1.8 GB of earlier trials instead of 1.35 GB
 }
 ROUNDING = 1e-6  # Ray counts in ten-thousandths
+SOCKET_FOLDER_BYTES = 39  # Linux takes 107 for the path of a socket, of which Ray needs 68
 JOIN_SECONDS = 180.0  # for the machines that a cluster always has
 
 _before: dict[str, str | None] = {}  # the environment before `start_ray`, restored by `stop_ray`
@@ -130,16 +133,19 @@ def _start_here(options: Mapping[str, Any], *, with_state_api: bool) -> None:
     """Starts Ray on loopback with a token of its own. Without the state API, which the dashboard serves, the workers of a
     stopped group are never freed."""
     _stay_on_loopback()
-    num_cpus = len(os.sched_getaffinity(0))
-    here = {"num_cpus": num_cpus, "include_dashboard": with_state_api, "dashboard_host": "127.0.0.1"}
+    _keep_socket_paths_short()
+    here = {"num_cpus": num_cores(), "include_dashboard": with_state_api, "dashboard_host": "127.0.0.1"}
     try:
         ray.init(address="local", **here, **options)
     except Exception as error:  # Ray's errors have no common base
         stop_ray()
-        message = (
-            f"Ray did not start ({_first_line(error)}), e.g. because the machine is too busy; no trial was started"
-        )
-        raise NotStarted(message) from error
+        raise NotStarted(f"Ray did not start ({_first_line(error)}); no trial was started") from error
+
+
+def _keep_socket_paths_short() -> None:
+    """Gives Ray, for its session, the folder for temporary files, or /tmp where the paths of its sockets would be too long."""
+    folder = os.path.abspath(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    _set(RAY_TMPDIR=folder if len(os.fsencode(folder)) <= SOCKET_FOLDER_BYTES else "/tmp")
 
 
 def _stay_on_loopback() -> None:

@@ -193,6 +193,6 @@ def _token_bytes(net: Any) -> int:
     more for norms and activation functions (measured: 0.94 to 1.05 of what four mixtures of experts keep)."""
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in net.base_model.parameters() if p.ndim >= 2 and id(p) not in tables]
-    experts = getattr(net.config, "num_experts_per_tok", 1)
+    experts = getattr(net.config, "num_experts_per_tok", None) or 1
     numbers = sum(sum(matrix.shape[-2:]) * (experts if matrix.ndim > 2 else 1) for matrix in matrices)
     return int(numbers * net.dtype.itemsize * 4 // 3)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from orchestrator.cluster.machine import machine_memory, num_cores
 from orchestrator.planning.memory import PhaseMemory
 from orchestrator.planning.meta_models import Shapes
 from orchestrator.planning.reachable import ReachableTrial, reached_at
@@ -86,18 +85,6 @@ def slot_memory(slot: Slot) -> float | None:
             return None
         return float(torch.cuda.get_device_properties(0).total_memory) * slot.gpus
     return max(0.0, machine_memory() - DRIVER) / (num_slots(slot) * slot.workers)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine_memory() -> float:
-    """Bytes of memory of this machine, or of the container that limits it."""
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):
-        total = min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------- largest of a study

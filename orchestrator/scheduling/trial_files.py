@@ -11,10 +11,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from orchestrator.analysis.tables import parse_records, records_file
+from trainables.runtime.outcome import Status
 from trainables.storage.checkpoints import drop_checkpoints
 from trainables.storage.files import Storage, as_json, attempts, verify_checksum, with_checksum
 from trainables.training.stop_signals import LEAVE
@@ -48,8 +50,20 @@ def _read(home: Storage, trial: str) -> tuple[Row, Records | None] | None:
 
 
 def write_start(home: Storage, trial: str, start: Mapping[str, Any]) -> None:
-    home.delete(f"trials/{trial}/{LEAVE}")  # a request to the attempt before
+    request = f"trials/{trial}/{LEAVE}"
+    if home.read(request) is not None:
+        _note_left(home, trial)
+        home.delete(request)
     home.write(f"trials/{trial}/trial.json", as_json(start))
+
+
+def _note_left(home: Storage, trial: str) -> None:
+    """Gives the last attempt, which was asked to leave, a status if the sweep ended it before it had one."""
+    for folder in attempts(home, f"trials/{trial}")[-1:]:
+        name = f"{folder}/attempt.json"
+        with suppress(ValueError):  # half-written
+            about = json.loads(home.read(name) or b"")
+            home.write(name, as_json({"status": Status.SUSPENDED, **about}))
 
 
 def read_start(home: Storage, trial: str) -> Row | None:

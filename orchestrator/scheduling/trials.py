@@ -162,10 +162,15 @@ def strata_of(study: Study, spec: TrialSpec) -> dict[str, Any]:
         if isinstance(choice, Choice):
             for label, value in choice.choice.items():
                 wanted = value.items() if study.is_zip(axis) else [(axis, value)]
-                if all(_at(dumped, path) == part for path, part in wanted):
+                if all(_at(dumped, path) in (part, _located(study, part)) for path, part in wanted):
                     labels[axis] = label
                     break
     return labels
+
+
+def _located(study: Study, value: Any) -> Any:
+    """The folder that a choice names, as a trial has it."""
+    return study.locate(value, may_be_id=True) if isinstance(value, str) else value
 
 
 def _at(value: Any, path: str) -> Any:

@@ -26,9 +26,18 @@ RENAMED = {  # fields of a study as earlier versions called them
     "leave_out": "held_out",
 }
 
+NAMED = ("data", "models", "phases", "terms", "streams", "arms")  # mappings whose keys are names of the study's own
+
 
 class StudyError(ValueError):
-    """A study file or an argument is wrong; the message says what, where, and what is expected."""
+    """A study file or an argument is wrong; the message says what, where, and what is expected.
+
+    `trial`: the arm or point at fault, which `message` leaves out.
+    """
+
+    def __init__(self, message: str, trial: str = "") -> None:
+        super().__init__(f"{trial}: {message}" if trial else message)
+        self.message = message
 
 
 def redact(text: str) -> str:
@@ -52,19 +61,26 @@ def has_secret(text: str) -> bool:
 
 
 def set_path(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Sets a dotted path in nested mappings, in place; models, phases, terms and arms on the path must exist."""
+    """Sets a dotted path in nested mappings, in place; what has a name of the study's own on the path must exist."""
     *parents, last = path.split(".")
     mapping: Any = raw
     for i, key in enumerate([*parents, last]):
         if not isinstance(mapping, dict):
-            raise StudyError(f"{where}: {path}: {'.'.join(parents[:i])} has no parts")
+            raise StudyError(f"{path}: {'.'.join(parents[:i])} has no parts", where)
         if i == len(parents):
             mapping[last] = copy.deepcopy(value)
-        elif key not in mapping and i and parents[i - 1] in ("models", "phases", "terms", "arms"):
-            expected = f"{nearest(key, mapping)}; expected {', '.join(mapping)}"
-            raise StudyError(f"{where}: no {path!r}: there is no {key!r}{expected}")
+        elif key not in mapping and i and parents[i - 1] in NAMED and "kind" not in mapping:
+            expected = f"{nearest(key, mapping)}; expected {', '.join(mapping) or 'none'}"
+            raise StudyError(f"no {path!r}: there is no {key!r}{expected}", where)
         else:
             mapping = mapping.setdefault(key, {})
+
+
+def dotted(value: Any, path: str = "") -> Iterator[str]:
+    """Yields the dotted path of each entry of nested mappings."""
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        yield f"{path}{key}"
+        yield from dotted(item, f"{path}{key}.")
 
 
 def nearest(word: str, among: Iterable[str]) -> str:
@@ -81,11 +97,6 @@ def line_of(lines: Lines, *path: str) -> int:
     return 1
 
 
-def without_place(error: StudyError) -> str:
-    """The message without its first part, the arm or the point."""
-    return str(error).split(": ", 1)[-1]
-
-
 def explain(
     error: ValidationError, cls: type[BaseModel], place: str, *, root: str = "", lines: Lines | None = None
 ) -> str:
@@ -94,7 +105,7 @@ def explain(
     loc = tuple(str(part) for part in problem["loc"])
     path, fields = _walk(cls, loc)
     full = tuple(filter(None, (root, *path)))
-    where = f"{place}:{line_of(lines, *full)}: " if lines else f"{place}: "
+    where = f"{place}:{line_of(lines, *full)}: " if lines else f"{place}: " if place else ""
     where += f"{'.'.join(full)}: " if full else ""
     if problem["type"] == "extra_forbidden":
         key = loc[-1]
@@ -103,6 +114,11 @@ def explain(
         return f"{where}unknown key {key!r}{nearest(key, fields)}; expected {', '.join(fields)}"
     if problem["type"] == "missing":
         return f"{where}is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}has no `kind`, which says what it is"
+    if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        found = {list: "a list", type(None): "nothing"}.get(type(problem["input"]), repr(problem["input"]))
+        return f"{where}expected one mapping (`key: value`); found {found}"
     message, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
     message = message[0].lower() + message[1:]
     guess = nearest(str(given), re.findall("'([^']*)'", message)) if problem["type"] == "literal_error" else ""

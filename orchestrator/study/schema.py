@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -21,6 +23,7 @@ from pydantic import (
 )
 
 from orchestrator.study.errors import StudyError, explain, set_path
+from orchestrator.study.paths import locate
 from trainables.config.data import GlueTask
 from trainables.config.trial import TrialSpec
 from trainables.config.value import Name, Positive, Value, by_key
@@ -86,6 +89,12 @@ class FloatRange(_Range):
 class IntRange(_Range):
     int_: tuple[int, int] = Field(alias="int")
     step: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _equal_steps_are_not_logarithmic(self) -> Self:
+        if self.log and self.step > 1:
+            raise ValueError("log and step exclude each other; remove one of them, or list the values as a choice")
+        return self
 
     def ends(self) -> tuple[Any, ...]:
         return self.int_
@@ -341,13 +350,22 @@ class Study(Value):
         changes += [(path, value, where) for path, value in (self.arms[arm] if arm else {}).items()]
         changes += [(path, value, f"--set trial.{path}") for path, value in self.fixed.items()]
         for path, value, blamed in changes:
+            if path.startswith("trial."):
+                raise StudyError(
+                    f"{path}: starts inside the trial; did you mean {path.removeprefix('trial.')!r}?", blamed
+                )
             set_path(raw, path, value, blamed)
         if "seed" in raw:
-            raise StudyError(f"{where}: seed: belongs to no trial, arm or axis; expected seeds: N")
+            raise StudyError("seed: belongs to no trial, arm or axis; expected seeds: N", where)
         try:
-            return TrialSpec.model_validate({**raw, "seed": seed})
+            return TrialSpec.model_validate({**raw, "seed": seed}, context={"locate": self.locate})
         except ValidationError as error:
-            raise StudyError(explain(error, TrialSpec, where, root="trial")) from None
+            raise StudyError(explain(error, TrialSpec, "", root="trial"), where) from None
+
+    @property
+    def locate(self) -> Callable[..., str]:
+        """Finds the study's paths, which start at its file."""
+        return partial(locate, os.path.dirname(self.file))
 
     def is_zip(self, axis: str) -> bool:
         return "." not in axis and axis not in TrialSpec.model_fields

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.study.errors import Lines, StudyError, line_of, nearest, without_place
+from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
 from orchestrator.study.schema import Choice, Claim, Objective, Study
+from trainables.config.data import Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
 from trainables.metrics.known import OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
@@ -41,7 +42,7 @@ class _Checker:
         try:
             yield
         except StudyError as error:
-            raise StudyError(f"{place}: {without_place(error)}") from None
+            raise StudyError(f"{place}: {error.message}") from None
 
     def known(self, kind: str, name: str, among: Iterable[str], where: str) -> None:
         if name not in (among := tuple(among)):
@@ -66,8 +67,8 @@ class _Checker:
             for end in axis.ends():
                 with self.blamed_on(f"{self.place('vary', name)}: vary.{name} at {end!r}"):
                     self.trains_objective(point=study.point_at(name, end))
-        ends = ([(name, end) for end in axis.ends()] for name, axis in study.vary.items())
-        for combination in itertools.islice(itertools.product(*ends), 512):
+        ends = [[(name, end) for end in axis.ends()] for name, axis in study.vary.items()]
+        for combination in itertools.islice(itertools.product(*ends), 512) if ends else ():
             point: dict[str, Any] = {}
             for name, end in combination:
                 point |= {name: end} if study.is_active(name, point) else {}
@@ -95,16 +96,21 @@ class _Checker:
         if study.is_zip(name) and not (
             isinstance(axis, Choice) and all(isinstance(value, dict) for value in axis.choice.values())
         ):
-            raise StudyError(
-                f"{where}: is no path of the trial, so each choice must map paths to values"
-                f"{nearest(name, TrialSpec.model_fields)}"
-            )
+            paths = [path for path in dotted(study.trial) if path.endswith(f".{name}")]
+            meant = nearest(name, TrialSpec.model_fields) or (f" (did you mean {paths[0]!r}?)" if paths else "")
+            raise StudyError(f"{where}: is no path of the trial, so each choice must map paths to values{meant}")
 
     def trains_objective(self, **how: Any) -> TrialSpec:
         """Builds a trial, and checks that it trains something in the objective's phase."""
         spec, phase = self.study.spec(seed=0, **how), self.study.objective.phase
         if phase in spec.phases and phase not in spec.pruned().phases:
             raise StudyError(f"phases.{phase}: every term has weight 0: nothing is learnt")
+        for path, sampling, length in _samplings(spec):
+            if "max_tokens" in sampling.model_fields_set and sampling.max_tokens > length:
+                raise StudyError(
+                    f"trial.{path}.max_tokens: {sampling.max_tokens} is beyond length {length}, which a prompt and its reply "
+                    f"share; expected at most {length}"
+                )
         return spec
 
     # ------------------------------------------------------------------------------------------------------- arms
@@ -230,6 +236,18 @@ class _Checker:
         for name, axis in study.vary.items():
             if study.search and study.search.sampler == "grid" and not isinstance(axis, Choice):
                 raise StudyError(f"{self.place('vary', name)}: a grid needs choices; {name} is a range")
+
+
+def _samplings(spec: TrialSpec) -> Iterator[tuple[str, Sampling, int]]:
+    """Yields (path, how replies are drawn, the tokens of prompt and reply) wherever a trial draws replies."""
+    for name, data in spec.data.items():
+        if data.scoring is not None:
+            yield f"data.{name}.scoring", data.scoring, data.length
+    for name, phase in spec.phases.items():
+        for on, stream in phase.streams.items():
+            if stream.replies is not None:
+                length = min(spec.data[item].length for item in phase.for_each_dataset or (stream.data,))
+                yield f"phases.{name}.streams.{on}.replies", stream.replies, length
 
 
 def _as_tuple(task: str | Sequence[str] | None) -> tuple[str, ...]:

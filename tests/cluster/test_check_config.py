@@ -63,7 +63,7 @@ def test_as_shipped_nothing_is_started_and_each_place_is_named(
     assert said.count("\n") == 6 and re.search(r"cluster.yaml:\d+: provider.region", said)
     assert check_config.main(["cluster-local.yaml"]) == 2
     assert capsys.readouterr().err.count("is still to be filled in") == 4
-    assert check_config.main(["nowhere.yaml"]) == 2 and check_config.main([]) == 2
+    assert check_config.main(["nowhere.yaml"]) == 2
 
 
 @pytest.mark.parametrize("file", [AWS, LOCAL], ids=lambda file: file.stem)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchestrator.cluster import spot_watcher
+from orchestrator.cluster import spot_node, spot_watcher
 from orchestrator.scheduling import slot
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Slot
@@ -203,32 +203,32 @@ def test_a_machine_is_watched_once_and_again_after_a_kill(metadata: Metadata, tm
 
 def test_ranks_are_told_before_slots_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(spot_watcher.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(spot_node.os, "kill", lambda pid, number: sent.append((pid, number)))
     ranks, slots = {11, 12}, {21}
-    told = spot_watcher.tell({spot_watcher.RANK: ranks, spot_watcher.SLOT: slots}, set())
+    told = spot_node.tell({spot_node.RANK: ranks, spot_node.SLOT: slots}, set())
     assert told == ranks
-    assert spot_watcher.tell({spot_watcher.RANK: {12}, spot_watcher.SLOT: slots}, told) == set(), "one still writes"
-    told |= spot_watcher.tell({spot_watcher.RANK: set(), spot_watcher.SLOT: slots}, told)
-    assert spot_watcher.tell({spot_watcher.RANK: set(), spot_watcher.SLOT: slots}, told) == set()
+    assert spot_node.tell({spot_node.RANK: {12}, spot_node.SLOT: slots}, told) == set(), "one still writes"
+    told |= spot_node.tell({spot_node.RANK: set(), spot_node.SLOT: slots}, told)
+    assert spot_node.tell({spot_node.RANK: set(), spot_node.SLOT: slots}, told) == set()
     assert sorted(sent) == [(pid, signal.SIGTERM) for pid in (11, 12, 21)]
 
 
 def test_the_node_is_the_one_with_this_machines_address(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"NodeID": name, "Alive": alive, "NodeManagerAddress": at}
             for name, alive, at in (("old", False, "10.0.0.2"), ("mine", True, "10.0.0.2"), ("other", True, "10.0.0.3"))]  # fmt: skip
-    monkeypatch.setattr(spot_watcher.GlobalState, "_initialize_global_state", lambda *_: None)
-    monkeypatch.setattr(spot_watcher.GlobalState, "node_table", lambda _: rows)
-    monkeypatch.setattr(spot_watcher, "get_node_ip_address", lambda _: "10.0.0.2")
-    assert spot_watcher.RayNode.join("10.0.0.1:6379", None).node == "mine"
+    monkeypatch.setattr(spot_node.GlobalState, "_initialize_global_state", lambda *_: None)
+    monkeypatch.setattr(spot_node.GlobalState, "node_table", lambda _: rows)
+    monkeypatch.setattr(spot_node, "get_node_ip_address", lambda _: "10.0.0.2")
+    assert spot_node.RayNode.join("10.0.0.1:6379", None).node == "mine"
     rows[2]["NodeManagerAddress"] = "10.0.0.2"
     with pytest.raises(LookupError, match=r"2 nodes of the Ray at 10.0.0.1:6379 have the address 10.0.0.2"):
-        spot_watcher.RayNode.join("10.0.0.1:6379", None)
+        spot_node.RayNode.join("10.0.0.1:6379", None)
 
 
 def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Busy(spot_watcher.RayNode):
+    class Busy(spot_node.RayNode):
         tries = 0
 
         def drain(self, taken: float) -> None:
@@ -237,25 +237,25 @@ def test_a_ray_that_does_not_answer_is_asked_again_until_the_time_is_over(
                 raise RuntimeError("not now")
 
         def processes(self) -> dict[str, set[int]]:
-            return {spot_watcher.SLOT: set(), spot_watcher.RANK: set()}
+            return {spot_node.SLOT: set(), spot_node.RANK: set()}
 
         def is_alive(self) -> bool:
             return Busy.stays
 
         stays = False
 
-    monkeypatch.setattr(spot_watcher.RayNode, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
-    assert spot_watcher.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
+    monkeypatch.setattr(spot_node.RayNode, "join", lambda *_: Busy("10.0.0.1:6379", "mine"))
+    assert spot_node.leave("auto", None, time.time() + 60) == 0 and Busy.tries == 3
     said = capsys.readouterr()
     assert "node mine has ended" in said.out and said.err.count("not now; trying again") == 2
     Busy.stays = True
-    assert spot_watcher.leave("auto", None, time.time() + 1) == 0
+    assert spot_node.leave("auto", None, time.time() + 1) == 0
     assert "deadline passed; 0 processes" in capsys.readouterr().out
     Busy.tries = -100
-    assert spot_watcher.leave("auto", None, time.time() + 1) == 1
+    assert spot_node.leave("auto", None, time.time() + 1) == 1
     assert "deadline passed; Ray unreachable, trials not notified" in capsys.readouterr().err
     Busy.stays, Busy.tries = False, 3
-    assert spot_watcher.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
+    assert spot_node.leave("auto", None, time.time() - 5) == 0  # over by this clock, and the machine is still there
     assert "node mine has ended" in capsys.readouterr().out
 
 
@@ -305,7 +305,7 @@ class TwoMachines:
     nodes: list[str]
 
     def processes(self) -> list[dict[str, set[int]]]:
-        return [spot_watcher.RayNode.join(self.address, node).processes() for node in self.nodes]
+        return [spot_node.RayNode.join(self.address, node).processes() for node in self.nodes]
 
 
 @pytest.fixture
@@ -350,8 +350,8 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     study, storage = write_study(bench.folder, steps=5000, rest=arms + RARELY), bench.folder / "runs"
     driver = bench.start(study, "--address", machines.address)
     until(lambda: len(list(storage.glob("study/trials/*/attempt-1/records.jsonl"))) > 1, driver, 300)
-    until(lambda: all(len(found[spot_watcher.SLOT]) == 1 for found in machines.processes()), driver, 300)
-    (taken,) = machines.processes()[0][spot_watcher.SLOT]
+    until(lambda: all(len(found[spot_node.SLOT]) == 1 for found in machines.processes()), driver, 300)
+    (taken,) = machines.processes()[0][spot_node.SLOT]
     watcher = watch(bench, metadata, machines, machines.nodes[0])
     assert not [path for trial in attempts(storage) for path in storage.glob(f"study/trials/{trial}/*/checkpoint.json")]
     since = time.monotonic()
@@ -361,11 +361,11 @@ def test_a_trial_leaves_a_machine_that_is_taken_away_and_nothing_begins_there(
     said = watcher.communicate(timeout=130)[0]
     assert watcher.returncode == 0 and "1 processes of trials were asked to stop" in said
     until(lambda: taken not in marked(bench.mark), driver)
-    assert machines.processes()[0] == {spot_watcher.SLOT: set(), spot_watcher.RANK: set()}
+    assert machines.processes()[0] == {spot_node.SLOT: set(), spot_node.RANK: set()}
     (trial,) = checkpoints(storage, 1)
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
     tell("spot notice, with the wait for the other slot", since)
-    assert len(machines.processes()[1][spot_watcher.SLOT]) == 1
+    assert len(machines.processes()[1][spot_node.SLOT]) == 1
     finish(driver, timeout=300, quiet=False)  # Tune tells of the slot at length
     assert {end["status"] for end in ended(storage).values()} == {"ended"}
     assert ended(storage)[trial]["attempts"] == 2
@@ -386,7 +386,7 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     driver = bench.start(study, "--address", machines.address)
     until(lambda: list(storage.glob("study/trials/*/attempt-1/records.jsonl")), driver, 300)
     before = machines.processes()
-    taken = max((0, 1), key=lambda at: len(before[at][spot_watcher.RANK]))
+    taken = max((0, 1), key=lambda at: len(before[at][spot_node.RANK]))
     watcher = watch(bench, metadata, machines, machines.nodes[taken])
     since = time.monotonic()
     metadata.answers["spot/instance-action"] = notice()
@@ -396,7 +396,7 @@ def test_a_group_leaves_a_machine_that_is_taken_away(bench: Bench, metadata: Met
     assert watcher.returncode == 0 and "were asked to stop" in said
     until(lambda: "attempt-2" in attempts(storage)[trial], driver, 240)
     tell("spot notice to a group", since)
-    assert len(machines.processes()[1 - taken][spot_watcher.RANK]) == 2
+    assert len(machines.processes()[1 - taken][spot_node.RANK]) == 2
     finish(driver, timeout=300, quiet=False)
     end, begun = ended(storage)[trial], began_at(storage, trial)
     assert end["status"] == "ended" and begun[0] == 0 < begun[-1]

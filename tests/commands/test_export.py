@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from orchestrator import export, sweep
+from orchestrator import export, model_folder, sweep
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import Fingerprints
@@ -100,8 +100,9 @@ def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(
         (["--arm", "nobody"], "no arm 'nobody'; expected alone, taught, shared"),
         (["--arm", "alone", "--phase", "teach"], "--phase teach: does not train 'student'; expected distil"),
         (["--trial", "123"], "no ended trial '123'"),
+        (["--trial", "123"], "; expected "),
         (["--arm", "alone", "--model", "teacher"], "trains no model 'teacher'; expected student"),
-        ([], "no winner"),
+        ([], "no winner of a search to export (yet); give --arm A, of alone, taught, shared, or --trial ID"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(
@@ -176,7 +177,7 @@ def test_a_decoder_reads_a_prompt_as_it_was_trained_and_stops_where_a_reply_ends
     net = build.build(shape, name="m", seed=0, vocab_size=len(tokenizer), special_ids=ids, length=64)
     text = wordy_documents(1, seed=1)[0][:30]
     as_trained = [start, *encode(tokenizer, [text])[0]]
-    export.set_generation_tokens(net, tokenizer)
+    model_folder.set_generation_tokens(net, tokenizer)
     net.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     net, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -276,7 +277,7 @@ def test_rotary_positions_are_named_as_older_loaders_read_them(tmp_path: Path) -
     ):  # fmt: skip
         config = LlamaConfig(num_hidden_layers=1, rope_parameters=rope)
         config.save_pretrained(tmp_path)
-        export._name_rotary(tmp_path)
+        model_folder.name_rotary(tmp_path)
         about = json.loads((tmp_path / "config.json").read_text())
         assert about["rope_theta"] == 5e5 and (about["rope_scaling"] or {}).get("factor") == rope.get("factor")
         assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 
 from orchestrator import mlflow_sync
 from orchestrator.mlflow_sync import Mirror, redact
+from orchestrator.study.paths import sqlite_uri
 
 START = 1_700_000_000_000  # UTC ms
 SECRET = "hunter2/secret"
@@ -325,6 +329,40 @@ def test_a_store_that_is_away_blocks_nothing_and_is_named_without_secrets() -> N
     assert "secret" not in mirror.problem
     assert "hunter" not in mirror.problem
     assert "user" not in mirror.problem
+
+
+def test_an_older_schema_is_to_be_upgraded_and_a_server_to_be_started(uri: str, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("update alembic_version set version_num = 'acf3f17fdcc7'")
+        database.commit()
+    mirror = Mirror(uri, "smoke", every=0.05)
+    mirror.start()
+    assert "schema" in (mirror.first_answer(60) or "")
+    mirror.close(0.1)
+    assert f"run `mlflow db upgrade {uri}`" in mirror.advice and str(tmp_path / "mlflow.db") in mirror.advice
+    assert Mirror("http://127.0.0.1:5000", "smoke").advice == "start it"
+
+
+def test_a_mirror_waits_while_another_makes_the_tables(uri: str, tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    mirror = Mirror(uri, "smoke", every=0.05)
+    mirror.start()
+    assert not mirror._answered.wait(1.0) and mirror.problem is None
+    os.close(folder)
+    assert mirror.first_answer(60) is None and mirror.close(60) == 0
+
+
+@pytest.mark.slow
+def test_two_sweeps_that_begin_at_once_share_a_new_store(tmp_path: Path) -> None:
+    code = "import sys; from orchestrator.mlflow_sync import Mirror; m = Mirror(sys.argv[1], sys.argv[2]); m.start(); "
+    code += "sys.exit(m.first_answer(100) or m.close(60) and m.problem)"
+    folder = tmp_path / "c%20d [v2] what? #1"
+    command = [sys.executable, "-c", code, sqlite_uri(folder / "mlflow.db")]
+    both = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("one", "two")]
+    assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        assert {"one", "two"} <= {name for (name,) in database.execute("select name from experiments")}
 
 
 def test_a_store_that_never_answers_delays_close_no_longer_than_it_may() -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import csv, parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -114,13 +116,62 @@ def test_every_suffix_gives_the_same_examples(tmp_path: Path, suffix: str) -> No
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
 @pytest.mark.parametrize(
     ("labels", "classes", "expected"),
-    [([3, 1, 3], [1, 3], [1, 0, 1]), ([1.0, 0.0, 1.0], [0, 1], [1, 0, 1]), (["1", "0", "0"], [0, 1], [1, 0, 0])],
-)
+    [([3, 1, 3], [1, 3], [1, 0, 1]), ([1.0, 0.0, 1.0], [0, 1], [1, 0, 1]), (["1", "0", "0"], [0, 1], [1, 0, 0]),
+     ([True, False, True], [False, True], [1, 0, 1]), ([True, False, True], ["false", "true"], [1, 0, 1]),
+     (["True", "FALSE", "true"], [False, True], [1, 0, 1]), (["1.0", "0.0", "1"], [0, 1], [1, 0, 1]),
+     ([True, False, True], [0, 1], [1, 0, 1]), (["1", "1.0", "1"], ["1", "1.0"], [0, 1, 0])],
+)  # fmt: skip
 def test_labels_are_found_however_they_are_stored(
     tmp_path: Path, suffix: str, labels: list[Any], classes: list[Any], expected: list[int]
 ) -> None:
     path = table_file(tmp_path / f"a{suffix}", {"sentence": ["a b", "c d", "e f"], "label": labels})
     assert read_source(labelled_files(path, classes=classes)).train.labels.tolist() == expected
+
+
+@pytest.mark.parametrize("labels", [["no", "yes", "no"], [0, 1, 0], [0.0, 1.0, 0.0]])
+def test_columns_of_dictionary_type_are_read_as_their_values(tmp_path: Path, labels: list[Any]) -> None:
+    """As pandas writes a categorical."""
+    columns = {
+        "sentence": pa.array(["a b", "c d", "a b"]).dictionary_encode(),
+        "label": pa.array(labels).dictionary_encode(),
+    }
+    path = table_file(tmp_path / "a.parquet", columns)
+    found = read_source(labelled_files(path, classes=["no", "yes"] if "no" in labels else [0, 1]))
+    assert found.train.first == ("a b", "c d", "a b") and found.train.labels.tolist() == [0, 1, 0]
+
+
+LABELS: dict[str, st.SearchStrategy[Any]] = {
+    "texts": st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8),
+    "whole": st.integers(-1000, 1000).filter(lambda label: label != -1),
+    "booleans": st.booleans(),
+}
+
+
+@given(data=st.data(), kind=st.sampled_from([*LABELS]), suffix=st.sampled_from([".parquet", ".jsonl", ".csv"]))
+def test_each_label_is_found_in_whatever_type_its_file_has(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, suffix: str
+) -> None:
+    """Where a class is given as it stands, or as a text, and whole numbers are stored as such or as floats."""
+    classes = data.draw(st.lists(LABELS[kind], min_size=2, max_size=5, unique_by=lambda label: str(label).lower()))
+    if kind == "texts" and len({_number(label) for label in classes}) < len(classes):
+        return  # "1" and "1.0" are told apart only by their text
+    expected = data.draw(st.lists(st.integers(0, len(classes) - 1), min_size=1, max_size=8))
+    labels = [classes[i] for i in expected]
+    if kind == "whole" and data.draw(st.booleans()):
+        labels = [float(label) for label in labels]
+    if data.draw(st.booleans()):
+        classes = [str(label).lower() if kind == "booleans" else str(label) for label in classes]
+    path = table_file(
+        tmp_path_factory.mktemp("any") / f"a{suffix}", {"sentence": ["a b"] * len(labels), "label": labels}
+    )
+    assert read_source(labelled_files(path, classes=classes)).train.labels.tolist() == expected
+
+
+def _number(label: str) -> object:
+    try:
+        return float(label)
+    except ValueError:
+        return label.lower()
 
 
 def test_numbers_are_labels_of_a_regression(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from trainables.metrics.rouge import rouge_l
@@ -49,6 +51,30 @@ def test_what_is_remembered_of_a_text_is_what_the_package_makes_of_it_each_time(
     texts = [" ".join(draw.choices(words, k=draw.randint(0, 9))) for _ in range(30)]
     for text, reference in [(a, b) for a in texts for b in texts] * 2:  # the second time from memory
         assert rouge_l(text, [reference]) == 100 * plain.score(reference, text)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("今天天气好", "今天天气很好", 200 * 5 / 11),  # five of six characters
+        ("मुझे हिन्दी पसंद है", "मुझे हिन्दी पसंद है।", 100),  # vowel signs are parts of words
+        ("القطة على السجادة", "القطة تحت السجادة", 200 / 3),
+        ("Кот СПИТ, кот.", "кот спит", 80),
+        ("καλημέρα", "noch etwas anderes", 0),
+        ("ฉัน", "ฉันรัก", 200 * 3 / 9),
+    ],
+)
+def test_words_of_every_script_count(text: str, reference: str, expected: float) -> None:
+    assert rouge_l(text, [reference]) == pytest.approx(expected)
+
+
+LATIN = st.text(st.characters(max_codepoint=0x24F) | st.sampled_from("’“”–—… α中🙂"), max_size=40)
+
+
+@given(LATIN, LATIN.filter(lambda text: sum(char in "α中" for char in text) <= sum(char in "etaoin" for char in text)))
+def test_texts_in_latin_script_score_what_the_papers_package_gives(text: str, reference: str) -> None:
+    plain = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    assert rouge_l(text, [reference]) == 100 * plain.score(reference, text)["rougeL"].fmeasure
 
 
 def test_nothing_scores_nothing_and_needs_a_reference() -> None:

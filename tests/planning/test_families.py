@@ -63,7 +63,8 @@ def train_and_export(family: str, lab: Lab, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def losses(net: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    logits = net(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits
+    more = {} if configs.is_masked_lm(net.config.model_type) else {"use_cache": False}
+    logits = net(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **more).logits
     return (
         cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
         .view(len(ids_BT), -1)

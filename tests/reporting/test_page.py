@@ -867,3 +867,17 @@ def test_the_page_opens_without_a_complaint(study: Study, tmp_path: Path) -> Non
     run = chromium(tmp_path, "--enable-logging=stderr", "--v=0", f"--screenshot={picture}", file.as_uri())
     assert "CONSOLE" not in run.stderr
     assert picture.read_bytes()[16:24] == (1280).to_bytes(4, "big") + (900).to_bytes(4, "big")
+
+
+def test_replies_without_an_end_are_said_first_and_in_the_terminal(study: Study, tables: Tables) -> None:
+    ended = tables.results[tables.results["split"] == "test"].drop_duplicates("trial").head(4)
+    rows = [
+        ended.assign(metric="unfinished", task="ask", step=step, value=value)
+        for step, value in ((400, 55.0), (800, 30.0))
+    ]
+    rows.append(ended.assign(metric="unfinished", task="other", step=400, value=20.0))
+    found = make_report(study, Tables(pd.concat([tables.results, *rows]), tables.trials, tables.examples), PROVENANCE)
+    (caution,) = found.summary.cautions
+    assert "30 % of the replies of student" in caution and "ask, test" in caution and caution in found.summary.lines
+    assert caution in html.unescape(found.html) and "30 % of the replies" in found.markdown
+    assert not make_report(study, tables, PROVENANCE).summary.cautions

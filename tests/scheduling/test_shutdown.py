@@ -154,6 +154,19 @@ def test_a_stop_names_one_running_trial(tmp_path: Path) -> None:
     assert home.read("trials/abc2/leave") is None, "what was asked of the attempt before does not bind the next"
 
 
+def test_an_attempt_that_the_sweep_itself_cut_off_is_not_lost(tmp_path: Path) -> None:
+    """A second Ctrl-C, or a step that took longer than the sweep waits, leaves an attempt without a status."""
+    home = Storage(str(tmp_path / "study"))
+    for trial, is_asked in (("asked", True), ("lost", False)):
+        trial_files.write_start(home, trial, {"trial": trial})
+        home.write(f"trials/{trial}/attempt-1/attempt.json", b'{"node": "x"}')
+        if is_asked:
+            trial_files.ask(home, trial, "leave")
+        trial_files.write_start(home, trial, {"trial": trial})
+    assert b'"status": "left"' in (home.read("trials/asked/attempt-1/attempt.json") or b"")
+    assert b'"status"' not in (home.read("trials/lost/attempt-1/attempt.json") or b"")
+
+
 def test_there_is_one_driver_to_a_study(tmp_path: Path) -> None:
     home = Storage(str(tmp_path / "study"))
     with (

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 from transformers import BertConfig, BertForMaskedLM
 
 from orchestrator import sweep
 from orchestrator.study.errors import StudyError
-from orchestrator.study.load import load_study
+from orchestrator.study.load import KEYS, load_study
 from orchestrator.study.schema import Study
 from orchestrator.study.validate import metrics_of
 from tests.support.trials import wordy_documents
@@ -222,6 +226,10 @@ def test_anchors_and_merges_are_refused(refused: Refused, text: str, part: str, 
         (changed("  phases.distil.optimizer.lr: {float", "  modles: {float"), "modles", ["modles", "'models'"]),
         (changed("long: {trial.phases.distil.budget.steps: 200", "laptop2: {}\n  long: {trial.phases.distl.budget.steps: 200"),
          "distl", ["profile 'long'", "'distl'", "'distil'"]),
+        (changed("  phases.distil.optimizer.lr: {float: [1e-3, 2e-2], log: true}", "  phases.distil.batsch: {int: [4, 8]}"), "batsch", [": trial.phases.distil.batsch: unknown", "'batch'"]),
+        (changed("  phases.distil.optimizer.lr: {float: [1e-3, 2e-2], log: true}", "  phases.distl.batch: {int: [4, 8]}"), "distl", ["no 'phases.distl.batch'", "'distil'"]),
+        (changed("  phases.distil.optimizer.lr: {float: [1e-3, 2e-2], log: true}", "  trial.phases.distil.batch: {int: [4, 8]}"), "trial.phases", ["mean 'phases.distil.batch'"]),
+        (changed("  phases.distil.optimizer.lr: {float: [1e-3, 2e-2], log: true}", "  batch: {int: [4, 8]}"), "  batch: {int", ["did you mean 'phases.", ".batch'"]),
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_refused_with_line_and_the_nearest_valid_one(
@@ -992,3 +1000,68 @@ def test_agreement_may_be_claimed_with_a_teacher_as_it_is_and_as_it_was() -> Non
     )
     assert {f"teacher{then}_{what}" for then in ("", "_original") for what in ("agreement", "kl")} <= names
     assert "student_agreement" in names and not [name for name in names if name.startswith("student_original")]
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "says"),
+    [
+        (changed("objective: {phase: distil, model: student, metric: mlm_loss, mode: min}",
+                 "objective: [{phase: distil, model: student, metric: mlm_loss, mode: min}]"),
+         "objective", "objective: expected one mapping (`key: value`); found a list"),
+        (changed("  student: {family: bert", "  student: [bert]\n    other: {family: bert"), "student: [bert]",
+         "trial.models.student: expected one mapping (`key: value`); found a list"),
+        (changed("phases.distil.optimizer.lr: {float: [1e-3, 2e-2], log: true}", "phases.distil.batch: {int: [4, 32], log: true, step: 4}"),
+         "step: 4", "vary.phases.distil.batch: log and step exclude each other"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_in_one_line(refused: Refused, text: str, part: str, says: str) -> None:
+    assert f"study.yaml:{line_with(text, part)}: {says}" in refused(text)
+
+
+def test_replies_have_no_more_tokens_than_a_prompt_and_its_reply(refused: Refused, tmp_path: Path) -> None:
+    data = "data: {kind: python_instructions, tokenizer: {kind: wordpiece, size: 1024}, length: 64, prompt_length: 32, scoring: {max_tokens: 65}}"
+    text = changed("data: {kind: python_docs, tokenizer: {kind: wordpiece, size: 1024}, length: 64, evaluate: 8}", data)
+    text = text.replace("family: bert", "family: gpt2").replace("metric: mlm_loss", "metric: lm_loss")
+    said = refused(text)
+    assert "trial.data.corpus.scoring.max_tokens: 65 is beyond length 64" in said
+    replies = "streams: {main: {data: corpus, replies: {kind: sampled, by: teacher, max_tokens: 70}}}"
+    text = text.replace("{max_tokens: 65}", "{max_tokens: 64}")
+    said = refused(text.replace("train: {student: full}", f"train: {{student: full}}\n      {replies}"))
+    assert "trial.phases.distil.streams.main.replies.max_tokens: 70 is beyond length 64" in said
+
+
+names = st.text("abcdefghij_.", min_size=1, max_size=8) | st.sampled_from(
+    [*KEYS, "kind", "data", "models", "phases", "lr", "x.y"]
+)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["student", "files", "asha"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(data=st.data())
+def test_whatever_stands_in_a_study_is_taken_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    raw = YAML(typ="safe").load(TEXT)
+    at: Any = raw
+    while isinstance(at, dict) and at:
+        key = data.draw(st.sampled_from(sorted(at)))
+        if not isinstance(at[key], dict) or data.draw(st.booleans()):
+            at[data.draw(st.just(key) | names)] = data.draw(values)
+            break
+        at = at[key]
+    file = tmp_path_factory.mktemp("any") / "study.yaml"
+    file.write_text(json.dumps(raw))
+    said = ""
+    try:
+        load_study(file)
+    except StudyError as error:
+        said = str(error)
+    assert "\n" not in said

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trainables.config.errors import ModelError
-from trainables.models.configs import family_config
+from trainables.models.configs import family_config, has_field
 
 FAMILIES = tuple(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES]))
 SMALL: dict[str, Any] = {  # sizes beyond those of a shape, where a family has them
@@ -41,14 +41,34 @@ SMALL: dict[str, Any] = {  # sizes beyond those of a shape, where a family has t
     "decoder_layers": 2,
     "decoder_attention_heads": 2,
     "feed_forward_size": 64,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "rotary_dim": 8,
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
+    "num_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 
 
 def small(family: str) -> dict[str, Any]:
     """A model of this family for a spec."""
-    shape = {"family": family, "layers": 2, "width": 32, "heads": 2, "dropout": 0}
+    shape = {"family": family, "layers": 2, "width": 32, "dropout": 0}
     try:
-        known = family_config(family).to_dict()
+        config = family_config(family)
     except ModelError:
         return shape
-    return {**shape, "config": {key: size for key, size in SMALL.items() if isinstance(known.get(key), int)}}
+    if has_field(config, "num_attention_heads"):
+        shape["heads"] = 2
+    known = config.to_dict()
+    return {
+        **shape,
+        "config": {key: size for key, size in SMALL.items() if key in known and isinstance(known[key], int | None)},
+    }

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
+from trainables.config.paths import DataPath, FolderOrId
 from trainables.config.value import Name, Positive, Value
 
 
@@ -21,7 +22,7 @@ class PretrainedTokenizer(Value):
     """A tokenizer from a local folder or from the hub."""
 
     kind: Literal["pretrained"]
-    name: str
+    name: FolderOrId
     revision: str | None = None
 
 
@@ -127,9 +128,9 @@ class Files(_Corpus):
     """
 
     kind: Literal["files"]
-    train: str
-    dev: str | None = None
-    test: str | None = None
+    train: DataPath
+    dev: DataPath | None = None
+    test: DataPath | None = None
     columns: Columns = Columns()
 
 
@@ -181,7 +182,7 @@ class Glue(_Task):
 
     kind: Literal["glue"]
     task: GlueTask
-    source: str = "nyu-mll/glue"
+    source: FolderOrId = "nyu-mll/glue"
     revision: str = "main"
 
     @property
@@ -213,6 +214,9 @@ class PythonTask(_Task):
         return {"topic": 8, "signature": 2}[self.task]
 
 
+Class = Annotated[str | int, BeforeValidator(lambda name: str(name).lower() if isinstance(name, bool) else name)]
+
+
 class LabelledColumns(Value):
     """The columns of a data file that hold texts and labels; without `second` each example is a single text."""
 
@@ -231,11 +235,11 @@ class LabelledFiles(_Task):
     preparation = (*_Task.preparation, "score")
 
     kind: Literal["labelled_files"]
-    train: str
-    dev: str | None = None
-    test: str | None = None
+    train: DataPath
+    dev: DataPath | None = None
+    test: DataPath | None = None
     columns: LabelledColumns = LabelledColumns()
-    classes: tuple[str | int, ...] | None = Field(None, min_length=2)
+    classes: tuple[Class, ...] | None = Field(None, min_length=2)
     score: Rule | None = None
 
     @property
@@ -350,6 +354,9 @@ class InstructionFiles(_InstructionRows):
     """Parquet, JSON or CSV files, by suffix; a path, a glob or a URI."""
 
     kind: Literal["instruction_files"]
+    train: DataPath | None = None
+    dev: DataPath | None = None
+    test: DataPath | None = None
 
 
 class InstructionHub(_InstructionRows):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, JsonValue, model_validator
 
+from trainables.config.paths import FolderOrId
 from trainables.config.value import Name, Positive, Value
 
 
@@ -77,7 +78,7 @@ class Model(Value):
     intermediate_size: int | None = Field(None, ge=1)  # by default 4 x width
     dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
     config: dict[str, JsonValue] = {}  # further fields of the transformers config; nested ones are merged
-    pretrained: str | None = None
+    pretrained: FolderOrId | None = None
     revision: str | None = None
     init: Init = Random()
     sharing: Sharing | None = None

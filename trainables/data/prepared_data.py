@@ -62,6 +62,16 @@ class PreparedData:
         """The token that ends a text."""
         return tokenizers.ends(self.tokenizer)[1]
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, or a reply: any of them, the most usual first."""
+        return () if self.end_id is None else (self.end_id,)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes all tokens."""
+        return False
+
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
         """Ids that are never masked and never drawn."""

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from trainables.config.data import PretrainedTokenizer
 from trainables.config.errors import DataError
 from trainables.config.value import digest
-from trainables.storage.hub import why_not
+from trainables.storage.hub import looked_in, why_not
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -65,7 +65,9 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
     """Loads a tokenizer from a folder if there is one, else from the hub."""
     folder = Path(spec.name).expanduser()
     if not folder.is_dir() and spec.name.startswith(("/", ".", "~")):
-        raise DataError(f"tokenizer: there is no folder {spec.name!r}; name a tokenizer's folder or a hub id")
+        raise DataError(
+            f"tokenizer: there is no folder {spec.name!r} ({looked_in()}); name a tokenizer's folder or a hub id"
+        )
     try:
         where = str(folder) if folder.is_dir() else spec.name
         tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, trust_remote_code=False)
@@ -178,8 +180,9 @@ def listed(ids: int | list[int] | None) -> list[int]:
 
 
 def marks(tokenizer: Any) -> frozenset[int]:
-    """Returns the ids of added tokens, blanks excepted: those with which templates mark the parts of a conversation."""
-    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if not str(token.content).isspace())
+    """Returns the ids of added tokens with which templates mark the parts of a conversation: neither blanks nor unknown."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(i for i, token in added if not str(token.content).isspace() and i != tokenizer.unk_token_id)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:

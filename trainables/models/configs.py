@@ -158,7 +158,7 @@ def _changes(model: Model, config: Any) -> dict[str, Any]:
     changes = {} if model.dropout is None else {key: model.dropout for key in dropouts(config)}
     known = config.to_dict()
     for key, value in _own_names(config, model.config).items():
-        if not hasattr(config, key):
+        if key not in known and not hasattr(config, key):
             raise ModelError(f"a {config.model_type} config has no field {key!r}")
         changes[key] = _merged(known.get(key), value)
     return changes
@@ -184,7 +184,7 @@ def _like(model: Model, other: Any) -> dict[str, Any]:
         if fields.get("head_dim") == width // heads:
             sizes["head_dim"] = (model.width or width) // new_heads
     if model.layers is not None:
-        num = other.num_hidden_layers
+        num: int = other.num_hidden_layers
         plan: Layers = (None,) * model.layers
         if isinstance(model.init, Remap):
             plan = depth_plan(model.init.depth, num, model.layers)
@@ -247,8 +247,10 @@ def _read_back(model: Model, config: Any) -> None:
     asked = {key: getattr(model, size) for size, key in sizes.items() if getattr(model, size) is not None}
     if model.intermediate_size is not None and (inner := inner_size(config)) is not None:
         asked[inner] = model.intermediate_size
+    made = config.to_dict()
     for key, value in (*asked.items(), *model.config.items()):
-        found = getattr(config, key, None)
+        own = config.attribute_map.get(key, key)
+        found = made[own] if own in made else getattr(config, key, None)
         if not _holds(found, value):
             which = "has no such field" if found is None else f"makes that {found!r}"
             raise ModelError(f"{key} {value!r} was asked for, and a {config.model_type} {which}")

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from trainables.config.errors import ModelError
+
 LAYOUTS: dict[str, dict[str, str]] = {  # family -> end of a module's path -> role; of linear layers: writes <- reads
     "bert": {
         "word_embeddings": "table",
@@ -186,7 +188,14 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape of a transformers config."""
+    """The shape of a transformers config. Raises ModelError where a size differs between layers."""
+    try:
+        return _shape(config)
+    except Exception as error:  # of a type of transformers' own
+        raise ModelError(f"a {config.model_type} has layers of several shapes: {str(error).splitlines()[0]}") from None
+
+
+def _shape(config: Any) -> Shape:
     inner = (getattr(config, key, None) for key in INNER_SIZES)
     heads = getattr(config, "num_attention_heads", None) or 1
     return Shape(

@@ -110,7 +110,7 @@ def run(job: Job, session: Session) -> Outcome:
         if outcome.status == Status.FAILED:
             log.error("failed: %s", outcome.reason)
             outcome = replace(outcome, last_lines=text.getvalue().splitlines()[-5:])
-        if not outcome.is_suspended:
+        if not outcome.is_suspended or outcome.reason == StopReason.LEAVE:
             note(outcome.status)
     return outcome
 
@@ -132,7 +132,7 @@ def classify_failure(attempt: Outcome, error: Exception) -> Outcome:
 
 
 def _num_lost(storage: Storage, attempts: Sequence[str]) -> int:
-    """Counts attempts without an outcome: killed, lost with their node, cut off, or suspended."""
+    """Counts attempts without a status: killed, lost with their node, or cut off, but not by the sweep's own end."""
     return sum(b'"status"' not in (storage.read(f"{name}/attempt.json") or b"") for name in attempts)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 log = logging.getLogger("codistill")
+
+
+def is_local(uri: str) -> bool:
+    """Whether a text is a path of this machine, and no URI; in a path `::`, `?` and `#` stand for themselves."""
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def open_place(uri: str) -> tuple[Any, str]:
+    """Returns the file system of a path or URI, and the path there."""
+    if not is_local(uri):
+        return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
+    path = re.sub("^(file|local)://", "", uri)
+    return LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+
+
+def matching(path: str) -> list[str]:
+    """Returns the local paths that a path or glob names, sorted.
+
+    The longest part that exists is taken as written, so that the brackets of a folder's name are no pattern.
+    """
+    parts = os.path.abspath(path).split("/")
+    num = next(num for num in range(len(parts), 0, -1) if os.path.lexists("/".join(parts[:num]) or "/"))
+    folder, pattern = "/".join(parts[:num]) or "/", "/".join(parts[num:])
+    if not pattern:
+        return [folder]
+    found = glob.glob(pattern, root_dir=folder, recursive=True, include_hidden=True)
+    return sorted(os.path.join(folder, name) for name in found)
 
 
 class StorageError(OSError):
@@ -31,10 +61,10 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        return "://" not in self.uri or self.uri.startswith(("file://", "local://"))
+        return is_local(self.uri)
 
     def _at(self, name: str) -> tuple[Any, str]:
-        fs, root = fsspec.core.url_to_fs(os.path.abspath(self.uri) if "://" not in self.uri else self.uri)
+        fs, root = open_place(self.uri)
         return fs, f"{root.rstrip('/')}/{name}" if name else root.rstrip("/")
 
     @contextmanager

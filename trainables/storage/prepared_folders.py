@@ -13,12 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from trainables.config.errors import DataError
 from trainables.storage import cache
-from trainables.storage.files import sync
+from trainables.storage.files import is_local, open_place, sync
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +24,8 @@ ABOUT = "about.json"  # written last; names the other files with their checksums
 
 def publish(folder: str, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
     """Makes `<folder>/<name>/` unless it is there and whole. `write` fills a folder and returns the facts of about.json."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    if isinstance(fs, LocalFileSystem):
+    fs, root = open_place(folder)
+    if is_local(folder):
         _make(Path(root, name), write)
         return
     if fs.exists(f"{root}/{name}/{ABOUT}"):
@@ -43,8 +40,8 @@ def publish(folder: str, name: str, write: Callable[[Path], dict[str, Any]]) -> 
 
 def fetch(folder: str, name: str) -> Path:
     """Returns `<folder>/<name>/` as a folder of this machine; a remote folder is copied to the cache once."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    if isinstance(fs, LocalFileSystem):
+    fs, root = open_place(folder)
+    if is_local(folder):
         return Path(root, name)
     _make(_cached(name), lambda temp: _download(fs, f"{root}/{name}", temp))
     cache.used(_cached(name))

@@ -58,7 +58,10 @@ def labelled(
 
 def _classes(labels: Sequence[Any], classes: Sequence[str | int], where: str) -> NDArray[np.int64]:
     index = {str(name): i for i, name in enumerate(classes)}
-    values = [index.get(_as_text(label), -1) for label in labels]
+    numbers = [_as_number(name) for name in classes]
+    unique = ((number, i) for i, number in enumerate(numbers) if number is not None and numbers.count(number) == 1)
+    by_number: dict[float | None, int] = dict(unique)
+    values = [index.get(_as_text(label), by_number.get(_as_number(label), -1)) for label in labels]
     if -1 in values:
         row = values.index(-1)
         says = "no label" if labels[row] is None else f"label {labels[row]!r}"
@@ -68,9 +71,20 @@ def _classes(labels: Sequence[Any], classes: Sequence[str | int], where: str) ->
 
 
 def _as_text(label: Any) -> str:
+    """Returns a label as text, whatever type its file gave it: true, 1 and 1.0 are `true`, `1` and `1`."""
     if isinstance(label, bool):
         return str(label).lower()
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _as_number(label: Any) -> float | None:
+    """Returns the number that a label stands for: in CSV all labels are texts, as `1.0` or `True`."""
+    if isinstance(label, str) and label.lower() in ("true", "false"):
+        return float(label.lower() == "true")
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return None
 
 
 def _numbers(labels: Sequence[Any], where: str) -> NDArray[np.float32]:

@@ -73,10 +73,11 @@ class Encoded(NamedTuple):
     reply: list[int]  # the token that ends it included
     references: list[str]
     lead: str
+    tail: str
 
 
 def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict[str, Any]:
-    counts, leads, ends = {}, set[str](), Counter[int]()
+    counts, leads, tails, ends = {}, set[str](), set[str](), Counter[int]()
     num_rows, refused = sum(len(getattr(splits, name)) for name in SPLITS), list[DataError]()
     for name in SPLITS:
         rows: Rows = getattr(splits, name)
@@ -91,19 +92,21 @@ def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict
             raise nothing_left(name, dropped, hint=f"raise prompt_length {data.prompt_length}, or shorten the prompts")
         chosen = [short[i] for i in sample_rows(len(short), data.examples if name == "train" else data.evaluate)]
         leads |= {each.lead for each in chosen}
+        tails |= {each.tail for each in chosen}
         ends.update(each.reply[-1] for each in chosen)
         counts[name] = {**_write(chosen, data.length, home / f"{name}.arrow"), "dropped": dict(dropped)}
     facts = {
         "template": data.template,
         "scoring": data.scoring.model_dump(mode="json"),
         "leads": _decoded(sorted(leads), tok),
+        "tails": _decoded(sorted(tails), tok),
         "ends": [token for token, _ in ends.most_common()],
     }
     return {"exchange": EXCHANGE, "splits": counts, "exchanges": facts}
 
 
 def _decoded(leads: Sequence[str], tok: Any) -> list[str]:
-    """Returns each lead as a decoded reply begins with it, without special tokens; the longest first."""
+    """Returns each lead, or tail, as a decoded reply has it, without special tokens; the longest first."""
     encoded = tokenizer.encode(tok, leads, is_template=True) if leads else []
     texts = {tok.decode(ids, skip_special_tokens=True).strip() for ids in encoded} - {""}
     return sorted(texts, key=lambda text: (-len(text), text))
@@ -127,7 +130,7 @@ def _encode(rows: Rows, data: Instructions, tok: Any, refused: list[DataError]) 
         for (row, text), *ids in zip(taken, *encoded, strict=True):
             prompt, reply = parts(*ids)
             learnt = text.reply or tok.decode(reply[:-1], skip_special_tokens=True).strip()
-            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], text.lead))
+            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], text.lead, text.tail))
     return done
 
 

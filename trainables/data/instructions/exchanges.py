@@ -79,13 +79,11 @@ class ExchangeSet(PreparedData):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the tokenizer's chat template writes all tokens."""
         return bool(self.about["exchanges"]["template"] == "chat")
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a reply: those of the data, the most usual first; in a chat also those that end the replies of
-        its tokenizer's model."""
+        """Those of the data; in a chat also those that end the replies of the tokenizer's model."""
         return tuple(dict.fromkeys([*self.about["exchanges"]["ends"], *(self.about["stops"] if self.is_chat else ())]))
 
     @property
@@ -97,15 +95,21 @@ class ExchangeSet(PreparedData):
         """What the template has before replies, as decoded; the longest first."""
         return tuple(self.about["exchanges"]["leads"])
 
+    @property
+    def tails(self) -> tuple[str, ...]:
+        """What the template has after replies, before the token that ends them, as `leads`."""
+        return tuple(self.about["exchanges"]["tails"])
+
     def text(self, reply: Sequence[int]) -> str:
         """Decodes a reply for comparison with references: without special tokens, and without the text that the template
-        has before a reply (an empty thought, say), which is learnt with the reply and is no answer."""
+        has around a reply (an empty thought, say), which is learnt with the reply and is no answer."""
         ids = list(reply)
         text: str = self.tokenizer.decode(
             ids[:-1] if ids[-1:] and ids[-1] in self.end_ids else ids, skip_special_tokens=True
         )
         text = text.strip()
-        return text.removeprefix(next((lead for lead in self.leads if text.startswith(lead)), "")).lstrip()
+        text = text.removeprefix(next((lead for lead in self.leads if text.startswith(lead)), "")).lstrip()
+        return text.removesuffix(next((tail for tail in self.tails if text.endswith(tail)), "")).rstrip()
 
     def unpacked(self) -> ExchangeSet:
         return replace(self, train=self.train.unpacked(), dev=self.dev.unpacked(), test=self.test.unpacked())

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import csv as pacsv
 
 from trainables.config.errors import DataError
 from trainables.data.split import SPLITS, Table
-from trainables.storage.hub import why_not
+from trainables.storage.files import is_local, matching, open_place
+from trainables.storage.hub import looked_in, why_not
 
 JSON = (".jsonl", ".json")  # an object a line, or one array of objects
 TABLES = (".parquet", *JSON, ".csv")
@@ -71,14 +71,18 @@ def find_hub(data: Any) -> Places:
 def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[File, ...]:
     """Returns the files that a path, glob or URI names, sorted; `what` names the field in messages."""
     try:
-        fs, path = fsspec.core.url_to_fs(uri)
-        paths = [path] if fs.isfile(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
-        files = tuple(File(fs.unstrip_protocol(p), str(fs.ukey(p))) for p in paths if not fs.isdir(p))
+        fs, path = open_place(uri)
+        if is_local(uri):
+            paths = {place: place for place in matching(path)}
+        else:
+            places = [path] if fs.isfile(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
+            paths = {place: fs.unstrip_protocol(place) for place in places}
+        files = tuple(File(name, str(fs.ukey(place))) for place, name in paths.items() if not fs.isdir(place))
     except (ImportError, ValueError, OSError) as error:  # no such protocol, its package missing, no access
         raise DataError(f"{what}: cannot look into {uri!r}: {error}") from error
     if not files:
-        hint = f"it is a folder; name its files, as {uri.rstrip('/')}/*.parquet" if fs.isdir(path) else "check the path"
-        raise DataError(f"{what}: no file matches {uri!r}: {hint}")
+        is_folder = f"it is a folder; name its files, as {uri.rstrip('/')}/*.parquet"
+        raise DataError(f"{what}: no file matches {uri!r}: {is_folder if fs.isdir(path) else looked_in()}")
     for file in files:
         if not file.uri.endswith(suffixes):
             raise DataError(
@@ -124,7 +128,7 @@ def _read_hub(place: HubSplit, wanted: Wanted, what: str) -> Table:
 def _columns_of(uri: str, wanted: Wanted, what: str) -> dict[str, list[Any]]:
     if uri.endswith(JSON):
         return _columns_of_json(uri, wanted, what)
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_place(uri)
     try:
         if uri.endswith(".txt"):
             return {wanted.texts[0]: list(re.split(r"\n\s*\n", fs.read_text(path, encoding="utf-8-sig")))}
@@ -164,7 +168,7 @@ def _present(wanted: Wanted, names: Sequence[str]) -> list[str]:
 
 def _objects(uri: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (line or row, object) of a JSON file."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = open_place(uri)
     number = 0
     try:
         with fs.open(path, "rt", encoding="utf-8-sig") as file:
@@ -222,8 +226,9 @@ def _check_columns(wanted: Wanted, schema: Any, where: str, what: str) -> None:
         field = wanted.fields.get(column)
         _check_is_there(column, schema.names, where, what, field=field)
         kind, is_text = schema.field(column).type, column in wanted.texts
+        values = kind.value_type if pa.types.is_dictionary(kind) else kind
         if is_text and not any(
-            test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+            test(values) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
         ):
             raise _no_strings(f"{what}: column {column!r} of {where!r}", kind, field)
 

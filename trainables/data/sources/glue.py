@@ -43,8 +43,8 @@ def find(data: Glue) -> Places:
     splits = [("train", "train"), *(("test", f"validation{part}") for part in parts)]
     folder = data.source if "://" in data.source else str(Path(data.source).expanduser())
     if "://" in data.source or Path(folder).is_dir() or data.source.startswith(("/", ".", "~")):
-        pattern, what = f"{folder}/{data.task}/{{}}*.parquet", f"{{}} of {data.task}"
-        return tuple((name, find_files(pattern.format(own), what.format(name))) for name, own in splits)
+        files = ((name, f"{folder}/{data.task}/{own}*.parquet") for name, own in splits)
+        return tuple((name, find_files(pattern, f"{name} of {data.task}")) for name, pattern in files)
     return tuple((name, HubSplit(data.source, data.task, data.revision, own)) for name, own in splits)
 
 
