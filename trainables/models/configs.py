@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trainables.config.errors import ModelError
-from trainables.config.layer_maps import depth_plan
+from trainables.config.layer_maps import Layers, depth_plan
 from trainables.config.models import Model, Remap
 from trainables.models import shared_bert
 from trainables.models.initialise import position_table
@@ -188,7 +188,8 @@ def _like(model: Model, other: Any) -> dict[str, Any]:
         if fields.get("head_dim") == width // heads:
             sizes["head_dim"] = (model.width or width) // new_heads
     if model.layers is not None:
-        num, plan = other.num_hidden_layers, (None,) * model.layers  # type: int, Layers
+        num: int = other.num_hidden_layers
+        plan: Layers = (None,) * model.layers
         if isinstance(model.init, Remap):
             plan = depth_plan(model.init.depth, num, model.layers)
         sources = [layer if isinstance(layer, int) else i % num for i, layer in enumerate(plan)]
