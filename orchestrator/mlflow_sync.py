@@ -136,12 +136,12 @@ class Mirror:
 
     @property
     def advice(self) -> str:
-        """What makes the store answer again."""
+        """What is wrong with the store, and what makes it answer again."""
         if (file := sqlite_file(self.uri)) is None:
-            return "start it"
-        again = f"move {file} away: the mirror is made again from the tables"
-        upgrade = f"run `mlflow db upgrade {shlex.quote(self.uri)}` on a copy that you can go back to, or "
-        return f"{upgrade if 'mlflow db upgrade' in str(self._error) else ''}{again}"
+            return "MLflow does not answer; start it"
+        is_old = "mlflow db upgrade" in str(self._error)
+        upgrade = f"copy the file and run `mlflow db upgrade {shlex.quote(self.uri)}`, or " if is_old else ""
+        return f"MLflow cannot use {file}; {upgrade}move it away: the mirror is made again from the tables"
 
     # ------------------------------------------------------------------------------------------------- both threads
 
