@@ -128,7 +128,8 @@ class Mirror:
         """One line without secrets, or None while there is no problem."""
         waiting, refused, where = self._num_waiting(), self._refused(), f"MLflow at {redact(self.uri)}"
         if self._error is not None:
-            wait = f"{waiting} records wait; run the same command again to catch up"
+            mend = f"{self.advice}, then " if self._is_old else ""
+            wait = f"{waiting} records wait; {mend}run the same command again to catch up"
             return f"{where} did not answer: {wait} ({_reason(self._error)})"
         if refused is not None:
             return f"{where} refused {refused.waits()} records of trial {refused.row.get('trial')}: {refused.refused}"
@@ -136,12 +137,16 @@ class Mirror:
 
     @property
     def advice(self) -> str:
-        """What makes the store answer again."""
+        """What is wrong with the store, and what makes it answer again."""
         if (file := sqlite_file(self.uri)) is None:
-            return "start it"
-        again = f"move {file} away: the mirror is made again from the tables"
-        upgrade = f"run `mlflow db upgrade {shlex.quote(self.uri)}` on a copy that you can go back to, or "
-        return f"{upgrade if 'mlflow db upgrade' in str(self._error) else ''}{again}"
+            return "MLflow does not answer; start it"
+        upgrade = f"copy the file and run `mlflow db upgrade {shlex.quote(self.uri)}`, or " if self._is_old else ""
+        return f"MLflow cannot use {file}; {upgrade}move it away: the mirror is made again from the tables"
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether another release of MLflow wrote the store."""
+        return "mlflow db upgrade" in str(self._error)
 
     # ------------------------------------------------------------------------------------------------- both threads
 

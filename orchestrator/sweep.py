@@ -193,9 +193,7 @@ def _check_tracking(mirror: Mirror, later: bool) -> None:
         return
     if sys.stdin.isatty() and confirm("continue without it? The next start catches up. [y/N] "):
         return
-    raise StudyError(
-        f"MLflow does not answer; {mirror.advice}; or add --tracking-later: the next start then catches up"
-    )
+    raise StudyError(f"{mirror.advice}; or add --tracking-later: the next start then catches up")
 
 
 def _finish(sweep: Sweep) -> int:

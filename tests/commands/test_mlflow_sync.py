@@ -337,10 +337,11 @@ def test_an_older_schema_is_to_be_upgraded_and_a_server_to_be_started(uri: str, 
         database.commit()
     mirror = Mirror(uri, "smoke", every=0.05)
     mirror.start()
-    assert "schema" in (mirror.first_answer(60) or "")
+    problem = mirror.first_answer(60)
+    assert problem is not None and "schema" in problem and f"`mlflow db upgrade {uri}`" in problem
     mirror.close(0.1)
     assert f"run `mlflow db upgrade {uri}`" in mirror.advice and str(tmp_path / "mlflow.db") in mirror.advice
-    assert Mirror("http://127.0.0.1:5000", "smoke").advice == "start it"
+    assert Mirror("http://127.0.0.1:5000", "smoke").advice == "MLflow does not answer; start it"
 
 
 def test_a_mirror_waits_while_another_makes_the_tables(uri: str, tmp_path: Path) -> None:

@@ -786,6 +786,7 @@ def test_printed_commands_name_profile_overrides_and_storage(tmp_path: Path, cap
     report = make_report(study, maker.tables(), {}, storage="s3://bucket/runs")
     assert f"python -m orchestrator.sweep {given} --storage s3://bucket/runs\n" in report.markdown
     assert "--profile long --set trial.phases.distil.batch=4 --storage s3://bucket/runs</pre>" in report.html
+    assert re.search("orchestrator.export [^<]*--storage s3://bucket/runs<", report.html)
     assert "--storage" not in make_report(study, maker.tables(), {}).markdown
 
 

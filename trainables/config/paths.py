@@ -11,12 +11,13 @@ from typing import Annotated
 from pydantic import AfterValidator, ValidationInfo
 
 
-def _located(text: str, info: ValidationInfo, *, may_be_id: bool) -> str:
-    locate = (info.context or {}).get("locate")
-    return text if locate is None else str(locate(text, may_be_id=may_be_id))
+def _located(*, may_be_id: bool) -> AfterValidator:
+    def located(text: str, info: ValidationInfo) -> str:
+        locate = (info.context or {}).get("locate")
+        return text if locate is None else str(locate(text, may_be_id=may_be_id))
+
+    return AfterValidator(located)
 
 
-DataPath = Annotated[
-    str, AfterValidator(lambda text, info: _located(text, info, may_be_id=False))
-]  # or a glob, or a URI
-FolderOrId = Annotated[str, AfterValidator(lambda text, info: _located(text, info, may_be_id=True))]  # an id of the hub
+DataPath = Annotated[str, _located(may_be_id=False)]  # or a glob, or a URI
+FolderOrId = Annotated[str, _located(may_be_id=True)]  # an id of the hub
