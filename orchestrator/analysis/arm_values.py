@@ -24,12 +24,12 @@ class ArmValues:
     name: str
     values: Mapping[int, float]  # by seed: the mean over the data sets, of seeds that have all of them
     by_task: Mapping[str, Mapping[int, float]]  # by data set and seed
-    failed: Collection[int]  # seeds that failed before they had a value
+    failed: Collection[int]  # seeds that failed before they had a value, or were stopped, which no study plans
     notes: tuple[Note, ...]
     costs: Mapping[int, TrialCost] = field(default_factory=dict)  # by seed, of seeds that have a value
-    # at equal cost, by seed: the progress of the evaluation, and the value of the next one where there is one
+    # at equal cost, by seed: the progress of the evaluation, and the value on the other side of the budget
     progress: Mapping[int, float] = field(default_factory=dict)
-    next_values: Mapping[int, float] = field(default_factory=dict)
+    beyond: Mapping[int, float] = field(default_factory=dict)
 
 
 def arm_values(
@@ -77,12 +77,14 @@ def values_in(
     begun = {seed for of_task in by_task.values() for seed in of_task} - diverged
     of_seed = {seed: [by_task[task][seed] for task in tasks if seed in by_task.get(task, {})] for seed in begun}
     values = {seed: math.fsum(each) / len(tasks) for seed, each in of_seed.items() if len(each) == len(tasks)}
-    failed = ({int(seed) for seed in trials.loc[trials["status"] == "failed", "seed"]} | diverged) - values.keys()
+    failed = (
+        {int(seed) for seed in trials.loc[trials["status"].isin(["failed", "stopped"]), "seed"]} | diverged
+    ) - values.keys()
     notes: list[Note] = []
     planned, stopped = max(len(trials), records.num_seeds or 0), Counter(trials["status"])["stopped"]
     if stopped:
         notes.append(note(Kind.STOPPED, arm=name, num=stopped))
-    if (missing := planned - stopped - len(failed | {*excluded}) - len(values)) > 0:
+    if (missing := planned - len(failed | {*excluded}) - len(values)) > 0:
         notes.append(note(Kind.PROVISIONAL, arm=name, missing=missing, planned=planned))
     if partial := begun - values.keys() - failed:
         lacking = tuple(task for task in tasks if not partial <= by_task.get(task, {}).keys())

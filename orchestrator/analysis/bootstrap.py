@@ -1,15 +1,15 @@
-"""Intervals over new seeds and new examples: resamples both, crossed.
+"""Intervals over new seeds and new examples.
 
-Each resample draws pairs of seeds and examples with replacement, the same examples for both arms, and computes the
-metric anew (the pigeonhole bootstrap, Owen 2007). With few seeds the percentiles of a bootstrap are too narrow: of 5
-seeds they cover 83 % where all spread is between seeds. So the seeds' part is widened by t(n-1)/z * sqrt(n/(n-1)),
-which makes it as wide as Student's t (Hesterberg's expanded percentiles, 2015, for the factor that needs them): 94 %
-there. Coverage is above 95 %, up to 99 %, where the spread is that of one seed on one example, which a crossed resample
-counts thrice.
+The difference of two arms is drawn anew over seeds, and over clusters of examples: examples of one document or text are
+drawn together, the same for both arms, and the metric is computed anew. Both parts are widened by t(n-1)/z * sqrt(n/(n-1)),
+which makes the percentiles of a bootstrap as wide as Student's t (Hesterberg's expanded percentiles, 2015). What varies with
+the pair of seed and example is in both parts; it is counted once (the two-way variance V1 + V2 - V12 of Cameron, Gelbach
+and Miller, 2011). Below 30 clusters there is no interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from trainables.metrics.metric import Examples, Floats, Metric
 
 RESAMPLES = 2000
 CHUNK = 1_000_000  # weights in memory at once; more would leave the caches, and be slower
-_PERCENTILES = (100 * ALPHA / 2, 100 * (1 - ALPHA / 2))
+MIN_CLUSTERS = 30  # below them no correction makes the interval cover
 
 
 class Answers(NamedTuple):
@@ -33,10 +33,17 @@ class Answers(NamedTuple):
 
     metric: Metric  # with `resample`
     runs: Sequence[Sequence[Examples]]  # of each arm (arm, against), of each seed
+    clusters_E: NDArray[np.int64] | None = None  # by default each example is one
 
     @property
     def part_E(self) -> NDArray[np.int64]:
         return self.runs[0][0].part_E
+
+    def numbered(self) -> NDArray[np.int64]:
+        """Returns [E]: the number of each example's cluster, from 0; parts share no cluster."""
+        clusters_E = np.arange(len(self.part_E)) if self.clusters_E is None else self.clusters_E
+        numbers_E: NDArray[np.int64] = np.unique(np.stack([self.part_E, clusters_E]), axis=1, return_inverse=True)[1]
+        return numbers_E.ravel()
 
     def scores(self, weights_RE: Floats) -> Floats:
         """Returns the metric [A, S, R] of each arm A and seed S in each resample R."""
@@ -50,54 +57,60 @@ class Answers(NamedTuple):
 
 
 class Resampled(NamedTuple):
-    """95 % intervals of arm - against."""
+    """Intervals of arm - against."""
 
     mean: Interval  # over the data sets
     each: tuple[Interval, ...]
 
 
-def crossed(data: Sequence[Answers], *, seed: int, num: int = RESAMPLES) -> Resampled:
+def crossed(data: Sequence[Answers], *, seed: int, alpha: float = ALPHA, num: int = RESAMPLES) -> Resampled:
     """Computes intervals over new seeds and new examples; of one pair of seeds over new examples alone."""
     S = len(data[0].runs[0])
-    rng = np.random.default_rng([seed, 0])
-    drawn_RS = rng.multinomial(S, np.full(S, 1 / S), size=num) / S
-    resampled_TR = np.stack(
-        [_resampled(answers, drawn_RS, np.random.default_rng([seed, i])) for i, answers in enumerate(data, 1)]
+    drawn_RS = np.random.default_rng([seed, 0]).multinomial(S, np.full(S, 1 / S), size=num) / S
+    plain_TS = np.stack([np.subtract(*answers.score()) for answers in data])
+    resampled_TSR = np.stack(
+        [_resampled(answers, np.random.default_rng([seed, i]), num) for i, answers in enumerate(data, 1)]
     )
-    return Resampled(_interval(resampled_TR.mean(0)), tuple(_interval(values_R) for values_R in resampled_TR))
+    clusters_T = [int(answers.numbered().max()) + 1 for answers in data]
+
+    def interval(d_S: Floats, d_SR: Floats, num_clusters: int) -> Interval:
+        by_example_R = (d_SR.mean(0) - d_S.mean()) * bootstrap_widening(num_clusters, alpha)
+        wider = bootstrap_widening(S, alpha) if S > 1 else 1.0
+        by_seed_R = (drawn_RS @ d_S - d_S.mean()) * wider
+        parts = float(by_example_R.var()), float(by_seed_R.var())
+        rest_SR = d_SR - d_S[:, None]
+        in_both = wider**2 * float((rest_SR - rest_SR.mean(0)).var(1).mean()) / max(1, S - 1)
+        least = max(parts[0], parts[1] / wider**2)
+        narrower = math.sqrt(max(sum(parts) - in_both, least) / sum(parts)) if sum(parts) else 1.0
+        low, high = np.quantile(d_S.mean() + narrower * (by_example_R + by_seed_R), (alpha / 2, 1 - alpha / 2))
+        return float(low), float(high)
+
+    mean = interval(plain_TS.mean(0), resampled_TSR.mean(0), min(clusters_T))
+    return Resampled(mean, tuple(map(interval, plain_TS, resampled_TSR, clusters_T)))
 
 
-def _resampled(answers: Answers, drawn_RS: Floats, rng: np.random.Generator) -> Floats:
-    """Returns [R]: the difference of the arms' means in each resample."""
-    S = drawn_RS.shape[1]
-    chunks = [answers.scores(weights_RE) for weights_RE in _weights(rng, answers.part_E, len(drawn_RS))]
+def _resampled(answers: Answers, rng: np.random.Generator, num: int) -> Floats:
+    """Returns [S, R]: the difference of the arms at each seed in each resample of clusters."""
+    chunks = [answers.scores(weights_RE) for weights_RE in _weights(rng, answers, num)]
     arm_SR, against_SR = np.concatenate(chunks, axis=-1)
-    differences_RS = (arm_SR - against_SR).T
-    mean_R: Floats = differences_RS.mean(1)
-    if S == 1:
-        return mean_R
-    values_R: Floats = mean_R + bootstrap_widening(S) * ((drawn_RS * differences_RS).sum(1) - mean_R)
-    return values_R
+    difference_SR: Floats = arm_SR - against_SR
+    return difference_SR
 
 
-def _weights(rng: np.random.Generator, part_E: NDArray[np.int64], num: int) -> Iterator[Floats]:
-    """Yields chunks [R, E] of how often each example is drawn; each part of a test set is resampled by itself."""
-    E = len(part_E)
-    members = [np.flatnonzero(part_E == part) for part in np.unique(part_E)]
-    rows = max(1, CHUNK // E)
+def _weights(rng: np.random.Generator, answers: Answers, num: int) -> Iterator[Floats]:
+    """Yields chunks [R, E] of how often each example is drawn, with its cluster; each part of a test set by itself."""
+    number_E, part_E = answers.numbered(), answers.part_E
+    C = int(number_E.max()) + 1
+    members = [np.unique(number_E[part_E == part]) for part in np.unique(part_E)]
+    rows = max(1, CHUNK // len(part_E))
     for first in range(0, num, rows):
         R = min(rows, num - first)
-        weights_RE = np.empty((R, E))
+        weights_RC = np.empty((R, C))
         for inside in members:
             n = len(inside)
             drawn = rng.integers(0, n, (R, n)) + n * np.arange(R)[:, None]
-            weights_RE[:, inside] = np.bincount(drawn.ravel(), minlength=R * n).reshape(R, n)
-        yield weights_RE
-
-
-def _interval(values_R: Floats) -> Interval:
-    low, high = np.percentile(values_R, _PERCENTILES)
-    return float(low), float(high)
+            weights_RC[:, inside] = np.bincount(drawn.ravel(), minlength=R * n).reshape(R, n)
+        yield weights_RC[:, number_E]
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -119,7 +132,9 @@ class Runs(NamedTuple):
     recorded: Mapping[str, Floats]  # data set -> the metric [A, S] in the results
 
 
-def interval_of(examples: pd.DataFrame, runs: Runs, metric: str, facts: TaskFacts, *, seed: int) -> Resampled:
+def interval_of(
+    examples: pd.DataFrame, runs: Runs, metric: str, facts: TaskFacts, *, seed: int, alpha: float = ALPHA
+) -> Resampled:
     """Computes the intervals of one comparison. Raises Missing.
 
     `examples` are those of one query, with the column `arm_name`.
@@ -134,8 +149,10 @@ def interval_of(examples: pd.DataFrame, runs: Runs, metric: str, facts: TaskFact
         # the resampled metric must be the judged one
         if not np.allclose(answers.score(), recorded_AS, rtol=1e-3, atol=1e-3):
             raise Missing(Kind.OTHER_VALUE, task=task)
+        if (num := len(np.unique(answers.numbered()))) < MIN_CLUSTERS:
+            raise Missing(Kind.FEW_CLUSTERS, task=task, num=num, least=MIN_CLUSTERS)
         data.append(answers)
-    return crossed(data, seed=seed)
+    return crossed(data, seed=seed, alpha=alpha)
 
 
 def seed_of(*name: str) -> int:
@@ -160,7 +177,10 @@ def _answers(rows: pd.DataFrame, runs: Runs, metric: Metric, task: str) -> Answe
             raise Missing(Kind.RUN_NOT_STORED, task=task, arm=arm, seed=seed)
         if not all(np.array_equal(cell[key].to_numpy(), first[key].to_numpy()) for key in keys):
             raise Missing(Kind.OTHER_EXAMPLES, task=task, arm=arm, seed=seed)
-    return Answers(metric, [[_examples(cells[arm, seed]) for seed in runs.seeds] for arm in runs.arms])
+    if "cluster" not in first or first["cluster"].isna().any():
+        raise Missing(Kind.NO_CLUSTERS, task=task)
+    of_arms = [[_examples(cells[arm, seed]) for seed in runs.seeds] for arm in runs.arms]
+    return Answers(metric, of_arms, first["cluster"].to_numpy(dtype=np.int64))
 
 
 def _examples(cell: pd.DataFrame) -> Examples:

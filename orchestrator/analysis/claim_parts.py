@@ -15,7 +15,7 @@ from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
-from orchestrator.analysis.statistics import Comparison, Decision, compare, compare_costs, decide
+from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, compare, compare_costs, decide, sign_test
 from orchestrator.study.schema import Claim, CostAxis, tasks_of
 from trainables.metrics.known import metric_named
 
@@ -27,7 +27,7 @@ class Part:
     """One pair of arms: what there is, and what may be decided from it. About their quality, or about their costs."""
 
     p: float  # 1 where nothing can be decided
-    beyond: float  # gain - margin; where seeds failed, under the values that replace theirs
+    beyond: float  # gain - margin; where seeds failed, its sign
     notes: tuple[Note, ...]
     failed: bool
     comparison: Comparison | None = None  # of the quality
@@ -44,6 +44,11 @@ class Part:
         if self.cost is not None:
             return self.cost.found.log_sd, self.cost.found.n
         return None if (c := self.comparison) is None else (c.sd, c.n)
+
+    def undecidable(self) -> Part:
+        """Returns the part as it is where its conditions allow no decision."""
+        cost = self.cost and replace(self.cost, verdict=Decision.UNDECIDED)
+        return replace(self, p=1.0, beyond=0.0, cost=cost)
 
     @property
     def holds_on_new_data(self) -> bool:
@@ -125,32 +130,32 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
     if comparison is not None:
         comparison, by_task, more = _over_examples(context, comparison, by_task, (arm, against))
         notes += more
-    p, beyond, failed = 1.0, 0.0, {seed for values in (arm, against) for seed in values.failed}
+    failed = {seed for values in (arm, against) for seed in values.failed}
     if failed:
-        ends = metric_named(context.query.metric).worst_and_best
         lost = tuple((values.name, tuple(sorted(values.failed))) for values in (arm, against) if values.failed)
-        notes.append(note(Kind.FAILED_SEEDS, failed=lost, metric=context.query.metric, is_replaced=ends is not None))
-        if ends is not None:
-            p, beyond = _with_replaced_seeds(context, (arm, against), failed, ends)
-    elif comparison is not None and comparison.p is not None:
-        p, beyond = comparison.p, comparison.gain - context.margin
-    notes += _on_next(context, arm, against)
+        notes.append(note(Kind.FAILED_SEEDS, failed=lost))
+    if context.query.equal is None:
+        p, beyond = _test(context, (arm.values, against.values), failed)
+    else:  # both sides of the budget must agree
+        readings = ((arm.values, against.beyond), (arm.beyond, against.values))
+        tests = [_test(context, reading, failed) for reading in readings]
+        is_alike = tests[0][1] * tests[1][1] > 0
+        p, beyond = max(tests) if is_alike else (1.0, 0.0)
+        notes += _on_beyond(context, arm, against, is_alike=is_alike)
     return Part(p, beyond, tuple(notes), bool(failed), comparison, by_task)
 
 
-def _with_replaced_seeds(
-    context: ClaimContext, pair: Pair, failed: set[int], ends: tuple[float, float]
+def _test(
+    context: ClaimContext, pair: tuple[Mapping[int, float], Mapping[int, float]], failed: set[int]
 ) -> tuple[float, float]:
-    """Returns p and gain - margin, with the value that is worst for the verdict in place of failed seeds."""
-    worst, best = ends
-    for sign, of_arm, of_against in ((1, worst, best), (-1, best, worst)):  # supported even so; refuted even so
-        arm, against = (
-            dict.fromkeys(failed, end) | {**v.values} for v, end in zip(pair, (of_arm, of_against), strict=True)
-        )
-        whole = context.compare(arm, against, pair[1].name)
-        if whole is not None and whole.p is not None and sign * (whole.gain - context.margin) > 0:
-            return whole.p, whole.gain - context.margin
-    return 1.0, 0.0
+    """Returns p and gain - margin; where seeds failed, those of a sign test, which counts these seeds against the verdict."""
+    found = context.compare(pair[0], pair[1], "against")
+    if failed:
+        gains = [] if found is None else [-d if found.lower_is_better else d for d in found.differences]
+        return sign_test([gain - context.margin for gain in gains], len(failed))
+    if found is None or found.p is None:
+        return 1.0, 0.0
+    return found.p, found.gain - context.margin
 
 
 def _over_examples(
@@ -166,7 +171,8 @@ def _over_examples(
         if arm.failed or against.failed:
             raise Missing(Kind.FAILED_SEED)
         runs, seed = Runs((arm.name, against.name), seeds, recorded), seed_of(context.name, against.name)
-        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed)
+        alpha = ALPHA / context.family_size
+        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed, alpha=alpha)
     except Missing as missing:
         return comparison, by_task, [missing.note]
     if comparison.n == 1:
@@ -188,23 +194,13 @@ def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Not
     return [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
 
 
-def _on_next(context: ClaimContext, arm: ArmValues, against: ArmValues) -> list[Note]:
-    if all(progress == 1 for values in (arm, against) for progress in values.progress.values()):
+def _on_beyond(context: ClaimContext, arm: ArmValues, against: ArmValues, *, is_alike: bool) -> list[Note]:
+    found = context.compare(arm.beyond, against.beyond, against.name)
+    if (arm.beyond, against.beyond) == (arm.values, against.values) or found is None or found.interval is None:
         return []
-    found = context.compare(arm.next_values, against.next_values, against.name)
-    if found is None or found.interval is None or found.p is None:
-        return []
-    decision = decide(found.p, found.gain - context.margin)
-    return [
-        note(
-            Kind.NEXT_EVALUATION,
-            arm=arm.name,
-            against=against.name,
-            effect=found.effect,
-            interval=found.interval,
-            decision=decision,
-        )
-    ]
+    decision = decide(found.p or 1.0, found.gain - context.margin)
+    about = {"effect": found.effect, "interval": found.interval, "decision": decision, "is_alike": is_alike}
+    return [note(Kind.NEXT_EVALUATION, arm=arm.name, against=against.name, **about)]
 
 
 def compare_cost(arm: ArmValues, against: ArmValues, axis: CostAxis) -> Part:

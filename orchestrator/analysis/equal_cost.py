@@ -1,4 +1,9 @@
-"""Two arms at equal cost: each at its last evaluation within what the cheaper one spent in all."""
+"""Two arms at equal cost: the cheaper one at its end, the dearer one at its evaluations before and after that cost.
+
+Neither evaluation is at equal cost, so a claim is decided where both decide it alike: then any curve that runs between them
+does, too. An evaluation within 1 % after the budget is read as at the budget, beside the value that a straight line in log
+cost has at the budget.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records
 from orchestrator.study.schema import CostAxis
 
+TOLERANCE = 0.01  # of the budget
+
 
 def equal_cost_values(
     records: Records, queries: Mapping[str, MetricQuery], axis: CostAxis
@@ -20,7 +27,8 @@ def equal_cost_values(
     """As `arm_values`, for two arms (whose queries may differ in the model) at equal cost.
 
     At each seed the budget is the total cost of the cheaper arm. So this arm is evaluated at its end, and the dearer one
-    on its way. A seed at which either arm did not come to its end has no value.
+    on its way: `values` has its last evaluation within the budget, `beyond` the next one. A seed at which either arm did
+    not come to its end has no value.
     """
     query = next(iter(queries.values()))
     selected = {name: records.select([name], of_arm) for name, of_arm in queries.items()}
@@ -31,14 +39,17 @@ def equal_cost_values(
     budgets = {seed: min(_spent(of_arm[seed], axis) for of_arm in ends) for seed in seeds}
     arms = {}
     for (name, (trials, rows)), ended in zip(selected.items(), ends, strict=True):
-        chosen, late, following = dict[int, Evaluation](), dict[int, Evaluation](), dict[int, Evaluation]()
+        chosen, late, beyond = dict[int, Evaluation](), dict[int, Evaluation](), dict[int, float]()
         for seed, budget in budgets.items():
             each = seen[name][seed]
             within = [evaluation for evaluation in each if _spent(evaluation, axis) <= budget * (1 + 1e-9)]
-            if within:
-                chosen[seed], following[seed] = within[-1], each[min(len(within), len(each) - 1)]
-            else:
+            if not within:
                 late[seed] = each[0]
+                continue
+            before, after = within[-1], each[min(len(within), len(each) - 1)]
+            chosen[seed], beyond[seed] = before, after.value
+            if _spent(after, axis) <= budget * (1 + TOLERANCE):
+                chosen[seed], beyond[seed] = after, _between(before, after, budget, axis)
         # rows of trials that lack a data set at their end count as partial values, on which `values_in` makes a note
         lacking = set(trials.loc[(trials["status"] == "ended") & ~trials["seed"].isin(list(ended)), "trial"])
         wanted = {(e.trial, e.progress) for e in chosen.values()} | {(trial, 1.0) for trial in lacking}
@@ -47,14 +58,21 @@ def equal_cost_values(
             records, name, (trials, rows[np.array(here, dtype=bool)]), queries[name]._replace(tasks=tasks),
             excluded={*late, *ended} - {*chosen},
         )  # fmt: skip
-        next_values = {s: e.value for s, e in following.items() if math.isfinite(e.value) and s in values.values}
         arms[name] = replace(
             values,
             notes=(*values.notes, *_on_equal_cost(name, chosen, budgets, axis), *_on_late(name, late, budgets, axis)),
             progress={seed: evaluation.progress for seed, evaluation in chosen.items()},
-            next_values=next_values,
+            beyond={s: value for s, value in beyond.items() if math.isfinite(value) and s in values.values},
         )
     return tasks, arms
+
+
+def _between(before: Evaluation, after: Evaluation, budget: float, axis: CostAxis) -> float:
+    """Interpolates the value at the budget, linearly in log cost."""
+    low, high = _spent(before, axis), _spent(after, axis)
+    return after.value if low <= 0 or low == high else float(
+        np.interp(math.log(budget), (math.log(low), math.log(high)), (before.value, after.value))
+    )  # fmt: skip
 
 
 def _spent(evaluation: Evaluation, axis: CostAxis) -> float:

@@ -29,8 +29,8 @@ class Kind(StrEnum):
     SINGLE_PAIR = auto()
     EQUAL_DIFFERENCES = auto()  # n
     FEW_PAIRS = auto()  # n, p_floor
-    FAILED_SEEDS = auto()  # failed (arm, seeds), metric, is_replaced (by the value that is worst for the verdict)
-    NEXT_EVALUATION = auto()  # arm, against, effect, interval, decision
+    FAILED_SEEDS = auto()  # failed (arm, seeds)
+    NEXT_EVALUATION = auto()  # arm, against, effect, interval, decision: at the next evaluation; is_alike (both sides)
     SINGLE_SEED_INTERVAL = auto()  # interval
     # why there is no interval over new examples
     NOT_STORED = auto()
@@ -41,6 +41,8 @@ class Kind(StrEnum):
     RUN_NOT_STORED = auto()  # task, arm, seed
     OTHER_EXAMPLES = auto()  # task, arm, seed
     OTHER_VALUE = auto()  # task
+    NO_CLUSTERS = auto()  # task
+    FEW_CLUSTERS = auto()  # task, num, least
     # costs
     NO_COST = auto()  # arm, against, axis
     EQUAL_COST_RATIOS = auto()  # axis, n
@@ -49,7 +51,9 @@ class Kind(StrEnum):
     COST_RATIO = auto()  # arm, part (a CostPart)
     UNEQUAL_COST = auto()  # arm, against, axis, ratio
     SHARED_COST = auto()  # against, phases, in_full (ratios with these phases)
-    CONDITIONS = auto()  # side_by_side, nodes, slot, phase, num_runs, num_elsewhere: see `timing.conditions`
+    CONDITIONS = (
+        auto()
+    )  # side_by_side, is_shared (the device), nodes, slot, phase, num_runs, num_elsewhere: see `timing.conditions`
     # the verdict
     MEAN_OVER = auto()  # tasks
     OTHER_AVERAGE = auto()  # tasks, papers

@@ -81,9 +81,9 @@ def decide(p: float, beyond: float) -> Decision:
     return Decision.SUPPORTED if beyond > 0 else Decision.REFUTED
 
 
-def bootstrap_widening(n: int) -> float:
+def bootstrap_widening(n: int, alpha: float = ALPHA) -> float:
     """Returns the ratio of Student's interval to the bootstrap's for the mean of n values; n >= 2."""
-    return float(stats.t.ppf(1 - ALPHA / 2, n - 1) / stats.norm.ppf(1 - ALPHA / 2)) * math.sqrt(n / (n - 1))
+    return float(stats.t.ppf(1 - alpha / 2, n - 1) / stats.norm.ppf(1 - alpha / 2)) * math.sqrt(n / (n - 1))
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -97,6 +97,13 @@ def sign_flip_p(differences: ArrayLike) -> float:
 
     flips = stats.permutation_test((scaled,), total, permutation_type="samples", n_resamples=SIGN_FLIPS, rng=rng)
     return float(flips.pvalue)
+
+
+def sign_test(beyond: Sequence[float], num_lost: int) -> tuple[float, float]:
+    """Returns the two-sided p of the signs, and the sign of most; lost pairs count against either side."""
+    above, below = (sum(sign * x > 0 for x in beyond) for sign in (1, -1))
+    p = 2 * stats.binom.sf(max(above, below) - 1, len(beyond) + num_lost, 0.5)
+    return min(1.0, float(p)), float(np.sign(above - below))
 
 
 def _welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> Interval | None:
@@ -184,7 +191,7 @@ class Comparison:
     p_floor: float = 1.0  # the least possible `p_signflip`
     correlation: float | None = None  # of the pairs
     welch: Interval | None = None  # 95 %, unpaired
-    new_data: Interval | None = None  # 95 %, over new seeds and new examples; see `bootstrap`
+    new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `bootstrap`
 
     @property
     def gain(self) -> float:

@@ -35,9 +35,11 @@ def conditions(trials: pd.DataFrame, arms: Iterable[str], phase: str, slot: Slot
     ]
     spans = [span for span, _ in known]
     measured = [span for span, trained in known if trained & keys]
+    side_by_side = max((_side_by_side(span, spans) for span in measured), default=0)
     return note(
         Kind.CONDITIONS,
-        side_by_side=max((_side_by_side(span, spans) for span in measured), default=0),
+        side_by_side=side_by_side,
+        is_shared=side_by_side > 1 and (slot is None or slot.gpus < 1),
         nodes=tuple(sorted({str(node) for node, *_ in measured})),
         slot=slot,
         phase=phase,

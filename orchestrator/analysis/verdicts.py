@@ -109,6 +109,8 @@ def judge(
         quality = [compare_quality(context, *pair) for pair in pairs]
         cost = [compare_cost(*pair, claim.less) for pair in pairs] if claim.less else []
         timed = conditions(trials, (claim.arm, *claim.rivals), query.phase, slot) if claim.is_of_time else None
+        if timed is not None and timed.about["is_shared"]:
+            quality, cost = ([part.undecidable() for part in parts] for parts in (quality, cost))
         compared[name] = _Compared(claim, query, pairs, quality, cost, timed)
     verdicts: dict[str, Verdict] = {}
     for family in sizes:

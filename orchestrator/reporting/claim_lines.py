@@ -142,6 +142,10 @@ def _more(v: Verdict) -> str:
         return "provisional: trials are missing"
     if v.holds is not None:
         return SCOPE[v.holds]
+    if v.conditions is not None and v.conditions.about["is_shared"]:
+        return "times were measured on shared devices"
+    if any(note.kind == Kind.NEXT_EVALUATION and not note.about["is_alike"] for note in v.notes):
+        return "evaluations are too coarse"
     if v.seeds_more is not None:
         return f"about {plural(v.seeds_more, 'more seed')}{', to refute' if v.leans == Decision.REFUTED else ''}"
     if not v.parts or min(c.n for c in v.parts) < 2:

@@ -9,7 +9,6 @@ import numpy as np
 
 from orchestrator.analysis.notes import Kind, Note, Scope
 from orchestrator.study.schema import AXIS_WORDS
-from trainables.metrics.known import metric_named
 
 SCOPE: Mapping[Scope, str] = {
     Scope.NEW_DATA: "on new data as well",
@@ -54,21 +53,20 @@ def _evaluated_early(progress: tuple[float, ...], unused: float, **_: Any) -> st
     )
 
 
-def _failed_seeds(failed: tuple[tuple[str, tuple[int, ...]], ...], metric: str, is_replaced: bool) -> str:
+def _failed_seeds(failed: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
     lost = " and ".join(f"{arm!r} failed at seed {', '.join(map(str, seeds))}" for arm, seeds in failed)
-    if is_replaced:
-        return f"{lost}: judged with the value of {metric} that is worst for the verdict instead"
-    return f"{lost}: {metric} ({metric_named(metric).words}) has no worst value to replace it, so undecided"
+    return f"{lost}: judged by a sign test over all seeds, in which failed ones count as worst for the verdict"
 
 
 def _interval(interval: tuple[float, float]) -> str:
     return f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
 
 
-def _next_evaluation(interval: tuple[float, float], **_: Any) -> str:
+def _next_evaluation(interval: tuple[float, float], *, is_alike: bool = True, **_: Any) -> str:
+    split = "" if is_alike else "; the evaluations before and after equal cost do not agree, so undecided"
     return (
         "evaluations are sparse: at the next one, beyond equal cost, {arm!r} - {against!r} is "
-        f"{{effect:+.3g}} {_interval(interval)}, {{decision}} without Holm"
+        f"{{effect:+.3g}} {_interval(interval)}, {{decision}} without Holm{split}"
     )
 
 
@@ -92,18 +90,18 @@ def _shared_cost(in_full: Any, **_: Any) -> str:
     return f"cost beside {{against!r}} excludes shared phases ({{phases}}); including them: {ratios}"
 
 
-def _conditions(side_by_side: int, nodes: tuple[str, ...], slot: Any, num_elsewhere: int, **_: Any) -> str:
+def _conditions(side_by_side: int, nodes: tuple[str, ...], slot: Any, *, is_shared: bool = False, **about: Any) -> str:
     texts = []
     where = f"on {len(nodes)} nodes" if len(nodes) > 1 else f"on one node ({', '.join(nodes)})"
     if side_by_side == 1:
         texts.append(f"one trial at a time per node, {where}")
-    elif side_by_side > 1 and slot is not None and slot.gpus == 1:
+    elif side_by_side > 1 and not is_shared:
         texts.append(f"up to {side_by_side} trials side by side per node, {where}, each with its own GPUs")
     elif side_by_side > 1:
         shared = "GPUs" if slot is not None and slot.gpus else "processors and memory"
         texts.append(
             f"up to {side_by_side} trials side by side per node, {where}, sharing its {shared}: a claim about time needs "
-            "one slot per device"
+            "one slot per device, so undecided"
         )
     if slot is not None:
         cpus, gpus = (
@@ -111,7 +109,7 @@ def _conditions(side_by_side: int, nodes: tuple[str, ...], slot: Any, num_elsewh
             f"{slot.gpus:g} GPU" if slot.gpus else "no GPU",
         )
         texts.append(f"a slot was {slot.workers} worker{'s' if slot.workers > 1 else ''} with {cpus} and {gpus} each")
-    if num_elsewhere:
+    if about["num_elsewhere"]:
         texts.append(
             "{num_elsewhere} of {num_runs} runs of phase {phase!r} were trained by trials that are not in these tables, "
             "under unknown conditions"
@@ -151,7 +149,7 @@ _NO_INTERVAL = "no interval over new examples: "
 _SIGNED = (Kind.NEXT_EVALUATION, Kind.SINGLE_SEED_INTERVAL, Kind.GENERALISES)  # with a minus sign, not a hyphen
 WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.NO_VALUE: _no_value,
-    Kind.STOPPED: "{num} stopped trials of {arm!r} are left out",
+    Kind.STOPPED: "{num} stopped trials of {arm!r} count as failed",
     Kind.PROVISIONAL: "provisional: {missing} of {planned} planned seeds of {arm!r} have no value yet",
     Kind.MISSING_TASKS: "{arm!r} has no {tasks} at seed {seeds}; a mean needs all data sets",
     Kind.SHARED_RUNS: _shared_runs,
@@ -173,6 +171,8 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.RUN_NOT_STORED: _NO_INTERVAL + "answers to {task} are not stored for {arm!r} at seed {seed}",
     Kind.OTHER_EXAMPLES: _NO_INTERVAL + "{arm!r} at seed {seed} was not scored on the same examples of {task}",
     Kind.OTHER_VALUE: _NO_INTERVAL + "the stored answers to {task} do not give the recorded value",
+    Kind.NO_CLUSTERS: _NO_INTERVAL + "it is not stored which examples of {task} are of one document or text",
+    Kind.FEW_CLUSTERS: _NO_INTERVAL + "{task} has examples of {num} documents or texts; expected {least} or more",
     Kind.NO_COST: "no seed has recorded {axis} for both {arm!r} and {against!r}",
     Kind.EQUAL_COST_RATIOS: "all {n} ratios of {axis} are equal: without spread there is no test",
     Kind.COUNTED_COST_RATIOS: "{axis} are counted: their ratio is the same at each of {n} seeds, and needs no test",

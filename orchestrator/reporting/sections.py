@@ -168,10 +168,10 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
     text = (
         "Effect: arm − against. Test: Student’s t on pairs by seed, two-sided, with Holm’s correction within a family of "
         "claims. A claim of k comparisons has the largest p if it is supported, k times the smallest if it is refuted. The exact sign-flip p and its floor, 2^(1−n), "
-        "decide nothing. Welch: unpaired; r: correlation of the pairs. New data as well: seeds and test examples resampled, "
-        "crossed; the other intervals are over new seeds on this evaluation set."
+        "decide nothing. Welch: unpaired; r: correlation of the pairs. New data as well: seeds and clusters of test examples resampled, "
+        "simultaneous over the family; the other intervals are over new seeds on this evaluation set."
     )
-    head = ("claim", "arm", "against", "n", "effect", "95 %, unadjusted", "95 %, new data as well", "95 %, simultaneous",
+    head = ("claim", "arm", "against", "n", "effect", "95 %, unadjusted", "simultaneous, new data as well", "95 %, simultaneous",
             "95 %, Welch", "p", "p, Holm", "p, sign-flip", "its floor", "r")  # fmt: skip
     table = Table("Effects and intervals", head, rows, "lll" + "r" * 11)
     remarks = Table("Notes and departures", ("claim", "note"), notes, "ll")

@@ -44,7 +44,7 @@ class Run(NamedTuple):
     values: Sequence[float]  # at LOOKS, or at the first of them
     seconds: float
     status: str = "ended"
-    start: float = 0.0  # s
+    start: float | None = None  # s; by default after the run before
     reused: bool = False
     key: str = ""
     more: float = 0.0  # seconds of a phase that no other arm has
@@ -55,10 +55,11 @@ class Run(NamedTuple):
 def tables(arms: Mapping[str, Sequence[Run]], tasks: Sequence[str] = ("ask",), *, teach: float = 4.0) -> Tables:
     """Phase `distil` after a phase `teach` of `teach` seconds that all arms share by seed; 10 FLOPs and 1 token a second.
     With several tasks the phase fans out, and each branch takes an equal part; each task scores a point more."""
-    rows, trials = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows, trials, clock = list[dict[str, Any]](), list[dict[str, Any]](), 0.0
     for arm, runs in arms.items():
         for seed, run in enumerate(runs):
-            name = f"{arm}{seed}"
+            name, start = f"{arm}{seed}", clock if run.start is None else run.start
+            clock = start + run.seconds
             whose = {
                 "study": "s",
                 "trial": name,
@@ -92,12 +93,12 @@ def tables(arms: Mapping[str, Sequence[Run]], tasks: Sequence[str] = ("ask",), *
             ended = run.status == "ended"
             when = {
                 "node": run.node,
-                "started": round(1000 * run.start),
+                "started": round(1000 * start),
                 "attempts": 1,
                 "peak_memory": 1e8,
                 "params": "{}",
             }
-            when["ended"] = round(1000 * (run.start + run.seconds)) if run.status != "running" else None
+            when["ended"] = round(1000 * (start + run.seconds)) if run.status != "running" else None
             trials.append({**whose, **when, "status": run.status, "phases": json.dumps(phases if ended else {})})
     return Tables(pd.DataFrame(rows, columns=RESULTS.names), pd.DataFrame(trials, columns=TRIALS.names))
 
@@ -169,7 +170,6 @@ def test_the_sides_change_places_from_seed_to_seed() -> None:
 
 
 def test_the_look_after_shows_what_coarse_looks_hide() -> None:
-    found = tables({"okd": rising(20.5, seconds=20), "gkd": flat(19, seconds=48, spread=-1.0)})
     gkd = [
         run._replace(values=[v, v + 3, v + 3, v + 3])
         for run in flat(19, seconds=48, spread=-1.0)
@@ -179,8 +179,32 @@ def test_the_look_after_shows_what_coarse_looks_hide() -> None:
     d = 1.5 + 2 * NOISE[:5] - 3  # at its second look `gkd` is 3 better
     low, high = stats.ttest_1samp(d, 0).confidence_interval(0.95)
     text = f"'okd' − 'gkd' is {d.mean():+.3g} [{low:+.3g}, {high:+.3g}], refuted without Holm".replace("-", "−")
-    assert verdict.verdict == "supported" and said(verdict, text)
-    assert not said(verdict_of(found, claim()), "evaluations are sparse")
+    assert (verdict.verdict, verdict.seeds_more) == ("undecided", None) and said(verdict, text)
+    assert said(verdict, "the evaluations before and after equal cost do not agree, so undecided")
+
+
+@pytest.mark.parametrize("ratio", [1.005, 1.1, 1.5, 1.9, 2.0, 3.0])
+def test_no_schedule_is_better_at_equal_cost_by_the_grid_of_evaluations(ratio: float) -> None:
+    """The loss is one function of the cost, so no schedule is better. The one evaluated earlier once was worse in 8 of 8."""
+    rng, false, num = np.random.default_rng(round(1000 * ratio)), 0, 12
+    for _ in range(num):
+        okd, gkd = (
+            [Run([20 + 5 * math.log(cost * at) + 0.02 * rng.normal() for at in LOOKS], cost) for _ in range(5)]
+            for cost in (20, 20 * ratio)
+        )
+        false += (
+            verdict_of(tables({"okd": okd, "gkd": gkd}, teach=0.0), claim(at="equal", axis="flops")).verdict
+            != "undecided"
+        )
+    assert false <= 1
+    better = tables({"okd": flat(40, spread=1.0, seconds=20), "gkd": rising(20.0, seconds=20 * ratio)[::-1]})
+    assert verdict_of(better, claim(at="equal", axis="flops")).verdict == "supported"
+
+
+def test_an_evaluation_just_after_the_budget_is_read_as_at_the_budget() -> None:
+    found = tables({"okd": flat(20, spread=1.0, seconds=20), "gkd": rising(20.2, seconds=20.1)[::-1]}, teach=0.0)
+    verdict = verdict_of(found, claim(at="equal", axis="flops"))
+    assert verdict.read_at["gkd"].against == dict.fromkeys(range(5), 1.0) and verdict.verdict == "refuted"
 
 
 def test_a_look_that_comes_just_when_the_budget_ends_counts() -> None:
@@ -449,7 +473,17 @@ def test_only_claims_about_time_name_their_conditions() -> None:
     found = tables({"okd": rising(20, seconds=20), "gkd": rising(20, seconds=40)})
     for fields, of_time in ((EQUAL, True), (LESS, True), ({"axis": "device_seconds"}, True), ({"at": "equal"}, False)):
         judged = verdict_of(found, claim(**fields), slot=Slot())
-        assert (judged.conditions is not None) == of_time == said(judged, "timing conditions: up to 10 trials")
+        assert (judged.conditions is not None) == of_time == said(judged, "timing conditions: one trial at a time")
+
+
+def test_times_on_shared_devices_decide_nothing() -> None:
+    """Two arms of equal work, one of which ran while more trials shared its processors."""
+    found = timed(FAST, SLOW, gain=3.0, start=0.0)
+    for fields in (LESS, EQUAL, {"axis": "device_seconds"}):
+        own, shared = (verdict_of(found, claim(**fields), slot=Slot(gpus=gpus)) for gpus in (1, 0))
+        assert (own.verdict, shared.verdict, shared.seeds_more) == ("supported", "undecided", None)
+        assert said(shared, "so undecided") and all(part.verdict == "undecided" for part in shared.cost_parts)
+    assert verdict_of(found, claim(margin=-0.5), slot=Slot()).verdict == "supported"
 
 
 # ----------------------------------------------------------------------------------------------- time to equal quality

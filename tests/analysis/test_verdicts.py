@@ -412,7 +412,7 @@ def test_an_untestable_claim_still_counts_in_its_family() -> None:
 # --------------------------------------------------------------------------------------------------- missing seeds
 
 
-def test_a_failed_seed_leaves_an_unbounded_metric_undecided() -> None:
+def test_one_failed_seed_of_eight_leaves_a_claim_undecided() -> None:
     good, alone = around(-0.1, 8)
     for side in ("good", "alone"):
         values = {"good": dict(good), "alone": dict(alone)}
@@ -421,34 +421,41 @@ def test_a_failed_seed_leaves_an_unbounded_metric_undecided() -> None:
         assert verdict.verdict == "undecided"
         assert verdict.seeds_more is None
         assert verdict.parts[0].n == 7
-        assert said(
-            verdict, f"'{side}' failed at seed 3: mlm_loss (cross-entropy of masked tokens, nats) has no worst value"
-        )
+        assert verdict.p_adjusted == pytest.approx(stats.binomtest(7, 8).pvalue)
+        assert said(verdict, f"'{side}' failed at seed 3: judged by a sign test over all seeds")
 
 
 @pytest.mark.parametrize("side", ["good", "alone"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_failed_seed_of_a_bounded_metric_counts_at_its_worst_for_the_verdict(side: str, sign: int) -> None:
-    of = claim(metric="mlm_accuracy")
+@pytest.mark.parametrize("metric", ["mlm_accuracy", "mlm_loss"])
+def test_a_failed_seed_counts_as_worst_for_the_verdict(side: str, sign: int, metric: str) -> None:
+    of, gain = claim(metric=metric), sign * (-1 if metric == "mlm_loss" else 1)
 
-    def outcome(gain: float, n: int, base: float = 50.0) -> Verdict:
-        good, alone = around(sign * gain, n, base=base - sign * gain / 2)
+    def outcome(n: int, lost: tuple[int, ...], how: str) -> Verdict:
+        good, alone = around(0.2 * gain, n)  # some 20 SDs
         values = {"good": good, "alone": alone}
-        del values[side][1]
-        return verdict_of(*tables(values, failed={side: (1,)}, metric="mlm_accuracy"), of)
+        values[side] = {seed: value for seed, value in values[side].items() if seed not in lost}
+        return verdict_of(*tables(values, **{how: {side: lost}}, metric=metric), of)
 
     wanted = "supported" if sign > 0 else "refuted"
-    decided, weak = outcome(80.0, 12), outcome(2.0, 12)
-    assert decided.verdict == wanted
+    decided, weak = outcome(10, (1,), "failed"), outcome(10, (1, 2), "failed")
+    assert (decided.verdict, weak.verdict) == (wanted, "undecided")
     assert said(decided, "worst for the verdict")
-    assert weak.verdict == "undecided"  # though the eleven seeds that are there agree
-    assert weak.parts[0].p is not None
-    assert weak.parts[0].p < 1e-6
-    # the p is that of the table with the worst value written in by hand
-    good, alone = around(sign * 80.0, 12, base=50.0 - sign * 40.0)
-    filled = {"good": np.array(list(good.values())), "alone": np.array(list(alone.values()))}
-    filled[side][1] = (0.0 if sign > 0 else 100.0) if side == "good" else (100.0 if sign > 0 else 0.0)
-    assert decided.p_adjusted == pytest.approx(stats.ttest_rel(filled["good"], filled["alone"]).pvalue)
+    assert decided.p_adjusted == pytest.approx(stats.binomtest(9, 10).pvalue)
+    assert outcome(10, (1,), "stopped").verdict == wanted and outcome(10, (1, 2), "stopped").verdict == "undecided"
+
+
+@pytest.mark.parametrize("num_stopped", [2, 4])
+def test_stopping_an_arms_worst_seeds_supports_nothing(num_stopped: int) -> None:
+    """Without a difference; it once made 22 and 44 % of claims supported at 10 seeds."""
+    rng, supported, num = np.random.default_rng(num_stopped), 0, 40
+    for _ in range(num):
+        good, alone = rng.normal(3, 0.1, 10), rng.normal(3, 0.1, 10)
+        stopped = tuple(int(seed) for seed in np.argsort(alone - good)[:num_stopped])
+        kept = {seed: value for seed, value in enumerate(good) if seed not in stopped}
+        found = tables({"good": kept, "alone": dict(enumerate(alone))}, stopped={"good": stopped})
+        supported += verdict_of(*found).verdict == "supported"
+    assert supported <= 2
 
 
 def test_a_value_that_is_no_number_is_a_failed_seed() -> None:
@@ -466,11 +473,11 @@ def test_a_seed_that_failed_after_the_point_that_is_judged_has_its_value() -> No
     assert (verdict.verdict, verdict.parts[0].n) == ("supported", 5)
 
 
-def test_a_stopped_trial_is_in_no_claim() -> None:
+def test_a_stopped_trial_has_no_value_and_counts_as_failed() -> None:
     good, alone = around(-0.1)
     verdict = verdict_of(*tables({"good": good | {2: 99.0}, "alone": alone}, stopped={"good": (2,)}))
     assert verdict.parts[0].seeds == (0, 1, 3, 4)
-    assert said(verdict, "1 stopped trials of 'good'")
+    assert said(verdict, "1 stopped trials of 'good' count as failed") and verdict.verdict == "undecided"
 
 
 def test_few_or_absent_seeds_are_undecided_and_say_so() -> None:
@@ -602,6 +609,7 @@ def answered(results: pd.DataFrame, num: int = 200, *, spread: float = 0.05, see
             "prediction": np.nan,
             "loss": 3 * loss,
             "count": 3,
+            "cluster": range(num),
         }
         rows.append(pd.DataFrame({**about, **columns}))
     return pd.concat(rows)

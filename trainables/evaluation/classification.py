@@ -39,7 +39,8 @@ def evaluate_task(
     if np.isfinite(losses_E).all():
         rule = "accuracy" if is_derived else task.score
         metrics |= scores(rule, predictions_E, gold_E, examples.parts, part_names=task.part_names)
-    return Scored(metrics, gold_E, predictions_E, losses_E, np.ones(len(examples)), examples.parts)
+    ones_E, clusters_E = np.ones(len(examples)), examples.clusters()
+    return Scored(metrics, gold_E, predictions_E, losses_E, ones_E, examples.parts, clusters_E)
 
 
 @torch.no_grad()

@@ -28,4 +28,4 @@ def evaluate_corpus(
             sums.add(logits_NV, batch.labels_N.to(on.device), batch.positions_N // sequences.length + i * on.rows)
     sums = sums.over(on)
     metrics = sums.metrics("lm" if targets.corruption is None else "mlm")
-    return Scored(metrics, None, None, sums.losses_E, sums.counts_E)
+    return Scored(metrics, None, None, sums.losses_E, sums.counts_E, clusters_E=sequences.documents)

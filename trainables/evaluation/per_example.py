@@ -30,6 +30,7 @@ class Scored(NamedTuple):
     losses_E: Floats  # nats (squared error for numbers), summed over the example's supervised positions
     counts_E: Floats  # supervised positions; 1 in a task
     parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
+    clusters_E: NDArray[np.int64] | None = None  # the document or text that examples share; None where unknown
 
 
 class Targets(NamedTuple):

@@ -148,6 +148,7 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
             "prediction": unknown if scored.predictions_E is None else scored.predictions_E.tolist(),
             "loss": scored.losses_E.tolist(),
             "count": scored.counts_E.astype(int).tolist(),
+            "cluster": unknown if scored.clusters_E is None else scored.clusters_E.tolist(),
         }
         for name, column in values.items():
             columns[name] += column

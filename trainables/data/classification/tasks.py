@@ -62,6 +62,17 @@ class Examples:
         """The tokens of one example, special tokens included; a view of the mapped file."""
         return self._ids[index]
 
+    def clusters(self) -> NDArray[np.int64]:
+        """Numbers the examples that share a text: of pairs the text that fewer examples have for themselves."""
+        texts = [
+            (ids[:second].tobytes(), ids[second:].tobytes())
+            for ids, second in zip(map(self.ids, range(len(self))), self._second.tolist(), strict=True)
+        ]
+        numbered = [dict[bytes, int](), dict[bytes, int]()]
+        each = [[seen.setdefault(pair[i], len(seen)) for pair in texts] for i, seen in enumerate(numbered)]
+        is_second = self._is_pair and len(numbered[1]) < len(numbered[0])
+        return np.array(each[is_second], dtype=np.int64)
+
     def rows(self, indices: Tensor | Sequence[int]) -> TaskBatch:
         """Reads these examples, and no others; pads them to the longest of them."""
         wanted = np.asarray(indices, dtype=np.int64)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainables.config.data import CORPUS
@@ -32,6 +33,8 @@ class Sequences:
         self.length: int = table.schema.field("ids").type.list_size
         self._blocks = [block.column("ids").flatten().to_numpy().reshape(-1, self.length) for block in table.blocks]
         self._starts = table.starts
+        has_documents = "document" in table.schema.names  # which files of before do not have
+        self.documents: NDArray[np.int64] | None = table.column("document").astype(np.int64) if has_documents else None
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -46,14 +46,17 @@ def training_texts(_: Corpora, splits: Split[Texts]) -> Sequence[str]:
 
 def write(data: Corpora, splits: Split[Texts], tok: Any, home: Path) -> dict[str, Any]:
     counts = {}
-    schema = pa.schema([("ids", pa.list_(pa.int32(), data.length))])
+    schema = pa.schema([("ids", pa.list_(pa.int32(), data.length)), ("document", pa.int32())])
     for name in SPLITS:
         texts: Texts = getattr(splits, name)
         blocks: Iterable[NDArray[np.int32]] = _pack(tok, texts, data.length)
         if name != "train":
-            whole = np.concatenate([np.empty((0, data.length), np.int32), *blocks])
+            whole = np.concatenate([np.empty((0, data.length + 1), np.int32), *blocks])
             blocks = [whole[sample_rows(len(whole), data.evaluate)]]
-        columns = ([pa.FixedSizeListArray.from_arrays(pa.array(b.ravel()), data.length)] for b in blocks)
+        columns = (
+            [pa.FixedSizeListArray.from_arrays(pa.array(b[:, :-1].ravel()), data.length), pa.array(b[:, -1])]
+            for b in blocks
+        )
         num_sequences, num_chars = write_table(home / f"{name}.arrow", schema, columns), sum(map(len, texts))
         if not num_sequences:
             raise DataError(
@@ -70,16 +73,22 @@ def write(data: Corpora, splits: Split[Texts], tok: Any, home: Path) -> dict[str
 
 
 def _pack(tok: Any, texts: Sequence[str], length: int) -> Iterator[NDArray[np.int32]]:
-    """Yields blocks [n, length]: a start token, if the tokenizer has one, then documents end to end; drops the rest."""
+    """Yields blocks [n, length + 1]: a start token, if the tokenizer has one, then documents end to end; drops the rest.
+
+    The last column is the number of the document that the middle of the sequence belongs to.
+    """
     start, end = tokenizer.ends(tok)
     stop = [] if end is None else [end]
     body = length - (start is not None)
-    rest = np.empty(0, np.int32)
+    rest, first = np.empty((2, 0), np.int32), 0
     for chunk in chunks(texts, CHUNK):
-        ids = chain.from_iterable(chain(document, stop) for document in tokenizer.encode(tok, chunk))
-        rest = np.concatenate([rest, np.fromiter(ids, np.int32)])
-        num = len(rest) // body
-        block = np.full((num, length), -1 if start is None else start, np.int32)
-        block[:, length - body :] = rest[: num * body].reshape(num, body)
-        rest = rest[num * body :]
+        encoded = [[*document, *stop] for document in tokenizer.encode(tok, chunk)]
+        owners = np.repeat(np.arange(first, first + len(encoded), dtype=np.int32), [len(ids) for ids in encoded])
+        first += len(encoded)
+        rest = np.concatenate([rest, [np.fromiter(chain.from_iterable(encoded), np.int32), owners]], axis=1)
+        num = rest.shape[1] // body
+        block = np.full((num, length + 1), -1 if start is None else start, np.int32)
+        block[:, length - body : length], of_body = rest[:, : num * body].reshape(2, num, body)
+        block[:, length] = of_body[:, body // 2]
+        rest = rest[:, num * body :]
         yield block
