@@ -27,7 +27,7 @@ test: install  # lint, types, words, unit tests; needs no root and no services
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: install  # the tests that start Ray, kill processes or open a browser
-	$(BIN)/python -m pytest -q -m "slow or faults or hosts or browser"
+	$(BIN)/python -m pytest -q -m "(slow or faults or hosts or browser) and not long"
 
 long: install  # minutes: every family of models that transformers has is trained, exported and loaded, or refused
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
