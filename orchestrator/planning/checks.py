@@ -39,9 +39,6 @@ def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], 
                 shapes.folder(model)
     _check_tokenizers(study, spec, data)
     nets: Callable[[str], Any] = lambda name: shapes.net(spec.models[name], longest(spec))  # noqa: E731
-    with _named(f"{study.file}: ", "models."):
-        for run in phase_runs(spec):
-            fresh_heads(spec, run, corpora, shapes)
     with _named(f"{study.file}: ", "models: "):
         configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
         for name, model in spec.models.items():
@@ -52,6 +49,9 @@ def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], 
             _check_phase(study, spec, name, shapes)
         for run in phase_runs(spec):
             _check_reads(spec, run, configs, nets)
+    with _named(f"{study.file}: ", "models."):
+        for run in phase_runs(spec):
+            fresh_heads(spec, run, corpora, shapes)
 
 
 @contextmanager

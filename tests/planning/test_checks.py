@@ -116,7 +116,7 @@ def test_a_trunk_teaches_what_lies_below_the_head_and_nothing_else(planned: Plan
     assert code == 2 and "(BertModel) has other tensors than BertForMaskedLM with this config" in said
 
 
-def test_special_tokens_are_the_tokenizers_and_where_the_config_has_others_it_is_said(
+def test_special_tokens_are_the_tokenizers_and_where_the_config_differs_it_is_said(
     planned: Planned, folder: Any
 ) -> None:
     tune = {"tune": phase("student", {"hard": hard("student")}, **ON_TASK)}
