@@ -30,7 +30,7 @@ TWELVE = (
     "deberta-v2",
     "modernbert",
     "gpt2",
-    "opt",
+    "llama4",
     "llama",
     "qwen3",
     "gemma3",

@@ -31,7 +31,7 @@ def logits_at(
     Heads of language models act on each position alone; the parity test holds every family to that. The few families whose
     forward goes around their trunk (OPT) give all logits, and the wanted ones are selected afterwards.
     """
-    with keep_positions(net.base_model, positions_N):  # type: ignore[arg-type]
+    with keep_positions(trunk_of(net), positions_N):
         logits_BTV: Tensor = (through or net)(input_ids=ids_BT, **_options(net, position_ids_BT)).logits
     return _selected(logits_BTV, ids_BT, positions_N)
 
@@ -65,6 +65,14 @@ def _selected(given: Tensor, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
     """[N, …] of [1, N, …], or of [B, T, …] where the forward went around the trunk."""
     is_whole = given.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
     return given.flatten(0, 1).index_select(0, positions_N) if is_whole else given[0]
+
+
+def trunk_of(net: Any) -> Any:
+    """The model below the head; transformers' base_model is the whole one where a family's own part has another name (Llama 4)."""
+    if net.base_model is not net:
+        return net.base_model
+    tokens = net.get_input_embeddings()
+    return next(child for child in net.children() if any(module is tokens for module in child.modules()))
 
 
 @contextmanager
@@ -121,7 +129,7 @@ def head_inputs(
     Raises ModelError where the model's logits are not the head's own output: see `head_of`.
     """
     last = net.get_output_embeddings()  # type: ignore[operator]
-    with keep_positions(net.base_model, positions_N), capture_head_input(last) as seen:  # type: ignore[arg-type]
+    with keep_positions(trunk_of(net), positions_N), capture_head_input(last) as seen:
         output = (through or net)(input_ids=ids_BT, **_options(net, position_ids_BT))
     if len(seen) != 1 or output.logits is not seen[0][1]:
         raise ModelError(f"the logits of a {net.config.model_type} are more than a linear layer of its hidden states")  # type: ignore[union-attr]
