@@ -260,6 +260,14 @@ def test_rows_are_grouped_by_all_that_the_model_reads(tmp_path: Path) -> None:
     assert (len(data.train), len(data.dev), len(data.test)) == (52, 4, 4)
 
 
+def test_one_question_about_many_texts_is_split_by_the_texts(tmp_path: Path) -> None:
+    rows = [{"question": "What is this about?", "text": f"text {i}", "answer": f"reply {i}"} for i in range(60)]
+    columns = {"prompt": "question", "context": "text", "response": "answer"}
+    more = {"train": str(tmp_path / "rows.jsonl"), "test": None, "columns": columns, "template": "alpaca"}
+    data = opened(tmp_path, rows, chat_tokenizer(PHI), **more)
+    assert (len(data.train), len(data.dev), len(data.test)) == (52, 4, 4)
+
+
 def test_a_template_prints_the_same_date_every_day(tmp_path: Path) -> None:
     tok = chat_tokenizer("{{ strftime_now('%d %b %Y, %A') }}" + PHI)
     row = (read_source(chats(tmp_path, [{"messages": turns("a", "b")}], tok)).test or ())[0]

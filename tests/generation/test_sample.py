@@ -34,9 +34,9 @@ def make(family: str, *, seed: int = 0, vocab_size: int = VOCAB, length: int = 6
         "intermediate_size": 32,
         "config": FAMILIES.get(family, {}),
     }
-    model = Model.model_validate(
-        {"family": family, "dropout": dropout, "init": {"kind": "random", "std": "width"}, **shape}
-    )
+    lacks = {"bloom": ("intermediate_size",), "mamba": ("heads", "dropout")}.get(family, ())
+    shape |= {"family": family, "dropout": dropout, "init": {"kind": "random", "std": "width"}}
+    model = Model.model_validate({key: value for key, value in shape.items() if key not in lacks})
     special = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": END}
     return build(model, name="m", seed=seed, vocab_size=vocab_size, special_ids=special, length=length).eval()
 

@@ -47,7 +47,7 @@ def fields(data: Instructions) -> dict[str, Any]:
 
 def _hash_of(rows: Rows | None) -> str | None:
     """Hashes rows, wherever they lie."""
-    plain = None if rows is None else b"".join(json.dumps(row[:-1]).encode() + b"\n" for row in rows)
+    plain = None if rows is None else b"".join(json.dumps(row[:-1], default=str).encode() + b"\n" for row in rows)
     return None if plain is None else hashlib.sha256(plain).hexdigest()
 
 

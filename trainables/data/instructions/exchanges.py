@@ -71,7 +71,7 @@ class ExchangeSet(PreparedData):
     @staticmethod
     def open_split(path: Path, about: dict[str, Any], tokenizer: Any) -> Exchanges:
         # padding is never read; a padding token would make some models warn
-        return Exchanges(path, length=about["length"], pad_id=about["exchanges"]["ends"][0])
+        return Exchanges(path, length=about["length"], pad_id=_ends(about, tokenizer)[0])
 
     @property
     def end_id(self) -> int:
@@ -84,7 +84,9 @@ class ExchangeSet(PreparedData):
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Those of the data; in a chat also those that end the replies of the tokenizer's model."""
-        return tuple(dict.fromkeys([*self.about["exchanges"]["ends"], *(self.about["stops"] if self.is_chat else ())]))
+        return tuple(
+            dict.fromkeys([*_ends(self.about, self.tokenizer), *(self.about.get("stops", ()) if self.is_chat else ())])
+        )
 
     @property
     def scoring(self) -> Scoring:
@@ -98,7 +100,7 @@ class ExchangeSet(PreparedData):
     @property
     def tails(self) -> tuple[str, ...]:
         """What the template has after replies, before the token that ends them, as `leads`."""
-        return tuple(self.about["exchanges"]["tails"])
+        return tuple(self.about["exchanges"].get("tails", ()))
 
     def text(self, reply: Sequence[int]) -> str:
         """Decodes a reply for comparison with references: without special tokens, and without the text that the template
@@ -150,6 +152,11 @@ class ExchangeSet(PreparedData):
             f"{sizes}{best}; {self.about['exchanges']['template']} template; {cut:.1%} of the replies cut at {self.length} "
             f"tokens of prompt and reply; rows left out: {left_out or 'none'}; {removed:,} duplicates across splits removed"
         )
+
+
+def _ends(about: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Returns the tokens that end the replies of the data; before version 2 all ended with the tokenizer's own."""
+    return about["exchanges"].get("ends") or [end_of(tokenizer)]
 
 
 def end_of(tokenizer: Any) -> int:

@@ -57,13 +57,17 @@ class Row(NamedTuple):
     @property
     def text(self) -> str:
         """What the model reads, without case and spaces."""
-        more = [turn.more for turn in self.turns if turn.more] + list(self.tools or ())
-        texts = (*(turn.said for turn in self.turns), self.context, *(json.dumps(each) for each in more))
-        return "\0".join(" ".join(text.lower().split()) for text in texts if text)
+        return self._plain(self.context)
 
     @property
     def split_by(self) -> str:
-        return self.text if self.group is None else self.group
+        """What rows of a group have in common: what is asked in all turns, whatever its context."""
+        return self._plain() if self.group is None else self.group
+
+    def _plain(self, *others: str) -> str:
+        more = [turn.more for turn in self.turns if turn.more] + list(self.tools or ())
+        texts = (*(turn.said for turn in self.turns), *others, *(json.dumps(each, default=str) for each in more))
+        return "\0".join(" ".join(text.lower().split()) for text in texts if text)
 
     @property
     def marks(self) -> set[tuple[str, str]]:
@@ -101,9 +105,14 @@ def divide(sources: Sources[Rows]) -> Split[Rows]:
 
 
 def _cut(rows: Rows, missing: Sequence[str]) -> dict[str, Rows]:
+    keys = [row.split_by for row in rows]
+    if rows[0].group is None and len(set(keys)) <= len(
+        missing
+    ):  # one question about many texts: the texts tell rows apart
+        keys = [row.text for row in rows]
     groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.split_by, []).append(index)
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     held_out = dict.fromkeys(missing, max(1, min(MOST, int(CUT * len(rows)))))
     splits = split_groups(list(groups.items()), held_out, key=lambda group: group[0], size=lambda group: len(group[1]))
     cut = {
