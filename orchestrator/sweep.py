@@ -24,7 +24,7 @@ from orchestrator.cli import add_study_arguments, confirm, hours_above_zero, ope
 from orchestrator.cluster.machine import start
 from orchestrator.study.errors import StudyError, redact
 from orchestrator.study.load import load_study
-from orchestrator.study.paths import sqlite_uri
+from orchestrator.study.paths import sqlite_file, sqlite_uri
 from orchestrator.study.schema import Study
 from trainables.storage.files import Storage, as_json, check_writable
 
@@ -226,7 +226,7 @@ def _finish(sweep: Sweep) -> int:
         print(f"\ninterrupted; no finished trial is lost. To go on: {command}")
     else:
         print("\n" + "\n".join(report.summary.lines))
-        print(f"report: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: make ui")
+        print(f"report: {home.uri}/report.html   tables: {home.uri}/*.parquet   MLflow: {shown_by(mirror.uri)}")
         for fault, num in Counter(scheduler.disabled_reasons).items():
             print(f"disabled: {num} slot{'s' if num > 1 else ''} on {fault}")
         if scheduler.closed:
@@ -267,6 +267,14 @@ def _same_arguments(arguments: argparse.Namespace) -> Iterator[str]:
 def _default_tracking(storage: Storage) -> str:
     folder = storage.path() if storage.is_local else Path("runs").absolute()
     return sqlite_uri(folder / "mlflow.db")
+
+
+def shown_by(tracking_uri: str) -> str:
+    """The command or the address that shows MLflow's runs."""
+    file = sqlite_file(tracking_uri)
+    if file == Path("runs/mlflow.db").absolute():
+        return "make ui"
+    return redact(tracking_uri) if file is None else f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
 
 def _check_storage(uri: str) -> None:

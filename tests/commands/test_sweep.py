@@ -207,7 +207,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         run_trials(started.scheduler)
 
     class NoMirror:
-        problem = None
+        problem, uri = None, "http://127.0.0.1:5000"
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
         def put(self, *_: Any) -> None: ...
@@ -302,6 +302,15 @@ def test_ctrl_c_while_the_plan_is_made_leaves_no_traceback(
 
     monkeypatch.setattr("orchestrator.planning.preview.print_plan", interrupted)
     command(write_study(tmp_path), expect=130)
+
+
+def test_what_shows_mlflows_runs_is_told_for_the_store_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sweep.shown_by(f"sqlite:///{tmp_path}/runs/mlflow.db") == "make ui"
+    assert sweep.shown_by("sqlite:////a b/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    assert sweep.shown_by("http://me:secret@host:5000") == "http://***@host:5000"
 
 
 # -------------------------------------------------------------------------------------------------------- the exit code
