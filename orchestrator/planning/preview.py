@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from orchestrator.analysis.statistics import detectable_in_sd
+from orchestrator.analysis.statistics import MIN_PAIRS, detectable_in_sd
 from orchestrator.planning.checks import check_trial
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
@@ -224,6 +224,11 @@ def claim_lines(study: Study) -> list[str]:
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
         at = f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
         lines.append(f"{name}: {claim.stated()} ({claim.metric} of {whose} on {claim.split}{at})")
+    lines += [
+        f"{n}: measured on dev, by which choices are made; expected test"
+        for n, c in study.claims.items()
+        if c.split == "dev"
+    ]
     if any(claim.is_of_time for claim in study.claims.values()) and study.slot.gpus < 1:
         lines.append("device time is judged: trials side by side on a device slow each other; give it one slot")
     return lines
@@ -232,8 +237,9 @@ def claim_lines(study: Study) -> list[str]:
 def _power(study: Study) -> list[str]:
     if not study.claims:
         return []
-    if study.seeds < 2:
-        return ["1 seed: effects are shown, but no claim can be decided; at least 2 are needed, 5 are usual"]
+    if study.seeds < MIN_PAIRS:
+        n = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
+        return [f"{n}: effects are shown, but no claim can be decided; at least {MIN_PAIRS} are needed, 5 are usual"]
     return [
         f"{study.seeds} paired seeds detect {detectable_in_sd(study.seeds):.2f} SD of the paired differences (alpha .05, power .8)"
     ]

@@ -530,7 +530,14 @@ def tables_of_tasks(study: Study, *, lack: tuple[str, str, int] | None = None) -
                 phases[f"finetune[{task}]"] = {"key": f"{trial}{task}", "reused": False, **cost(5e9, 14.0, 20_000)}
                 right = draw.random(NUM[task]) < 1 / (1 + np.exp(-(hard[task] + gain + luck)))
                 predicted = np.where(right, gold[task], 1 - gold[task])
-                columns = {"model": "student", "task": task, "part": 0, "example": range(NUM[task]), "count": 1}
+                columns = {
+                    "model": "student",
+                    "task": task,
+                    "part": 0,
+                    "example": range(NUM[task]),
+                    "count": 1,
+                    "cluster": range(NUM[task]),
+                }
                 files[f"{trial}{task}"] = pd.DataFrame(
                     {
                         **columns,
