@@ -79,9 +79,8 @@ def crossed(data: Sequence[Answers], *, seed: int, alpha: float = ALPHA, num: in
         by_seed_R = (drawn_RS @ d_S - d_S.mean()) * wider
         parts = float(by_example_R.var()), float(by_seed_R.var())
         rest_SR = d_SR - d_S[:, None]
-        in_both = wider**2 * float((rest_SR - rest_SR.mean(0)).var(1).mean()) / max(1, S - 1)
-        least = max(parts[0], parts[1] / wider**2)
-        narrower = math.sqrt(max(sum(parts) - in_both, least) / sum(parts)) if sum(parts) else 1.0
+        in_both = float((rest_SR - rest_SR.mean(0)).var(1).mean()) / max(1, S - 1)
+        narrower = math.sqrt(max(sum(parts) - in_both, *parts) / sum(parts)) if sum(parts) else 1.0
         low, high = np.quantile(d_S.mean() + narrower * (by_example_R + by_seed_R), (alpha / 2, 1 - alpha / 2))
         return float(low), float(high)
 

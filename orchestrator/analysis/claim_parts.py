@@ -15,7 +15,17 @@ from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
-from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, compare, compare_costs, decide, sign_test
+from orchestrator.analysis.statistics import (
+    ALPHA,
+    MIN_PAIRS,
+    Comparison,
+    Decision,
+    compare,
+    compare_costs,
+    decide,
+    equivalence_p,
+    sign_test,
+)
 from orchestrator.study.schema import Claim, CostAxis, tasks_of
 from trainables.metrics.known import metric_named
 
@@ -33,6 +43,7 @@ class Part:
     comparison: Comparison | None = None  # of the quality
     by_task: Mapping[str, Comparison] = field(default_factory=dict)
     cost: CostPart | None = None
+    p_equivalent: float = 1.0  # that the gain is within the claim's ±`within`
 
     @property
     def decision(self) -> Decision:
@@ -48,7 +59,7 @@ class Part:
     def undecidable(self) -> Part:
         """Returns the part as it is where its conditions allow no decision."""
         cost = self.cost and replace(self.cost, verdict=Decision.UNDECIDED)
-        return replace(self, p=1.0, beyond=0.0, cost=cost)
+        return replace(self, p=1.0, beyond=0.0, p_equivalent=1.0, cost=cost)
 
     @property
     def holds_on_new_data(self) -> bool:
@@ -112,6 +123,7 @@ class ClaimContext:
     examples: StoredAnswers
     facts: TaskFacts
     margin: float = 0.0
+    within: float | None = None
     family_size: int = 1  # comparisons of all claims of the family
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
@@ -135,27 +147,34 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
         lost = tuple((values.name, tuple(sorted(values.failed))) for values in (arm, against) if values.failed)
         notes.append(note(Kind.FAILED_SEEDS, failed=lost))
     if context.query.equal is None:
-        p, beyond = _test(context, (arm.values, against.values), failed)
+        test = _test(context, (arm.values, against.values), failed)
     else:  # both sides of the budget must agree
         readings = ((arm.values, against.beyond), (arm.beyond, against.values))
         tests = [_test(context, reading, failed) for reading in readings]
-        is_alike = tests[0][1] * tests[1][1] > 0
-        p, beyond = max(tests) if is_alike else (1.0, 0.0)
+        is_alike = tests[0].beyond * tests[1].beyond > 0
+        p_equivalent = max(test.p_equivalent for test in tests)
+        test = max(tests)._replace(p_equivalent=p_equivalent) if is_alike else _Test(1.0, 0.0, p_equivalent)
         notes += _on_beyond(context, arm, against, is_alike=is_alike)
-    return Part(p, beyond, tuple(notes), bool(failed), comparison, by_task)
+    p, beyond, p_equivalent = test
+    return Part(p, beyond, tuple(notes), bool(failed), comparison, by_task, p_equivalent=p_equivalent)
 
 
-def _test(
-    context: ClaimContext, pair: tuple[Mapping[int, float], Mapping[int, float]], failed: set[int]
-) -> tuple[float, float]:
-    """Returns p and gain - margin; where seeds failed, those of a sign test, which counts these seeds against the verdict."""
+class _Test(NamedTuple):
+    p: float
+    beyond: float  # gain - margin, or its sign
+    p_equivalent: float = 1.0
+
+
+def _test(context: ClaimContext, pair: tuple[Mapping[int, float], Mapping[int, float]], failed: set[int]) -> _Test:
+    """Tests by Student's t; where seeds failed, by a sign test that counts these seeds against the verdict."""
     found = context.compare(pair[0], pair[1], "against")
     if failed:
         gains = [] if found is None else [-d if found.lower_is_better else d for d in found.differences]
-        return sign_test([gain - context.margin for gain in gains], len(failed))
-    if found is None or found.p is None:
-        return 1.0, 0.0
-    return found.p, found.gain - context.margin
+        return _Test(*sign_test([gain - context.margin for gain in gains], len(failed)))
+    if found is None or found.p is None or found.n < MIN_PAIRS:
+        return _Test(1.0, 0.0)
+    equivalent = 1.0 if context.within is None else equivalence_p(found.differences, context.within)
+    return _Test(found.p, found.gain - context.margin, equivalent)
 
 
 def _over_examples(
@@ -189,6 +208,8 @@ def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Not
         return [note(Kind.NO_PAIR, arm=arm, against=against)]
     if comparison.n == 1:
         return [note(Kind.SINGLE_PAIR)]
+    if comparison.n < MIN_PAIRS:
+        return [note(Kind.TOO_FEW_PAIRS, n=comparison.n, least=MIN_PAIRS)]
     if comparison.sd == 0:
         return [note(Kind.EQUAL_DIFFERENCES, n=comparison.n)]
     return [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
@@ -212,7 +233,11 @@ def compare_cost(arm: ArmValues, against: ArmValues, axis: CostAxis) -> Part:
     )
     if found is None or in_full is None:
         return Part(1, 0, (note(Kind.NO_COST, arm=arm.name, against=against.name, axis=axis),), failed)
-    p, notes, is_counted = 1.0 if found.p is None else found.p, list[Note](), axis != "device_seconds"
+    p, notes, is_counted = (
+        1.0 if found.p is None or found.n < MIN_PAIRS else found.p,
+        list[Note](),
+        axis != "device_seconds",
+    )
     if found.log_sd == 0 and not (is_counted and found.ratio == 1):
         p = 0.0 if is_counted else p
         notes.append(note(Kind.COUNTED_COST_RATIOS if is_counted else Kind.EQUAL_COST_RATIOS, axis=axis, n=found.n))

@@ -28,6 +28,7 @@ class Kind(StrEnum):
     NO_PAIR = auto()  # arm, against
     SINGLE_PAIR = auto()
     EQUAL_DIFFERENCES = auto()  # n
+    TOO_FEW_PAIRS = auto()  # n, least
     FEW_PAIRS = auto()  # n, p_floor
     FAILED_SEEDS = auto()  # failed (arm, seeds)
     NEXT_EVALUATION = auto()  # arm, against, effect, interval, decision: at the next evaluation; is_alike (both sides)
@@ -57,7 +58,8 @@ class Kind(StrEnum):
     # the verdict
     MEAN_OVER = auto()  # tasks
     OTHER_AVERAGE = auto()  # tasks, papers
-    GENERALISES = auto()  # scope, margin, has_interval (over new examples)
+    ON_DEV = auto()
+    GENERALISES = auto()  # scope, margin, has_interval (over new examples), within (of what is equivalent)
     AGAINST_MARGIN = auto()  # arm, margin, verdict
 
 

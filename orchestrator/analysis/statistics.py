@@ -22,6 +22,7 @@ from scipy.optimize import brentq
 Interval = tuple[float, float]
 
 ALPHA = 0.05  # two-sided, of a whole family
+MIN_PAIRS = 3  # fewer decide nothing
 MAX_SEEDS = 1000  # advice of more seeds than this is useless
 SIGN_FLIPS = 20_000  # sign patterns of a test; all of them up to 14 pairs
 
@@ -29,6 +30,7 @@ SIGN_FLIPS = 20_000  # sign patterns of a test; all of them up to 14 pairs
 class Decision(StrEnum):
     SUPPORTED = "supported"
     REFUTED = "refuted"
+    EQUIVALENT = "equivalent"
     UNDECIDED = "undecided"
 
 
@@ -97,6 +99,18 @@ def sign_flip_p(differences: ArrayLike) -> float:
 
     flips = stats.permutation_test((scaled,), total, permutation_type="samples", n_resamples=SIGN_FLIPS, rng=rng)
     return float(flips.pvalue)
+
+
+def equivalence_p(differences: ArrayLike, within: float) -> float:
+    """Returns the p of two one-sided t tests that the mean lies within ±`within` (Schuirmann, 1987); 1 without spread."""
+    x = np.asarray(differences, dtype=np.float64)
+    if paired_t(x).sd == 0:
+        return 1.0
+    above, below = (
+        stats.ttest_1samp(x, -within, alternative="greater"),
+        stats.ttest_1samp(x, within, alternative="less"),
+    )
+    return float(max(above.pvalue, below.pvalue))
 
 
 def sign_test(beyond: Sequence[float], num_lost: int) -> tuple[float, float]:
@@ -204,11 +218,14 @@ class Comparison:
         null = -self.margin if self.lower_is_better else self.margin
         return sign_flip_p(np.array(self.differences) - null) if self.n > 1 else None
 
-    def holds_on_new_data(self) -> bool:
-        """Whether the interval over new seeds and examples lies beyond the margin, on the side of the effect."""
+    def holds_on_new_data(self, within: float | None = None) -> bool:
+        """Whether the interval over new seeds and examples lies within ±`within`, if given; else beyond the margin, on the
+        side of the effect."""
         if self.new_data is None:
             return False
         low, high = sorted(-end if self.lower_is_better else end for end in self.new_data)
+        if within is not None:
+            return -within < low and high < within
         return low > self.margin if self.gain > self.margin else high < self.margin
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import pandas as pd
@@ -105,7 +105,15 @@ def judge(
         query, pairs = query_claim(claim, records, default_phase)
         rival_query = query._replace(model=claim.against_model or claim.model)
         answers = query_examples(examples, {(claim.arm,): query, claim.rivals: rival_query}, records)
-        context = ClaimContext(name, query, answers, records.facts, claim.margin, sizes[claim.family])
+        context = ClaimContext(
+            name,
+            query,
+            answers,
+            records.facts,
+            margin=claim.margin,
+            within=claim.within,
+            family_size=sizes[claim.family],
+        )
         quality = [compare_quality(context, *pair) for pair in pairs]
         cost = [compare_cost(*pair, claim.less) for pair in pairs] if claim.less else []
         timed = conditions(trials, (claim.arm, *claim.rivals), query.phase, slot) if claim.is_of_time else None
@@ -115,20 +123,31 @@ def judge(
     verdicts: dict[str, Verdict] = {}
     for family in sizes:
         names = [name for name, claim in claims.items() if claim.family == family]
-        adjusted = holm([_p_of(compared[name].parts)[0] for name in names])
-        alpha = ALPHA / max(1, sum(p > ALPHA for p in adjusted))  # of the next claim that Holm decides
-        for name, p in zip(names, adjusted, strict=True):
-            verdicts[name] = _verdict(compared[name], name, records.facts, p=p, alpha=alpha)
+        differ = [_p_of(compared[name].parts)[0] for name in names]
+        alike = [
+            compared[name].parts[0].p_equivalent if claims[name].within else p
+            for name, p in zip(names, differ, strict=True)
+        ]
+        adjusted = holm([*differ, *alike], [*map(max, differ, alike)])
+        both = list(zip(adjusted[: len(names)], adjusted[len(names) :], strict=True))
+        alpha = ALPHA / max(1, sum(min(each) > ALPHA for each in both))  # of the next claim that Holm decides
+        for name, each in zip(names, both, strict=True):
+            verdicts[name] = _verdict(compared[name], name, records.facts, adjusted=each, alpha=alpha)
     return {name: verdicts[name] for name in claims}
 
 
 # ---------------------------------------------------------------------------------------------------------- decide
 
 
-def _verdict(compared: _Compared, name: str, facts: TaskFacts, *, p: float, alpha: float) -> Verdict:
+def _verdict(
+    compared: _Compared, name: str, facts: TaskFacts, *, adjusted: tuple[float, float], alpha: float
+) -> Verdict:  # fmt: skip
     claim, query, parts = compared.claim, compared.query, compared.parts
     leans = _p_of(parts)[1]
-    verdict = leans if p <= ALPHA else Decision.UNDECIDED
+    differ, alike = adjusted
+    p, verdict = differ, leans if differ <= ALPHA else Decision.UNDECIDED
+    if claim.within and verdict == Decision.UNDECIDED and alike <= ALPHA:
+        p, verdict = alike, Decision.EQUIVALENT
     holds = _scope(compared, verdict)
     other = _other_average(claim, query.tasks, facts)
     comparisons = tuple(part.comparison for part in compared.quality if part.comparison is not None)
@@ -142,7 +161,7 @@ def _verdict(compared: _Compared, name: str, facts: TaskFacts, *, p: float, alph
         cost_parts=tuple(part.cost for part in compared.cost if part.cost is not None),
         p_adjusted=p,
         leans=leans,
-        seeds_more=_seeds_more(parts, leans, alpha) if verdict == Decision.UNDECIDED else None,
+        seeds_more=_seeds_more(compared, leans, alpha) if verdict == Decision.UNDECIDED else None,
         cost_ratios={against: ratio[0] for against, ratio in ratios.items() if ratio is not None},
         paper=_judge_paper(claim, comparisons if len(compared.pairs) == 1 and other is None else ()),
         notes=tuple(dict.fromkeys(_notes(compared, verdict, holds, other))),
@@ -171,6 +190,10 @@ def _p_of(parts: Sequence[Part]) -> tuple[float, Decision]:
 def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
     if verdict == Decision.UNDECIDED:
         return None
+    if verdict == Decision.EQUIVALENT:
+        within = compared.claim.within
+        is_on_new = all(p.comparison is not None and p.comparison.holds_on_new_data(within) for p in compared.quality)
+        return Scope.NEW_DATA if is_on_new else Scope.THIS_SET
     if verdict == Decision.SUPPORTED:
         return Scope.NEW_DATA if all(part.holds_on_new_data for part in compared.quality) else Scope.THIS_SET
     refuting = [part for part in compared.quality if part.decision == Decision.REFUTED]
@@ -179,14 +202,18 @@ def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
     return Scope.NEW_DATA if any(part.holds_on_new_data for part in refuting) else Scope.THIS_SET
 
 
-def _seeds_more(parts: Sequence[Part], leans: Decision, alpha: float) -> int | None:
-    """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute."""
+def _seeds_more(compared: _Compared, leans: Decision, alpha: float) -> int | None:
+    """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute; or until the
+    arms are equivalent, where the claim allows it and that takes fewer."""
+    parts, within = compared.parts, compared.claim.within
     if any(part.failed for part in parts):
         return None
     if leans == Decision.SUPPORTED:
         more = max((_part_needs(part, alpha) for part in parts if part.p > alpha), default=1)
     else:
         more = min((_part_needs(part, alpha / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
+    if within and parts[0].p_equivalent < 1 and (room := within - abs(parts[0].beyond)) > 0:
+        more = min(more, _part_needs(replace(parts[0], beyond=room), 2 * alpha))  # one-sided
     return int(more) if math.isfinite(more) else None
 
 
@@ -213,11 +240,14 @@ def _notes(compared: _Compared, verdict: Decision, holds: Scope | None, other: N
     notes = [note for part in compared.parts for note in part.notes]
     notes += [note for pair in compared.pairs for values in pair for note in values.notes]
     notes += [note for pair in compared.pairs for note in _on_costs(claim, pair)] if claim.less is None else []
+    notes += [note(Kind.ON_DEV)] if claim.split == "dev" else []
     notes += [note(Kind.MEAN_OVER, tasks=tasks)] if len(tasks) > 1 else []
     notes += [other] if other is not None else []
     if holds is not None:
         has_interval = any(part.comparison is not None and part.comparison.new_data for part in compared.quality)
-        notes.append(note(Kind.GENERALISES, scope=holds, margin=claim.margin, has_interval=has_interval))
+        within = claim.within if verdict == Decision.EQUIVALENT else None
+        about = {"scope": holds, "margin": claim.margin, "has_interval": has_interval, "within": within}
+        notes.append(note(Kind.GENERALISES, **about))
     if claim.margin:
         worse = any(part.decision == Decision.REFUTED for part in compared.quality)
         says = verdict != Decision.REFUTED or worse if claim.margin < 0 else verdict == Decision.REFUTED
@@ -259,7 +289,9 @@ class Confirmation:
 
     verdict: Decision
     comparison: Comparison | None
-    shrinkage: float | None  # the search's own difference minus the confirmed effect, in the metric's units
+    shrinkage: (
+        float | None
+    )  # the difference on dev in the search minus that on dev at fresh seeds, in the metric's units
     notes: tuple[Note, ...]
 
 
@@ -280,8 +312,8 @@ def confirm_verdict(
     averaged, values = arm_values(records, points, query)
     context = ClaimContext("confirm", query._replace(tasks=averaged), answers, records.facts)
     part = compare_quality(context, *(values[point] for point in points))
-    shrinkage = None
-    if part.comparison is not None and search_difference is not None:
-        shrinkage = search_difference - part.comparison.effect
+    on_dev = arm_values(records, points, query._replace(split="dev"))[1]
+    again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")
+    shrinkage = None if again is None or search_difference is None else search_difference - again.effect
     notes = [*part.notes, *(note for point in points for note in values[point].notes)]
     return Confirmation(part.decision, part.comparison, shrinkage, tuple(dict.fromkeys(notes)))

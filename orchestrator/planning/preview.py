@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from orchestrator.analysis.statistics import ALPHA, detectable_in_sd
+from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, detectable_in_sd
 from orchestrator.planning.checks import check_trial, fresh_heads
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
@@ -233,6 +233,11 @@ def claim_lines(study: Study) -> list[str]:
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
         at = f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
         lines.append(f"{name}: {claim.stated()} ({claim.metric} of {whose} on {claim.split}{at})")
+    lines += [
+        f"{n}: measured on dev, by which choices are made; expected test"
+        for n, c in study.claims.items()
+        if c.split == "dev"
+    ]
     if any(claim.is_of_time for claim in study.claims.values()) and study.slot.gpus < 1:
         lines.append("device time is judged: trials side by side on a device slow each other; give it one slot")
     return lines
@@ -241,8 +246,9 @@ def claim_lines(study: Study) -> list[str]:
 def _power(study: Study) -> list[str]:
     if not study.claims:
         return []
-    if study.seeds < 2:
-        return ["1 seed: effects are shown, but no claim can be decided; at least 2 are needed, 5 are usual"]
+    if study.seeds < MIN_PAIRS:
+        n = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
+        return [f"{n}: effects are shown, but no claim can be decided; at least {MIN_PAIRS} are needed, 5 are usual"]
     lines, n = [], study.seeds
     for family, size in Counter(claim.family for claim in study.claims.values()).items():
         named = f"family {family}: " if family != "main" else ""

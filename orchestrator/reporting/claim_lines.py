@@ -11,7 +11,7 @@ from orchestrator.analysis.costs import CostPart
 from orchestrator.analysis.curves import planned
 from orchestrator.analysis.notes import Kind, Scope
 from orchestrator.analysis.queries import MetricQuery
-from orchestrator.analysis.statistics import ALPHA, Comparison, Decision
+from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, Comparison, Decision
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting.document import decimals_beside, fixed, plural, span
@@ -73,10 +73,13 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
     if not any(v.parts for v in verdicts):
         begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
         return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
-    if max(c.n for v in verdicts for c in v.parts) == 1:
-        return "No verdict: with one seed, the effect of these runs cannot be told from chance; a claim needs at least 2 seeds."
+    if (n := max(c.n for v in verdicts for c in v.parts)) < MIN_PAIRS:
+        return (
+            f"No verdict: with {'one seed' if n == 1 else plural(n, 'seed')}, the effect of these runs cannot be told from chance; a claim needs at "
+            f"least {MIN_PAIRS} seeds."
+        )
     counts = Counter(str(v.verdict) for v in verdicts)
-    words = [(counts[word], word) for word in ("supported", "refuted", "undecided") if counts[word]]
+    words = [(counts[word], str(word)) for word in Decision if counts[word]]
     parts = [f"{count} {'is' if count == 1 else 'are'} {word}" for count, word in words]
     decided = [v for v in verdicts if v.holds is not None]
     where = "at this scale and on this evaluation set"
@@ -124,7 +127,7 @@ def _about(v: Verdict) -> str:
     """What is compared, where, and at what cost, so that no gain is shown without its price."""
     claim = v.claim
     models = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
-    about = f"{claim.metric} of {models} on {claim.split}"
+    about = f"{claim.metric} of {models} on {claim.split}{' (not test: choices are made on dev)' if claim.split == 'dev' else ''}"
     about += f", mean over {', '.join(v.reading.tasks)}" if len(v.reading.tasks) > 1 else ""
     about += f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
     if claim.says and (claim.margin or claim.less or claim.at == "equal"):
@@ -148,8 +151,8 @@ def _more(v: Verdict) -> str:
         return "evaluations are too coarse"
     if v.seeds_more is not None:
         return f"about {plural(v.seeds_more, 'more seed')}{', to refute' if v.leans == Decision.REFUTED else ''}"
-    if not v.parts or min(c.n for c in v.parts) < 2:
-        return "needs 2 seeds or more"
+    if not v.parts or min(c.n for c in v.parts) < MIN_PAIRS:
+        return f"provisional: needs {MIN_PAIRS} seeds or more"
     return "more seeds would not help"
 
 

@@ -122,8 +122,8 @@ def _other_average(papers: tuple[str, ...] | str, **_: Any) -> str:
     return f"the average is not comparable with the papers': it is over {{tasks}}, theirs is over {over}"
 
 
-def _generalises(scope: Scope, margin: float, has_interval: bool) -> str:
-    beyond = f"the margin {margin:g}" if margin else "0"
+def _generalises(scope: Scope, margin: float, has_interval: bool, within: float | None = None) -> str:
+    beyond = f"differences of {within:g} or more" if within else f"the margin {margin:g}" if margin else "0"
     at_scale = f"at this scale, {'refuted ' if scope == Scope.BY_COST else ''}{SCOPE[scope]}"
     if scope == Scope.BY_COST:
         return f"{at_scale} alone, which does not depend on the examples"
@@ -159,6 +159,7 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.NO_PAIR: "no seed has a value in both {arm!r} and {against!r}",
     Kind.SINGLE_PAIR: "n = 1: an effect of two runs; its spread is unknown without a second seed",
     Kind.EQUAL_DIFFERENCES: "all {n} differences are equal: without spread there is no test",
+    Kind.TOO_FEW_PAIRS: "n = {n}: provisional; {least} pairs or more decide",
     Kind.FEW_PAIRS: "n = {n}: few pairs, the sign-flip p cannot be below {p_floor:g}",
     Kind.FAILED_SEEDS: _failed_seeds,
     Kind.NEXT_EVALUATION: _next_evaluation,
@@ -181,6 +182,7 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.UNEQUAL_COST: "axis not equal: {arm!r} used {ratio:.3g} times the {axis} of {against!r}",
     Kind.SHARED_COST: _shared_cost,
     Kind.CONDITIONS: _conditions,
+    Kind.ON_DEV: "measured on dev, by which learning rates and checkpoints are chosen: expected `split: test`",
     Kind.MEAN_OVER: "mean over {tasks}, within each seed",
     Kind.OTHER_AVERAGE: _other_average,
     Kind.GENERALISES: _generalises,

@@ -105,11 +105,11 @@ def _best(study: Study, scores: Mapping[str, float]) -> str:
 
 def _shrinkage(confirmation: Confirmation, difference: float, score: float, again: Sequence[float]) -> Facts:
     """Shrinkage of the difference to the baseline; without one in the search, of the score itself on dev."""
-    if confirmation.shrinkage is not None and confirmation.comparison is not None:
-        effect = confirmation.comparison.effect
+    if confirmation.shrinkage is not None:
+        effect = difference - confirmation.shrinkage
         values = (difference, effect, confirmation.shrinkage)
         before, now, less = (fixed(value, decimals_for(None, effect), sign=True) for value in values)
-        return [("shrinkage", f"{less}: from {before} in the search (dev) to {now} (test)")]
+        return [("shrinkage", f"{less}: from {before} in the search to {now} on fresh seeds (dev)")]
     if not again:
         return []
     mean, places = sum(again) / len(again), decimals_for(None, score)

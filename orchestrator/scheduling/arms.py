@@ -1,4 +1,8 @@
-"""The arms at their reporting seeds, each once its tuned value is known."""
+"""The arms at their reporting seeds, each once its tuned value is known.
+
+Seed by seed, and within a seed in an order drawn from the study's seed: what a machine does to the times of trials, or when
+a sweep is cut short, falls on all arms alike.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
 from orchestrator.scheduling.trials import PlannedTrial, Planner
 from orchestrator.scheduling.tuning import Tuning
+from trainables.config.value import random_stream
 
 
 class Arms:
@@ -14,8 +19,7 @@ class Arms:
     def __init__(self, ledger: Ledger, planner: Planner, teachers: Teachers, tuning: Tuning) -> None:
         self._ledger, self._planner, self._tuning = ledger, planner, tuning
         self._queue = OpenTrials(ledger, teachers)
-        self._order = {arm: index for index, arm in enumerate(ledger.study.arms)}
-        self._untuned = list(self._order)
+        self._untuned = list(ledger.study.arms)
         self._plan()
 
     def next(self) -> PlannedTrial | None:
@@ -36,4 +40,8 @@ class Arms:
             if tuned is not None:
                 self._untuned.remove(arm)
                 for trial in self._planner.arm(arm, tuned) if tuned else self._planner.untuned(arm):
-                    self._queue.push(trial, self._order[arm], trial.seed)
+                    self._queue.push(trial, trial.seed, self._drawn(arm, trial.seed))
+
+    def _drawn(self, arm: str, seed: int) -> int:
+        search = self._ledger.study.search
+        return random_stream(search.seed if search else 0, "order of arms", str(seed), arm)

@@ -190,7 +190,7 @@ def _one_or_several(against: Any) -> Any:
 class Claim(Value):
     """A statement that the report judges: `arm` is better than `against` (each of them) by more than `margin`.
 
-    A margin below 0 claims non-inferiority within it. `at: equal` compares each pair of seeds at the cheaper arm's total
+    A margin below 0 claims non-inferiority within it. With `within` a third verdict is possible: equivalent. `at: equal` compares each pair of seeds at the cheaper arm's total
     cost on `axis`: the dearer arm at its last evaluation within that cost. `less` claims in addition a lower cost on an
     axis, phases that both arms share left out.
     """
@@ -206,6 +206,7 @@ class Claim(Value):
     split: Literal["test", "dev"] = "test"
     at: float | Literal["equal"] = 1.0  # of the phase's budget
     margin: float = 0.0  # a gain: positive where the arm is better
+    within: Positive | None = None  # equivalent, where the difference is shown to be smaller than this either way
     axis: CostAxis = "student_tokens"
     less: CostAxis | None = None
     family: str = "main"
@@ -224,6 +225,12 @@ class Claim(Value):
             raise ValueError(
                 "`at: equal` compares both arms at equal cost, so no cost can be `less`; give one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_may_be_equivalent_is_one_comparison(self) -> Claim:
+        if self.within is not None and (self.num_parts > 1 or self.margin):
+            raise ValueError("`within` is of one comparison: give a single `against`, and neither `less` nor `margin`")
         return self
 
     @property
@@ -253,7 +260,12 @@ class Claim(Value):
         text = f"{self.arm} is no worse than {others}" if self.margin < 0 else f"{self.arm} is better than {others}"
         text += f" by more than {abs(self.margin):g}" if self.margin else ""
         text += f" at equal {AXIS_WORDS[self.axis]}" if self.at == "equal" else ""
-        return text + (f", with less {AXIS_WORDS[self.less]}" if self.less else "")
+        text += f", with less {AXIS_WORDS[self.less]}" if self.less else ""
+        return text + (f" (equivalent within ±{self.within:g})" if self.within else "")
+
+    def judged(self) -> dict[str, Any]:
+        """Returns all that decides the verdict: two claims that agree in it say the same."""
+        return self.model_dump(exclude={"says", "paper", "family"})
 
 
 def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:

@@ -147,6 +147,7 @@ class _Checker:
     def objective_and_claims(self) -> None:
         study, base = self.study, TrialSpec.model_validate({**self.study.trial, "seed": 0})
         self.measured(base, study.objective, f"{self.place('objective')}: objective")
+        said = dict[str, str]()
         for name, claim in study.claims.items():
             where = f"{self.place('claims', name)}: claims.{name}"
             self.measured(base, claim, where)
@@ -155,6 +156,8 @@ class _Checker:
             if claim.arm in claim.rivals:
                 raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
             self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
+            if (other := said.setdefault(repr(claim.judged()), name)) != name:
+                raise StudyError(f"{where}: says the same as claim {other!r}; expected one of them")
 
     def measured(self, base: TrialSpec, what: Objective | Claim, where: str) -> None:
         """Checks that the metric is measured of the model, on the data sets, in the phase."""

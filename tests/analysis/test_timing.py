@@ -701,7 +701,7 @@ def test_new_data_are_asked_for_the_quality_alone() -> None:
             k: row[k] for k in ("trial", "point", "arm", "seed", "kind", "planned", "model", "phase", "task", "split")
         }
         prediction = scores - scores.mean() + row["value"]
-        rows.append(pd.DataFrame({**about, "part": 0, "example": range(100), "label": np.nan, "prediction": prediction, "loss": 1.0, "count": 1}))  # fmt: skip
+        rows.append(pd.DataFrame({**about, "part": 0, "example": range(100), "label": np.nan, "prediction": prediction, "loss": 1.0, "count": 1, "cluster": range(100)}))  # fmt: skip
     judged = verdict_of(found, claim(**LESS), examples=pd.concat(rows))
     assert (judged.verdict, judged.holds) == ("supported", Scope.NEW_DATA)
 

@@ -409,6 +409,50 @@ def test_an_untestable_claim_still_counts_in_its_family() -> None:
     assert said(verdicts["b"], "'missing' has no test mlm_loss of 'student' in phase 'distil' at progress 1")
 
 
+# ------------------------------------------------------------------------------------------------------- equivalent
+
+
+def test_a_difference_that_is_shown_to_be_small_is_equivalent() -> None:
+    good, alone = around(0.0, 8)
+    found = tables({"good": good, "alone": alone})
+    verdict = verdict_of(*found, claim(within=0.02))
+    d = [good[seed] - alone[seed] for seed in range(8)]
+    sides = [stats.ttest_1samp(d, end, alternative=side).pvalue for end, side in ((-0.02, "greater"), (0.02, "less"))]
+    assert verdict.verdict == "equivalent" and verdict.p_adjusted == pytest.approx(max(sides))
+    assert verdict.claim.stated() == "good is better than alone (equivalent within ±0.02)"
+    assert verdict_of(*found, claim(within=0.003)).verdict == "undecided"
+    assert verdict_of(*found, claim()).verdict == "undecided"
+    better, alone = around(-0.1, 8)
+    assert verdict_of(*tables({"good": better, "alone": alone}), claim(within=0.5)).verdict == "supported"
+    results, trials = found
+    assert verdict_of(results, trials, claim(within=0.2), examples=answered(results)).holds == Scope.NEW_DATA
+    wide = verdict_of(results, trials, claim(within=0.02), examples=answered(results, spread=2.0))
+    assert wide.holds == Scope.THIS_SET and said(wide, "excludes differences of 0.02 or more")
+
+
+def test_within_is_of_one_comparison() -> None:
+    for fields in ({"margin": -0.1}, {"less": "flops"}, {"against": ("alone", "other")}):
+        with pytest.raises(ValidationError, match="`within` is of one comparison"):
+            claim(within=0.1, **fields)
+    for within in (0, -0.1):
+        with pytest.raises(ValidationError, match="within"):
+            claim(within=within)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.2])
+def test_what_may_be_equivalent_raises_no_error(true: float) -> None:
+    """Of three claims all are alike, or one differs by just what is still called different."""
+    rng, claims, false, num = np.random.default_rng(3), {f"a{i}": claim(f"a{i}", within=0.2) for i in range(3)}, 0, 15
+    for _ in range(num):
+        arms = {name: dict(enumerate(rng.normal(3 - true * (name == "a0"), 0.1, 8))) for name in (*claims, "alone")}
+        judged = judge(claims, *tables(arms), default_phase="distil")
+        false += any(
+            v.verdict not in ("undecided", "supported" if true and n == "a0" else "equivalent")
+            for n, v in judged.items()
+        )
+    assert false <= 2
+
+
 # --------------------------------------------------------------------------------------------------- missing seeds
 
 
@@ -486,7 +530,7 @@ def test_few_or_absent_seeds_are_undecided_and_say_so() -> None:
     assert (one.verdict, one.parts[0].n, one.p_adjusted) == ("undecided", 1, 1.0)
     assert said(one, "n = 1:")
     two = verdict_of(*tables({"good": {0: good[0], 1: good[1]}, "alone": alone}), num_seeds=5)
-    assert said(two, "n = 2:")
+    assert said(two, "n = 2: provisional; 3 pairs or more decide") and two.verdict == "undecided"
     assert said(two, "provisional: 3 of 5 planned seeds of 'good'")
     late = verdict_of(*tables({"good": good, "alone": alone}), claim(at=0.25))
     assert late.verdict == "undecided"
@@ -837,10 +881,12 @@ def test_confirm_judges_the_winner_on_its_own_trials() -> None:
     results, trials = (t.assign(arm=None) for t in tables({"p07": good, "alone": alone}, kind="confirm"))
     searched = results.assign(kind="trial", value=0.0)
     at = MetricQuery("distil", "student", "mlm_loss")
-    found = confirm_verdict(pd.concat([results, searched]), trials, ("p07", "alone"), at, search_difference=-0.3)
+    on_dev = results.assign(split="dev", value=results["value"] - 0.05 * (results["point"] == "p07"))
+    whole = pd.concat([results, searched, on_dev])
+    found = confirm_verdict(whole, trials, ("p07", "alone"), at, search_difference=-0.3)
     assert found.verdict == "supported"
     assert found.comparison is not None
     assert found.comparison.effect == pytest.approx(-0.1, abs=0.01)
-    assert found.shrinkage == pytest.approx(-0.3 - found.comparison.effect)
+    assert found.shrinkage == pytest.approx(-0.3 - (found.comparison.effect - 0.05)), "dev is compared with dev"
     lost = confirm_verdict(results.head(0), trials.head(0), ("p07", "alone"), at, search_difference=-0.3)
     assert (lost.verdict, lost.comparison, lost.shrinkage) == ("undecided", None, None)

@@ -682,3 +682,11 @@ def test_wikitext_and_a_causal_tokenizer_fit_together(tmp_path: Path) -> None:
     assert corpus.train.rows([3])[0, 0] == corpus.tokenizer.bos_token_id
     batch = next(corpus.evaluation_batches("test", None, batch=4))
     assert torch.equal(batch.labels_N[:127], batch.ids_BT[0, 1:])
+
+
+def test_each_sequence_names_the_document_of_its_middle(tmp_path: Path) -> None:
+    """Examples of one document are one cluster of a bootstrap; files of before have no such column."""
+    found = prepare(data_of(text_file(tmp_path / "text.txt", some_documents(60, words=400))), str(tmp_path / "data"))
+    documents = found.test.documents
+    assert documents is not None and len(documents) == len(found.test) and len(set(documents)) < len(documents)
+    assert max(documents) < found.about["splits"]["test"]["documents"]

@@ -775,3 +775,12 @@ def test_glue_goes_through_datasets_as_the_hub_does(tmp_path: Path, monkeypatch:
     here = read_source(glue("stsb"))
     assert hub.train.first == here.train.first and hub.train.labels.tolist() == here.train.labels.tolist()
     assert hub.train.labels.dtype == np.float32
+
+
+def test_pairs_that_share_a_text_are_one_cluster(pairs: Task) -> None:
+    clusters, rows = pairs.test.clusters(), pairs.test
+    firsts = [rows.ids(i)[: rows._second[i]].tobytes() for i in range(len(rows))]
+    seconds = [rows.ids(i)[rows._second[i] :].tobytes() for i in range(len(rows))]
+    fewer = min((firsts, seconds), key=lambda texts: len(set(texts)))
+    assert len(clusters) == len(rows) and len(set(clusters)) == len(set(fewer))
+    assert len(set(zip(clusters.tolist(), fewer, strict=True))) == len(set(fewer))

@@ -206,6 +206,21 @@ TUNE = {"grid": {LR: [1e-3, 2e-3, 4e-3]}}
 # ---------------------------------------------------------------------------------------------------------------- order
 
 
+def test_arms_take_turns_seed_by_seed_in_a_drawn_order(make: Make, world: NewWorld) -> None:
+    arms = {"alone": {SOFT: 0}, "taught": {}, "strong": {SOFT: 4}}
+    orders = []
+    for number in (0, 0, 1):
+        w = (
+            world(slots=1)
+            .open(make(arms=arms, seeds=4, tune=None, search={"sampler": "tpe", "points": 1, "seed": number}))
+            .run()
+        )
+        begun = [(p.seed, p.arm) for p in w.started if p.kind == "trial" and p.arm]
+        assert [seed for seed, _ in begun] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+        orders.append([[arm for seed, arm in begun if seed == own] for own in range(4)])
+    assert orders[0] == orders[1] != orders[2] and len({tuple(order) for order in orders[0]}) > 1
+
+
 def test_arms_come_before_points_and_points_before_the_confirmation(make: Make, world: NewWorld) -> None:
     w = world(slots=1).open(make(tune=TUNE, **{"objective": {**make().objective.model_dump(), "minus": "alone"}})).run()
     kinds = [("arm " if p.arm else "") + p.kind for p in w.started if p.kind != "teacher"]

@@ -616,6 +616,8 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, task: corpse}\nprofiles", ["no task 'corpse'", "'corpus'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: 0.3}\nprofiles", ["nothing is recorded at 0.3", "0.25, 0.5, 0.75, 1"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: end}\nprofiles", ["claims.helps.at: must be a fraction of the budget, from 0 to 1, or 'equal' (got 'end')"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, within: -1}\nprofiles", ["claims.helps.within"]),
+    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss}\n  same: {says: other words, arm: taught, against: [alone], model: student, metric: mlm_loss, family: own}\nprofiles", ["claims.same: says the same as claim 'helps'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: equal, less: flops}\nprofiles", ["claims.helps: `at: equal` compares both arms at equal cost", "give one of the two"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, less: time}\nprofiles", ["claims.helps.less", "'student_tokens', 'flops' or 'device_seconds'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, margin: small}\nprofiles", ["claims.helps.margin", "a valid number"]),
