@@ -17,6 +17,7 @@ from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.schema import Study
 from trainables.config.errors import ModelError
+from trainables.config.models import Random
 from trainables.config.phase import Phase, ReplySource, Sampled, Stream
 from trainables.config.phase_run import PhaseRun
 from trainables.config.schedules import RisesWithLoss
@@ -27,6 +28,7 @@ from trainables.data.prepared import Prepared
 from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.models import build, configs, output_head
+from trainables.models.initialise import initialise
 from trainables.storage.files import Storage, bytes_text
 from trainables.storage.phase_store import PhaseStore
 from trainables.training.phase_graph import head_of, longest, num_steps, streams_of
@@ -146,6 +148,12 @@ class StepTimer:
             head = head_of(spec, run, model)
             config = self.shapes.config(spec.models[model], longest(spec))
             nets[model] = build.from_config(config, head.num_labels if head is not None else None)
+            try:
+                initialise(nets[model], Random(), name=model, seed=0)
+            except Exception as error:  # a family whose own rule for its weights fails (xLSTM)
+                raise ModelError(
+                    f"{model} (a {config.model_type}) cannot be drawn: {configs.one_line(error)}"
+                ) from None
         torch.set_num_threads(1)
 
         def step() -> None:
