@@ -617,7 +617,6 @@ def test_the_trial_is_checked_as_the_file_loads(refused: Refused, old: str, new:
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: 0.3}\nprofiles", ["nothing is recorded at 0.3", "0.25, 0.5, 0.75, 1"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: end}\nprofiles", ["claims.helps.at: must be a fraction of the budget, from 0 to 1, or 'equal' (got 'end')"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, within: -1}\nprofiles", ["claims.helps.within"]),
-    ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss}\n  same: {says: other words, arm: taught, against: [alone], model: student, metric: mlm_loss, family: own}\nprofiles", ["claims.same: says the same as claim 'helps'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, at: equal, less: flops}\nprofiles", ["claims.helps: `at: equal` compares both arms at equal cost", "give one of the two"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, less: time}\nprofiles", ["claims.helps.less", "'student_tokens', 'flops' or 'device_seconds'"]),
     ("model: student, metric: mlm_loss}\nprofiles", "model: student, metric: mlm_loss, margin: small}\nprofiles", ["claims.helps.margin", "a valid number"]),
@@ -642,6 +641,13 @@ def test_an_arm_is_there_once(refused: Refused, load: Callable[..., Study], more
     tuned = changed("search:", f"tune: {{grid: {{{LR}: [1e-3, 5e-3, 9e-3]}}}}\nsearch:")
     assert "own" in load(changed("  taught: {}", f"  taught: {{}}\n  own: {{{LR}: 5e-3}}", tuned)).arms  # not as tuned
     assert len(load(overrides=[f"trial.{SOFT}=1"]).arms) == 2  # for a quick look one may
+
+
+def test_two_claims_that_say_the_same_are_refused(refused: Refused) -> None:
+    same = "same: {says: other words, arm: taught, against: [alone], model: student, metric: mlm_loss, family: own}"
+    text = changed("metric: mlm_loss}\nprofiles", f"metric: mlm_loss}}\n  {same}\nprofiles")
+    where = f"study.yaml:{line_with(text, 'same:')}: claims.same"
+    assert f"{where}: says the same as claim 'helps'; expected one of them" in refused(text)
 
 
 def test_equal_cost_is_read_where_something_is_recorded_on_the_way(load: Callable[..., Study], refused: Refused) -> None:  # fmt: skip
