@@ -248,7 +248,9 @@ def _power(study: Study) -> list[str]:
         return []
     if study.seeds < MIN_PAIRS:
         seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
-        return [f"{seeds}: effects are shown, but no claim can be decided; at least {MIN_PAIRS} are needed, 5 are usual"]
+        return [
+            f"{seeds}: effects are shown, but no claim can be decided; at least {MIN_PAIRS} are needed, 5 are usual"
+        ]
     lines, n = [], study.seeds
     for family, size in Counter(claim.family for claim in study.claims.values()).items():
         named = f"family {family}: " if family != "main" else ""

@@ -274,7 +274,7 @@ def test_dropout_of_a_pretrained_model_is_set_where_asked_for(tmp_path: Path) ->
 
 def test_a_folder_that_is_not_there_is_not_looked_for_at_the_hub(tmp_path: Path) -> None:
     for ask in (lambda name: build(Model(pretrained=name)), lambda name: build_.weights_fingerprint(name, None)):
-        with pytest.raises(ModelError, match=r"no weights at '.*/nowhere' .*: there is no such folder$"):
+        with pytest.raises(ModelError, match=r"no weights at '.*/nowhere' .*: there is no such folder"):
             ask(str(tmp_path / "nowhere"))
 
 

@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "roberta": {},
     "phi3": {"config": GROUPED},
     "gpt_neox": {},
-    "bloom": {},
+    "bloom": {"intermediate_size": None},  # it has no field for it
 }
 ALL = ("query", "key", "value", "output")
 

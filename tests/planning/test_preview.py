@@ -181,7 +181,9 @@ def test_power_is_told_by_the_number_of_seeds(plan: Callable[..., dict[str, list
     assert "no claim can be decided" in plan(**claim)["power"][0]
     assert plan(**claim, seeds=5)["power"][0].startswith("5 paired seeds detect 1.6")
     five = {f"helps{i}": {**claim["claims"]["helps"], "margin": i / 10} for i in range(5)}
-    power = plan(claims={**five, "other": {**claim["claims"]["helps"], "family": "side", "split": "dev"}}, seeds=4)["power"]
+    power = plan(claims={**five, "other": {**claim["claims"]["helps"], "family": "side", "split": "dev"}}, seeds=4)[
+        "power"
+    ]
     assert power[0].startswith("4 paired seeds detect 3.72 SD in the first of 5 claims (Holm), 2.13 in the last")
     assert power[1].startswith("family side: 4 paired seeds detect 2.13 SD;")
     assert "power" not in plan()

@@ -168,7 +168,8 @@ def write_questions(file: Path, words: str, *, seed: int) -> None:
 
 
 def model(family: str = "bert", **more: Any) -> dict[str, Any]:
-    return {"family": family, **TINY, **more}
+    tiny = {key: value for key, value in TINY.items() if family != "bloom" or key != "intermediate_size"}  # it has none
+    return {"family": family, **tiny, **more}
 
 
 def phase(train: str | tuple[str, ...], terms: Mapping[str, Any], **more: Any) -> dict[str, Any]:
