@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from trainables.config.errors import ModelError
+from trainables.config.errors import ModelError, is_out_of_memory
 from trainables.config.models import Model, Random
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
@@ -277,6 +277,8 @@ def from_config(
     try:
         net = _auto(config, num_labels).from_config(config, trust_remote_code=False)
     except Exception as error:  # each family checks its config in its own way
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"transformers cannot make a {config.model_type} of this config: {one_line(error)}") from None
     net.config.architectures = [type(net).__name__]
     return net

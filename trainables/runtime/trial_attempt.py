@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import transformers
 
-from trainables.config.errors import DataError, ModelError
+from trainables.config.errors import DataError, ModelError, is_out_of_memory
 from trainables.config.session import Session
 from trainables.config.trial import TrialSpec
 from trainables.runtime.outcome import Outcome, Status
 from trainables.runtime.trial import run_trial
 from trainables.storage.files import Storage, StorageError, as_json, attempts, log
-from trainables.training.state import Diverged, Environment, Stopped, Suspended, is_out_of_memory
+from trainables.training.state import Diverged, Environment, Stopped, Suspended
 from trainables.training.stop_signals import LEAVE, Notice, StopReason, watched
 
 OUTCOMES = (Diverged, DataError, ModelError)  # whose message says all: logged without a traceback

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainables.config.errors import is_out_of_memory
 from trainables.config.terms import Term
 from trainables.config.value import random_stream
 from trainables.evaluation.model_size import FLOPS
 from trainables.storage.files import log
 from trainables.training.forward import Batch, ForwardContext, GlobalBatch, normaliser, run_terms
-from trainables.training.state import PhaseState, Progress, is_out_of_memory
+from trainables.training.state import PhaseState, Progress
 
 
 def backward_within_memory(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainables.config.errors import is_out_of_memory
 from trainables.config.phase import Interleaved, ReplySource, Sampled
 from trainables.config.session import Session
 from trainables.config.value import random_stream
@@ -21,7 +22,7 @@ from trainables.generation.sample import sample
 from trainables.generation.speculative import interleave
 from trainables.storage.files import log
 from trainables.training.forward import GlobalBatch
-from trainables.training.state import PhaseState, is_out_of_memory
+from trainables.training.state import PhaseState
 
 ReplyState = dict[str, Any]  # of one stream, in the checkpoint: plain numbers and lists
 COUNTS = {"steps": 0, "generated_steps": 0, "replies": 0, "unfinished": 0, "tokens": 0}

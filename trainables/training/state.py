@@ -146,11 +146,6 @@ class PhaseState:
         return read + [(model, item) for model in dict.fromkeys(model for model, _ in read) for item in self.eval_only]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether memory of a device or of this machine ran out (PyTorch's CPU allocator raises a RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def peak_memory(device: str) -> float:
     """Reads the peak bytes of the device, or of this process, since the trial began."""
     if device.startswith("cuda"):
