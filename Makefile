@@ -29,7 +29,7 @@ test: install  # lint, types, words, unit tests; needs no root and no services
 test-all: install  # the tests that start Ray, kill processes or open a browser
 	$(BIN)/python -m pytest -q -m "(slow or faults or hosts or browser) and not long"
 
-long: install  # minutes: every family of models that transformers has is trained, exported and loaded, or refused
+long: install  # what takes minutes each: every family of models that transformers has, groups and machines that are lost
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
 
 ui: install  # MLflow on loopback, with every trial nested under its study

@@ -121,6 +121,7 @@ def test_a_sweep_as_a_job_uses_both_machines_and_not_the_head(cluster: Hosts) ->
     assert (cluster.share / "runs" / "both" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_a_folder_of_one_machine_is_refused(cluster: Hosts) -> None:
     study = write_study(cluster, "refused", arms(1))
     submit(cluster, "refused", study, "--tracking-later", storage="./runs")
@@ -128,6 +129,7 @@ def test_a_folder_of_one_machine_is_refused(cluster: Hosts) -> None:
     assert "the cluster has 3 machines; give a URI" in said and "Traceback" not in said.split("error:")[1]
 
 
+@pytest.mark.long
 def test_a_trial_on_workers_of_two_machines(cluster: Hosts) -> None:
     """Each worker takes both cores of its machine, so that a group lies on two."""
     study = write_study(cluster, "group", arms(1, "slot: {workers: 2, cpus: 2}"), steps=60)
@@ -142,6 +144,7 @@ def test_a_trial_on_workers_of_two_machines(cluster: Hosts) -> None:
     assert all(end["status"] == "ended" for end in ended(cluster.share / "runs", "group").values())
 
 
+@pytest.mark.long
 def test_a_bucket_is_the_storage_of_all_machines(cluster: Hosts) -> None:
     """Both machines write to it, and keep copies of the data that the driver prepared."""
     pytest.importorskip("moto", reason="needs moto, of the extra `dev`")
@@ -167,6 +170,7 @@ def test_a_bucket_is_the_storage_of_all_machines(cluster: Hosts) -> None:
         assert cluster.run(host, "ls", "/tmp/cache/data").stdout.strip(), f"{host} keeps no copy"
 
 
+@pytest.mark.long
 def test_a_machine_without_the_shared_folder_is_named_and_not_used(cluster: Hosts) -> None:
     study = write_study(cluster, "unfit", arms(2))
     cluster.run("w2", "mount", "-t", "tmpfs", "tmpfs", SHARE)  # as where the real folder was not mounted
@@ -180,6 +184,7 @@ def test_a_machine_without_the_shared_folder_is_named_and_not_used(cluster: Host
     assert all(end["faults"] == 0 for end in ended(cluster.share / "runs", "unfit").values())
 
 
+@pytest.mark.long
 def test_what_a_lost_machine_ran_goes_on_elsewhere(cluster: Hosts) -> None:
     """One machine's Ray is killed in mid-sweep, as power would go: every trial is done, those that ran there from their
     checkpoints; the autoscaler makes the machine's Ray anew."""

@@ -60,7 +60,7 @@ def processes(bench: Bench, title: str) -> list[int]:
 
 def test_a_driver_that_is_killed_twice_loses_nothing(bench: Bench) -> None:
     """While it lives, it is the only one; after its death the next need not wait. A damaged checkpoint is passed over."""
-    cut, study = bench.folder / "cut", write_study(bench.folder, steps=12_000, rest=ARMS + OFTEN)
+    cut, study = bench.folder / "cut", write_study(bench.folder, steps=6_000, rest=ARMS + OFTEN)
     driver = bench.start(study, storage=str(cut))
     until(lambda: attempts(cut), driver)
     second = bench.sweep(study, storage=str(cut), expect=2)
@@ -94,7 +94,7 @@ def test_a_driver_that_is_killed_twice_loses_nothing(bench: Bench) -> None:
     for trial, folders in attempts(cut).items():
         assert after.loc[trial, "attempts"] == len(folders) <= 3
         assert ended(cut)[trial]["faults"] == len(folders) - 1
-    assert began_at(cut, again[0])[-1] < 12_000, "the damaged checkpoint is passed over, and the trial still ends"
+    assert began_at(cut, again[0])[-1] < 6_000, "the damaged checkpoint is passed over, and the trial still ends"
     assert "skipped: checksum differs" in (cut / "study" / "trials" / again[0] / "log.txt").read_text()
     planned = Scheduler(load_study(study), Fingerprints(None), Storage(str(cut))).known()
     teachers = {row.Index for row in after.itertuples() if row.kind == "teacher"}
@@ -248,6 +248,7 @@ def test_a_trial_that_finds_no_memory_fails_alone(bench: Bench) -> None:
 # -------------------------------------------------------------------------------------------------------- two workers
 
 
+@pytest.mark.long
 def test_a_group_that_loses_a_rank_its_slot_or_its_driver_goes_on(bench: Bench) -> None:
     """Five faults to one trial on two workers; in the end it has the numbers of one worker in a plain process."""
     rest = ONE + "slot: {workers: 2}\nlimits: {checkpoint_seconds: 0.3, hang_minutes: 0.4}"
