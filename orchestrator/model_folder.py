@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from orchestrator.analysis.tables import tables
 from orchestrator.cli import open_storage
@@ -69,6 +70,7 @@ def export(
         tokenizer, named = data.tokenizer, spec.models[model]
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
+    logging.disable_progress_bar()
     try:
         if net.can_generate():
             set_generation_tokens(net, tokenizer, data.end_ids, is_chat=data.is_chat)

@@ -503,6 +503,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[None]:
         server.wait()
 
 
+@pytest.mark.long
 def test_mlflow_may_be_away_at_the_start_in_the_middle_and_to_the_end(bench: Bench) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
