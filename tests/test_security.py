@@ -403,7 +403,8 @@ def test_what_listens_is_what_the_document_says_and_no_secret_gets_out(
     bench = Bench(tmp_path)
     away = ("--tracking-uri", "http://someone:CANARY-uri@127.0.0.1:1/?token=CANARY-query", "--tracking-later")
     driver = bench.start(study, *(away if workers == 1 else ()))
-    own = command_line(driver.pid)  # what the user typed
+    while not (own := command_line(driver.pid)):  # what the user typed; empty while the process begins
+        time.sleep(0.01)
     seen: set[tuple[str, str]] = set()
     commands: set[str] = set()
     begun: set[tuple[int, str]] = set()
