@@ -36,6 +36,7 @@ STEPS = 12_000  # so many that no machine is through when the first job's hours,
 REST = "arms: {alone: {phases.distil.terms.soft.weight: 0}, taught: {}}\nseeds: 2\nlimits: {checkpoint_seconds: 1}"
 
 
+@pytest.mark.long
 def test_what_is_left_when_the_hours_are_over_goes_on_when_the_job_starts_again(tmp_path: Path) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(f"no pretend machines: {reason}")
