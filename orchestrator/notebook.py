@@ -19,8 +19,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from orchestrator.analysis import tables as stored
-from orchestrator.analysis.curves import curve_of, objective_reading, planned, task_facts
-from orchestrator.analysis.verdicts import Verdict, judge
+from orchestrator.analysis.curves import curve_of, objective_reading, planned
+from orchestrator.analysis.verdicts import Verdict, judge_study
 from orchestrator.cli import open_storage
 from orchestrator.reporting import figures, first_figure
 from orchestrator.reporting.document import Drawing
@@ -60,12 +60,7 @@ class Results:
     @cached_property
     def verdicts(self) -> list[Verdict]:
         """The verdicts as values, with every comparison, interval and note."""
-        study, tables = self.study, self.tables
-        judged = judge(
-            study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
-            examples=tables.examples, tasks=task_facts(study), slot=study.slot,
-        )  # fmt: skip
-        return list(judged.values())
+        return judge_study(self.study, self.tables)
 
     @property
     def claims(self) -> pd.DataFrame:

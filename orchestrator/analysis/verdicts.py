@@ -25,11 +25,13 @@ from orchestrator.analysis.claim_parts import (
     query_examples,
 )
 from orchestrator.analysis.costs import Cost, CostPart, cost_pair
+from orchestrator.analysis.curves import task_facts
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
+from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.timing import conditions
-from orchestrator.study.schema import Claim, Figure, Slot
+from orchestrator.study.schema import Claim, Figure, Slot, Study
 
 PaperJudgement = Literal["inside", "below", "above", "not comparable"]
 GLUE = frozenset(("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"))  # its average; with wnli it is over 9
@@ -134,6 +136,15 @@ def judge(
         for name, each in zip(names, both, strict=True):
             verdicts[name] = _verdict(compared[name], name, records.facts, adjusted=each, alpha=alpha)
     return {name: verdicts[name] for name in claims}
+
+
+def judge_study(study: Study, tables: Tables) -> list[Verdict]:
+    """Judges the claims of a study on its tables, in their order."""
+    verdicts = judge(
+        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
+        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
+    )  # fmt: skip
+    return list(verdicts.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- decide

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jinja2
 
-from orchestrator.analysis.curves import planned, point_scores, task_facts
+from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.tables import Tables
-from orchestrator.analysis.verdicts import judge
+from orchestrator.analysis.verdicts import judge_study
 from orchestrator.reporting import cost_sections, search_sections, sections, task_sections
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
@@ -68,11 +68,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
 
     `importance`: share of each varied factor, computed by the `evaluator` named over the completed points.
     """
-    judged = judge(
-        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
-        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
-    )  # fmt: skip
-    verdicts, points = list(judged.values()), point_scores(study, tables)
+    verdicts, points = judge_study(study, tables), point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
         cost_sections.costs_compared(verdicts),

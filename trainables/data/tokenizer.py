@@ -63,13 +63,12 @@ def train_wordpiece(texts: Sequence[str], size: int) -> Any:
 
 def load_pretrained(spec: PretrainedTokenizer) -> Any:
     """Loads a tokenizer from a folder if there is one, else from the hub."""
-    folder = Path(spec.name).expanduser()
-    if not folder.is_dir() and spec.name.startswith(("/", ".", "~")):
+    where = _folder_or_id(spec.name)
+    if not Path(where).is_dir() and spec.name.startswith(("/", ".", "~")):
         raise DataError(
             f"tokenizer: there is no folder {spec.name!r} ({looked_in()}); name a tokenizer's folder or a hub id"
         )
     try:
-        where = str(folder) if folder.is_dir() else spec.name
         tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # what the files of a folder make transformers raise is of any kind
         at = f" at {spec.revision!r}" if spec.revision else ""
@@ -86,12 +85,19 @@ def _as_its_file(tokenizer: Any, where: str, revision: str | None) -> Any:
     AutoTokenizer gives some model types (Qwen2, Phi-3) the rules of their class in place of the file's, whatever the file says.
     What tokenizer_config.json sets itself counts.
     """
+    if any(tokenizer.init_kwargs.get(key) is not None for key in OVERRIDES):
+        return tokenizer
     try:
         plain = PreTrainedTokenizerFast.from_pretrained(where, revision=revision)
     except (OSError, ValueError):  # there is no such file
         return tokenizer
-    overridden = any(tokenizer.init_kwargs.get(key) is not None for key in OVERRIDES)
-    return tokenizer if overridden or reads_alike(tokenizer, plain) else plain
+    return tokenizer if reads_alike(tokenizer, plain) else plain
+
+
+def _folder_or_id(name: str) -> str:
+    """Returns the local folder of this name where there is one, else the name, as a hub id."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
 
 
 def reads_alike(tokenizer: Any, other: Any) -> bool:
@@ -167,9 +173,8 @@ def stops(spec: PretrainedTokenizer, tokenizer: Any) -> tuple[int, ...]:
 
 def generation_config(name: str, revision: str | None) -> GenerationConfig | None:
     """Returns the `generation_config` of a folder or of the hub, where there is one."""
-    folder = Path(name).expanduser()
     try:
-        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name, revision=revision)
+        return GenerationConfig.from_pretrained(_folder_or_id(name), revision=revision)
     except (OSError, ValueError):
         return None
 
