@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -68,6 +69,8 @@ def export(
         stream = streams_of(spec, run)[spec.phases[run.phase].pace]
         data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{stream.data}"])
         tokenizer, named = data.tokenizer, spec.models[model]
+    except ValidationError:  # of the spec
+        raise StudyError(f"trial {row['trial']} was run by another version of codistill; {rebuild}") from None
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
     logging.disable_progress_bar()

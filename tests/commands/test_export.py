@@ -281,3 +281,16 @@ def test_rotary_positions_are_named_as_older_loaders_read_them(tmp_path: Path) -
         about = json.loads((tmp_path / "config.json").read_text())
         assert about["rope_theta"] == 5e5 and (about["rope_scaling"] or {}).get("factor") == rope.get("factor")
         assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+def test_a_trial_of_another_version_is_named(
+    file: Path, lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = next(row for row in Ledger(load_study(file), lab.storage).rows.values() if row["arm"] == "taught")
+    start = lab.root / "mine" / "trials" / row["trial"] / "trial.json"
+    start.write_text(start.read_text().replace('"intermediate_size"', '"inner"'))
+    to, which = tmp_path / "to", ["--trial", row["trial"]]
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), *which]) == 2
+    error = capsys.readouterr().err
+    assert f"trial {row['trial']} was run by another version of codistill; to rebuild it, run" in error
+    assert error.count("\n") == 1 and not to.exists()
