@@ -20,7 +20,7 @@ import pandas as pd
 
 from orchestrator.analysis.bootstrap import Answers, crossed
 from orchestrator.analysis.verdicts import judge
-from orchestrator.study.schema import Claim
+from orchestrator.study.claims import Claim
 from trainables.metrics.language import LM_LOSS
 from trainables.metrics.metric import Examples
 

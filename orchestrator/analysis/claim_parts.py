@@ -26,7 +26,8 @@ from orchestrator.analysis.statistics import (
     equivalence_p,
     sign_test,
 )
-from orchestrator.study.schema import Claim, CostAxis, tasks_of
+from orchestrator.study.claims import Claim, CostAxis
+from orchestrator.study.schema import tasks_of
 from trainables.metrics.known import metric_named
 
 Pair = tuple[ArmValues, ArmValues]  # arm, against

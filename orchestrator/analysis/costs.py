@@ -17,7 +17,7 @@ import pandas as pd
 from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed, with_phases_of
 from orchestrator.analysis.statistics import CostComparison, Decision
 from orchestrator.analysis.tables import Tables
-from orchestrator.study.schema import CostAxis
+from orchestrator.study.claims import CostAxis
 from trainables.config.phase_run import PhaseRun
 
 

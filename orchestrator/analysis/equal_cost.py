@@ -16,7 +16,7 @@ import numpy as np
 from orchestrator.analysis.arm_values import ArmValues, Evaluation, evaluations, values_in
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records
-from orchestrator.study.schema import CostAxis
+from orchestrator.study.claims import CostAxis
 
 TOLERANCE = 0.01  # of the budget
 

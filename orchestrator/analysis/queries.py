@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from orchestrator.study.schema import CostAxis
+from orchestrator.study.claims import CostAxis
 from trainables.config.phase_run import PhaseRun
 from trainables.metrics.known import metric_named
 from trainables.metrics.metric import Metric

@@ -31,7 +31,8 @@ from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.timing import conditions
-from orchestrator.study.schema import Claim, Figure, Slot, Study
+from orchestrator.study.claims import Claim, Figure
+from orchestrator.study.schema import Slot, Study
 
 PaperJudgement = Literal["inside", "below", "above", "not comparable"]
 GLUE = frozenset(("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"))  # its average; with wnli it is over 9

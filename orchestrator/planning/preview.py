@@ -15,8 +15,9 @@ from orchestrator.planning.reachable import reachable
 from orchestrator.planning.slot_fit import memory_lines
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
+from orchestrator.study.axes import Choice
 from orchestrator.study.errors import StudyError
-from orchestrator.study.schema import Choice, Study
+from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
 from trainables.config.terms import Term

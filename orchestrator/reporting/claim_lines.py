@@ -16,7 +16,7 @@ from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting.document import decimals_beside, fixed, plural, span
 from orchestrator.reporting.notes import SCOPE
-from orchestrator.study.schema import Figure
+from orchestrator.study.claims import Figure
 from trainables.metrics.known import metric_named
 
 

@@ -16,7 +16,8 @@ from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting.claim_lines import numbered
 from orchestrator.reporting.document import Section, Table, duration, p_value, plural, si
 from orchestrator.reporting.notes import note_text
-from orchestrator.study.schema import AXIS_WORDS, Study
+from orchestrator.study.claims import AXIS_WORDS
+from orchestrator.study.schema import Study
 
 
 def costs_compared(verdicts: Sequence[Verdict]) -> Section | None:

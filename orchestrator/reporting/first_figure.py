@@ -12,7 +12,8 @@ from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting import figures
 from orchestrator.reporting.document import Drawing, plural
-from orchestrator.study.schema import AXIS_WORDS, CostAxis, Study
+from orchestrator.study.claims import AXIS_WORDS, CostAxis
+from orchestrator.study.schema import Study
 from trainables.metrics.known import metric_named
 
 NUM_ROWS = 2  # a row is one metric, model and split

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.analysis.notes import Kind, Note, Scope
-from orchestrator.study.schema import AXIS_WORDS
+from orchestrator.study.claims import AXIS_WORDS
 
 SCOPE: Mapping[Scope, str] = {
     Scope.NEW_DATA: "on new data as well",

@@ -25,7 +25,8 @@ from orchestrator.reporting.document import (
     setting,
     short_names,
 )
-from orchestrator.study.schema import Choice, Study
+from orchestrator.study.axes import Choice
+from orchestrator.study.schema import Study
 
 PER_FACTOR = 10  # completed trials below which neither importance nor a main effect is shown
 BEST = 10  # points listed

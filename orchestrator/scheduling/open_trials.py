@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.trials import PlannedTrial, Planner
-from orchestrator.study.schema import Choice
+from orchestrator.study.axes import Choice
 from trainables.config.phase_run import PhaseRun
 from trainables.storage.phase_store import PhaseStore
 

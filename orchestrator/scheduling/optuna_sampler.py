@@ -15,7 +15,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from orchestrator.study.schema import Axis, Choice, FloatRange, Study
+from orchestrator.study.axes import Axis, Choice, FloatRange
+from orchestrator.study.schema import Study
 from trainables.config.value import digest, random_stream
 from trainables.runtime.outcome import Status
 

@@ -14,8 +14,9 @@ from orchestrator.scheduling.open_trials import OpenTrials, Teachers
 from orchestrator.scheduling.optuna_sampler import Sampler
 from orchestrator.scheduling.trials import PlannedTrial, Planner, strata
 from orchestrator.scheduling.tuning import Tuning
+from orchestrator.study.axes import Choice, FloatRange, IntRange
 from orchestrator.study.errors import StudyError
-from orchestrator.study.schema import Choice, FloatRange, IntRange, Search, Study
+from orchestrator.study.schema import Search, Study
 from trainables.config.value import random_stream
 from trainables.runtime.outcome import Status
 from trainables.training.stop_signals import StopReason

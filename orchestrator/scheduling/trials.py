@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from orchestrator.study.axes import Choice
 from orchestrator.study.errors import StudyError
-from orchestrator.study.schema import Choice, Study
+from orchestrator.study.schema import Study
 from trainables.config import errors
 from trainables.config.data import Data
 from trainables.config.errors import DataError

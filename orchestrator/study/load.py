@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.study.axes import label_of, labelled
 from orchestrator.study.errors import (
     Lines,
     StudyError,
@@ -19,7 +20,7 @@ from orchestrator.study.errors import (
     renamed_part,
     set_path,
 )
-from orchestrator.study.schema import Study, label_of, labelled
+from orchestrator.study.schema import Study
 from orchestrator.study.validate import check_study
 from orchestrator.study.yaml_reader import parse_value, read_yaml
 from trainables.config.trial import TrialSpec

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.study.axes import Choice
+from orchestrator.study.claims import Claim
 from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
-from orchestrator.study.schema import Choice, Claim, Objective, Study
+from orchestrator.study.schema import Objective, Study
 from trainables.config.data import Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec

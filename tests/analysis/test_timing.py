@@ -30,9 +30,10 @@ from orchestrator.reporting.document import Section, as_markdown
 from orchestrator.reporting.notes import note_text
 from orchestrator.reporting.page import make_report
 from orchestrator.reporting.recommendation import advice
+from orchestrator.study.claims import Claim
 from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
-from orchestrator.study.schema import Claim, Slot, Study
+from orchestrator.study.schema import Slot, Study
 
 LOOKS = (0.25, 0.5, 0.75, 1.0)
 NOISE = np.array([0.03, -0.04, 0.01, -0.02, 0.02, -0.01, 0.04, -0.03])

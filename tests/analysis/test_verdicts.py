@@ -31,7 +31,8 @@ from orchestrator.analysis.statistics import (
 from orchestrator.analysis.verdicts import Verdict, confirm_verdict, judge
 from orchestrator.reporting.notes import note_text
 from orchestrator.scheduling.objective import objective
-from orchestrator.study.schema import Claim, Study
+from orchestrator.study.claims import Claim
+from orchestrator.study.schema import Study
 from trainables.metrics.known import metric_named
 from trainables.metrics.task_scores import score_metric
 
