@@ -1,0 +1,133 @@
+"""A claim: a statement about two arms that a study makes and a report judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from trainables.config.data import GlueTask
+from trainables.config.value import Name, Positive, Value
+
+
+def _differ(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"names a data set twice: {', '.join(names)}")
+    return names
+
+
+# the data sets over which a number is a mean: one, several, or by default all of its phase
+Task = str | Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_differ)]
+
+
+CostAxis = Literal["student_tokens", "flops", "device_seconds"]
+AXIS_WORDS: Mapping[CostAxis, str] = {
+    "student_tokens": "student tokens",
+    "flops": "FLOPs",
+    "device_seconds": "device time",
+}
+
+
+class Figure(Value):
+    """A paper's effect in our units: an average over these tasks of GLUE, comparable with an average over the same tasks
+    only. `glue`: the 8 tasks, or 9 with WNLI."""
+
+    figure: float
+    over: Annotated[tuple[GlueTask, ...], Field(min_length=1), AfterValidator(_differ)] | Literal["glue"]
+
+
+Paper = Annotated[
+    Annotated[str | float, Tag("words")] | Annotated[Figure, Tag("average")],
+    Discriminator(lambda value: "average" if isinstance(value, Mapping | Figure) else "words"),
+]
+
+
+def _one_or_several(against: Any) -> Any:
+    """Takes a list of one arm as the arm, so that wording makes no other kind of claim."""
+    if not isinstance(against, list | tuple):
+        return against
+    if not against or len({*map(str, against)}) < len(against):
+        raise ValueError(f"expected one or several arms, each once; got {list(against)}")
+    return against[0] if len(against) == 1 else against
+
+
+class Claim(Value):
+    """A statement that the report judges: `arm` is better than `against` (each of them) by more than `margin`.
+
+    A margin below 0 claims non-inferiority within it. With `within` a third verdict is possible: equivalent. `at: equal` compares each pair of seeds at the cheaper arm's total
+    cost on `axis`: the dearer arm at its last evaluation within that cost. `less` claims in addition a lower cost on an
+    axis, phases that both arms share left out.
+    """
+
+    says: str | None = None
+    arm: Name
+    against: Annotated[Name | tuple[Name, ...], BeforeValidator(_one_or_several)]
+    phase: Name | None = None  # by default the objective's
+    model: Name
+    against_model: Name | None = None  # in `against`; by default the same
+    metric: str
+    task: Task | None = None
+    split: Literal["test", "dev"] = "test"
+    at: float | Literal["equal"] = 1.0  # of the phase's budget
+    margin: float = 0.0  # a gain: positive where the arm is better
+    within: Positive | None = None  # equivalent, where the difference is shown to be smaller than this either way
+    axis: CostAxis = "student_tokens"
+    less: CostAxis | None = None
+    family: str = "main"
+    paper: Paper | None = None
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _at_a_fraction_or_equal(cls, at: Any) -> Any:
+        if at != "equal" and (isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= 1):
+            raise ValueError("must be a fraction of the budget, from 0 to 1, or 'equal'")
+        return at
+
+    @model_validator(mode="after")
+    def _what_is_equal_is_not_less(self) -> Claim:
+        if self.at == "equal" and self.less is not None:
+            raise ValueError(
+                "`at: equal` compares both arms at equal cost, so no cost can be `less`; give one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_may_be_equivalent_is_one_comparison(self) -> Claim:
+        if self.within is not None and (self.num_parts > 1 or self.margin):
+            raise ValueError("`within` is of one comparison: give a single `against`, and neither `less` nor `margin`")
+        return self
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return (self.against,) if isinstance(self.against, str) else self.against
+
+    @property
+    def num_parts(self) -> int:
+        """How many comparisons decide the claim: of quality and, with `less`, of cost."""
+        return len(self.rivals) * (2 if self.less else 1)
+
+    @property
+    def figure(self) -> float | None:
+        """The paper's effect, where it is a number."""
+        if isinstance(self.paper, Figure):
+            return self.paper.figure
+        return None if isinstance(self.paper, str) else self.paper
+
+    @property
+    def is_of_time(self) -> bool:
+        """Whether the claim depends on measured times."""
+        return "device_seconds" in (self.axis, self.less)
+
+    def stated(self) -> str:
+        """Returns the judged statement, which `says` may word otherwise."""
+        others = " and ".join(self.rivals)
+        text = f"{self.arm} is no worse than {others}" if self.margin < 0 else f"{self.arm} is better than {others}"
+        text += f" by more than {abs(self.margin):g}" if self.margin else ""
+        text += f" at equal {AXIS_WORDS[self.axis]}" if self.at == "equal" else ""
+        text += f", with less {AXIS_WORDS[self.less]}" if self.less else ""
+        return text + (f" (equivalent within ±{self.within:g})" if self.within else "")
+
+    def judged(self) -> dict[str, Any]:
+        """Returns all that decides the verdict: two claims that agree in it say the same."""
+        return self.model_dump(exclude={"says", "paper", "family"})
