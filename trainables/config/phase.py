@@ -197,13 +197,16 @@ Budget = Annotated[
 class Lora(Value):
     """Trains only low-rank changes of projections (Hu et al. 2022): alpha / rank times B A, B zero at the start.
 
-    `targets` are logical: where a family keeps several projections in one matrix, each has its own pair.
+    `targets` are logical: where a family keeps several projections in one matrix, each has its own pair. `all_linear`: every
+    linear layer below the head, as in peft (QLoRA's choice: Dettmers et al. 2023).
     """
 
     kind: Literal["lora"]
     rank: int = Field(32, ge=1)
     alpha: Positive | None = None  # by default the rank: a scale of 1
-    targets: tuple[Literal["query", "key", "value", "output"], ...] = Field(("query", "value"), min_length=1)
+    targets: (
+        Literal["all_linear"] | Annotated[tuple[Literal["query", "key", "value", "output"], ...], Field(min_length=1)]
+    ) = ("query", "value")
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
