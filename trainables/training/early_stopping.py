@@ -14,8 +14,6 @@ import torch
 from trainables.config.phase import EarlyStopping
 from trainables.config.schedules import START
 from trainables.config.session import Record
-from trainables.data.corpus.sequences import Corpus
-from trainables.data.order import by_length
 from trainables.evaluation.per_example import Placement, in_eval_mode
 from trainables.metrics.known import metric_named
 from trainables.training.forward import ForwardContext, GlobalBatch, normaliser, run_terms
@@ -95,9 +93,6 @@ def loss_on_dev(phase: PhaseState, name: str) -> float:
 
 
 def _dev_batches(stream: StreamLoader, rows: int) -> Iterator[GlobalBatch]:
-    """Yields dev in batches, with the labels and masks that the stream's evaluations have."""
-    if isinstance(stream.data, Corpus):
-        yield from stream.data.evaluation_batches("dev", stream.spec.corruption, batch=rows)
-        return
-    for indices, batch in by_length(stream.data.dev, rows):
+    """Yields dev in batches, with the labels that the stream's evaluations have."""
+    for indices, batch in stream.data.dev_batches(stream.spec.corruption, rows):
         yield batch._replace(labels_N=stream.made["dev"][indices]) if stream.made else batch
