@@ -1,10 +1,11 @@
 """Measures how often verdicts are false where the truth is known: tables are drawn, judged, and counted.
 
-    python -m benchmarks.error_rates                    # 200 repetitions of each row, some minutes
+    python -m benchmarks.error_rates                    # 200 repetitions of each row, on all cores
     python -m benchmarks.error_rates --num 2000 holm    # one group of rows, more often
 
 Each row draws the values of arms by seed, writes the tables that a sweep would write, and asks `judge`. Rows named
-"coverage" count how often the interval over new seeds and new examples has the true difference inside.
+"coverage" count how often the interval over new seeds and new examples has the true difference inside. A group of rows is one
+mapping beside the functions that draw them; `GROUPS` lists them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ Arms = Mapping[
     str, Mapping[int, Sequence[tuple[float, float, float]]]
 ]  # seed -> (progress, FLOPs, loss) of evaluations
 HALVES = (0.25, 0.5, 1.0)
+CHUNK = 25  # repetitions of one stream of random numbers
+Rows = Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]]  # name -> what draws one repetition, and its fields
 
 
 def verdicts(arms: Arms, claims: Mapping[str, Claim], stopped: Mapping[str, Sequence[int]] | None = None) -> list[str]:
@@ -77,6 +81,15 @@ def family(rng: Rng, *, num: int, n: int, fields: Mapping[str, Any]) -> bool:
     return any(verdict != "undecided" for verdict in found)
 
 
+HOLM: Rows = {
+    "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
+    "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
+    "holm: 5 claims, less FLOPs": (family, {"num": 5, "n": 4, "fields": {"less": "flops"}}),
+    "holm: 5 claims against two": (family, {"num": 5, "n": 5, "fields": {"against": ["alone", "longer"]}}),
+    "holm: 10 claims, n = 5": (family, {"num": 10, "n": 5, "fields": {}}),
+}
+
+
 def equal_cost(rng: Rng, *, ratio: float) -> bool:
     """A loss that depends on the FLOPs alone; one schedule costs `ratio` times the other."""
     arms = {
@@ -89,11 +102,19 @@ def equal_cost(rng: Rng, *, ratio: float) -> bool:
     return verdicts(arms, {"c": claim("a", at="equal", axis="flops")}) != ["undecided"]
 
 
+EQUAL_COST: Rows = {
+    f"equal cost: ×{ratio:g}": (equal_cost, {"ratio": ratio}) for ratio in (1.005, 1.1, 1.5, 1.9, 2.0, 3.0)
+}
+
+
 def stops(rng: Rng, *, num: int) -> bool:
     """Two arms that are alike, of one of which the worst of 10 seeds were stopped."""
     arms = {"a": ends(rng, 10), "alone": ends(rng, 10)}
     worst = sorted(range(10), key=lambda seed: arms["alone"][seed][0][2] - arms["a"][seed][0][2])[:num]
     return verdicts(arms, {"c": claim("a")}, {"a": worst}) == ["supported"]
+
+
+STOPS: Rows = {f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)}
 
 
 def equivalence(rng: Rng, *, true: float) -> bool:
@@ -102,6 +123,12 @@ def equivalence(rng: Rng, *, true: float) -> bool:
     found = verdicts(arms, {name: claim(name, within=0.2) for name in arms if name != "alone"})
     allowed = [("undecided", "refuted" if true and i == 0 else "equivalent") for i in range(5)]
     return any(verdict not in fine and verdict != "undecided" for verdict, fine in zip(found, allowed, strict=True))
+
+
+EQUIVALENT: Rows = {
+    "equivalent: 5 alike": (equivalence, {"true": 0.0}),
+    "equivalent: one at the limit": (equivalence, {"true": 0.2}),
+}
 
 
 def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
@@ -117,25 +144,32 @@ def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
     return low <= 0.2 <= high
 
 
-ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
-    "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
-    "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
-    "holm: 5 claims, less FLOPs": (family, {"num": 5, "n": 4, "fields": {"less": "flops"}}),
-    "holm: 5 claims against two": (family, {"num": 5, "n": 5, "fields": {"against": ["alone", "longer"]}}),
-    "holm: 10 claims, n = 5": (family, {"num": 10, "n": 5, "fields": {}}),
-    **{f"equal cost: ×{ratio:g}": (equal_cost, {"ratio": ratio}) for ratio in (1.005, 1.1, 1.5, 1.9, 2.0, 3.0)},
-    **{f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)},
-    "equivalent: 5 alike": (equivalence, {"true": 0.0}),
-    "equivalent: one at the limit": (equivalence, {"true": 0.2}),
-    **{
-        f"coverage: {num} clusters, correlation {correlation:g}": (
-            covers,
-            {"num_clusters": num, "correlation": correlation},
-        )
-        for num in (30, 60)
-        for correlation in (0.0, 0.1, 0.3)
-    },
+COVERAGE: Rows = {
+    f"coverage: {num} clusters, correlation {correlation:g}": (
+        covers,
+        {"num_clusters": num, "correlation": correlation},
+    )
+    for num in (30, 60)
+    for correlation in (0.0, 0.1, 0.3)
 }
+
+# ---------------------------------------------------------------------------------------------------------- all rows
+
+GROUPS: Sequence[Rows] = (
+    HOLM,
+    EQUAL_COST,
+    STOPS,
+    EQUIVALENT,
+    COVERAGE,
+)
+ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
+
+
+def count(name: str, first: int, num: int) -> int:
+    """Counts over repetitions `first` to `first + num`, which are the same however many others there are."""
+    draw, fields = ROWS[name]
+    rng = np.random.default_rng([*name.encode(), first])
+    return sum(draw(rng, **fields) for _ in range(num))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,10 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("group", nargs="?", default="", help="beginning of the names of rows; by default all rows")
     parser.add_argument("--num", type=int, default=200, help="repetitions of each row")
     arguments = parser.parse_args(argv)
-    for name, (draw, fields) in ROWS.items():
-        if name.startswith(arguments.group):
-            rng = np.random.default_rng(0)
-            share = sum(draw(rng, **fields) for _ in range(arguments.num)) / arguments.num
+    chunks = [(first, min(CHUNK, arguments.num - first)) for first in range(0, arguments.num, CHUNK)]
+    with ProcessPoolExecutor() as pool:
+        rows = [name for name in ROWS if name.startswith(arguments.group)]
+        counts = {name: [pool.submit(count, name, *chunk) for chunk in chunks] for name in rows}
+        for name, parts in counts.items():
+            share = sum(part.result() for part in parts) / arguments.num
             error = math.sqrt(share * (1 - share) / arguments.num)
             print(f"{name:42} {100 * share:5.1f} % ± {100 * error:.1f} of {arguments.num}", flush=True)
     return 0
