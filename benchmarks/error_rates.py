@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orchestrator.analysis.bootstrap import Answers, crossed
+from orchestrator.analysis.new_data import DataSet, intervals
 from orchestrator.analysis.verdicts import judge
 from orchestrator.study.claims import Claim
+from trainables.config.data import Rule
 from trainables.metrics.language import LM_LOSS
 from trainables.metrics.metric import Examples
+from trainables.metrics.task_scores import score_metric
 
 Rng = np.random.Generator
 Arms = Mapping[
@@ -131,26 +133,51 @@ EQUIVALENT: Rows = {
 }
 
 
-def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
-    """The interval over new seeds and examples of 5 seeds and clusters of 1 to 8 examples: is the truth inside?"""
-    clusters_E = np.repeat(np.arange(num_clusters), rng.integers(1, 9, num_clusters))
-    shared, own = rng.normal(size=num_clusters)[clusters_E], rng.normal(size=len(clusters_E))
-    d_SE = 0.2 + math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
-    d_SE = d_SE + 0.1 * rng.normal(size=(5, 1)) + 0.3 * rng.normal(size=(5, len(clusters_E)))
-    none_E, one_E = np.full(len(clusters_E), np.nan), np.ones(len(clusters_E))
-    part_E = np.zeros(len(clusters_E), np.int64)
-    runs = [[Examples(part_E, none_E, none_E, loss_E, one_E) for loss_E in arm_SE] for arm_SE in (d_SE, 0 * d_SE)]
-    low, high = crossed([Answers(LM_LOSS, runs, clusters_E)], seed=int(rng.integers(2**31)), num=1000).mean
-    return low <= 0.2 <= high
+def covers(
+    rng: Rng, *, rule: Rule | None = None, seeds: int, clusters: int, spread: tuple[float, float, float]
+) -> bool:
+    """The interval over new seeds and examples, of clusters of 1 to 8 examples: is the true difference inside?
+
+    Args:
+        rule: of a task's score; by default a loss.
+        spread: correlation of examples of a cluster; standard deviation of seeds; of pairs of seed and example.
+    """
+    correlation, of_seeds, of_pairs = spread
+    cluster_E = np.repeat(np.arange(clusters), rng.integers(1, 9, clusters))
+    E, S = len(cluster_E), seeds
+    shared_E, own_E = rng.normal(size=clusters)[cluster_E], rng.normal(size=E)
+    d_SE = math.sqrt(correlation) * shared_E + math.sqrt(1 - correlation) * own_E
+    d_SE = d_SE + of_seeds * rng.normal(size=(S, 1)) + of_pairs * rng.normal(size=(S, E))
+    part_E, ones_E, label_E = np.zeros(E, np.int64), np.ones(E), (rng.random(E) < 0.4).astype(float)
+    if rule is None:
+        metric, truth, values_ASE = LM_LOSS, 0.2, np.stack([0.2 + d_SE, 0 * d_SE])
+    else:  # both arms are right on the examples that are easy for them, equally many
+        easy_E = rng.normal(size=E)
+        metric, truth = score_metric(rule), 0.0
+        values_ASE = np.abs(label_E - (np.stack([easy_E + d_SE / 2, easy_E - d_SE / 2]) < -0.8))
+    runs = [[Examples(part_E, label_E, v_E, v_E, ones_E) for v_E in arm] for arm in values_ASE]
+    assert metric.left_out is not None
+    left_out_ASC = np.array([[metric.left_out(run, cluster_E) for run in arm] for arm in runs])
+    low, high = intervals([DataSet(left_out_ASC, np.zeros(clusters, np.int64), np.bincount(cluster_E))]).mean
+    return low <= truth <= high
 
 
 COVERAGE: Rows = {
-    f"coverage: {num} clusters, correlation {correlation:g}": (
+    f"coverage: {rule or 'loss'}, {seeds} seeds, {clusters} clusters, {name}": (
         covers,
-        {"num_clusters": num, "correlation": correlation},
+        {"rule": rule, "seeds": seeds, "clusters": clusters, "spread": spread},
     )
-    for num in (30, 60)
-    for correlation in (0.0, 0.1, 0.3)
+    for rule in (None, "accuracy", "f1", "matthews")
+    for seeds in (5, 10, 20)
+    for clusters in (30, 60, 120)
+    for name, spread in (
+        ("r .05, seeds alike", (0.05, 0.0, 0.3)),
+        ("r .3, seeds alike", (0.3, 0.0, 0.3)),
+        ("r .1, some spread", (0.1, 0.1, 0.3)),
+        ("r .3, much spread", (0.3, 0.3, 3.0)),
+        ("r .3, pairs alone", (0.3, 0.0, 3.0)),
+        ("r .3, seeds alone", (0.3, 1.0, 0.3)),
+    )
 }
 
 # ---------------------------------------------------------------------------------------------------------- all rows

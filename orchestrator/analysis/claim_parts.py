@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from orchestrator.analysis.arm_values import ArmValues, arm_values
-from orchestrator.analysis.bootstrap import Missing, Runs, interval_of, seed_of
 from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.new_data import Missing, Runs, StoredAnswers
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import (
@@ -67,13 +66,6 @@ class Part:
         return self.comparison is not None and self.comparison.holds_on_new_data()
 
 
-class StoredAnswers(NamedTuple):
-    """The stored answers to examples, with the column `arm_name`; or why there can be no interval over examples."""
-
-    rows: pd.DataFrame | None
-    why: Kind = Kind.NOT_STORED
-
-
 # ----------------------------------------------------------------------------------------------------------- query
 
 
@@ -98,20 +90,6 @@ def query_claim(claim: Claim, records: Records, default_phase: str) -> tuple[Met
     return query._replace(tasks=tasks), [(arms[claim.arm], arms[against]) for against in claim.rivals]
 
 
-def query_examples(
-    examples: pd.DataFrame | None, queries: Mapping[tuple[str, ...], MetricQuery], records: Records
-) -> StoredAnswers:
-    """Returns the answers of arms (or points) under the queries of each."""
-    query = next(iter(queries.values()))
-    if query.at != 1 or query.equal is not None or query.split != "test":
-        return StoredAnswers(None, Kind.NOT_AT_END)
-    if examples is None or examples.empty:
-        return StoredAnswers(None)
-    planned = [(records.planned(examples, names), of_names) for names, of_names in queries.items()]
-    rows = pd.concat([rows[of_names.matches(rows)] for rows, of_names in planned])
-    return StoredAnswers(rows.assign(arm_name=rows[records.column].astype(str)))
-
-
 # --------------------------------------------------------------------------------------------------------- compare
 
 
@@ -119,12 +97,12 @@ def query_examples(
 class ClaimContext:
     """What the pairs of one claim (or confirmation) have in common."""
 
-    name: str
     query: MetricQuery  # with its data sets
-    examples: StoredAnswers
+    examples: StoredAnswers | None
     facts: TaskFacts
     margin: float = 0.0
     within: float | None = None
+    against_model: str | None = None  # where it is not the query's
     family_size: int = 1  # comparisons of all claims of the family
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
@@ -186,13 +164,15 @@ def _over_examples(
     seeds, query = comparison.seeds, context.query
     recorded = {t: np.array([[v.by_task[t][seed] for seed in seeds] for v in pair]) for t in query.tasks}
     try:
-        if context.examples.rows is None:
-            raise Missing(context.examples.why)
+        if query.at != 1 or query.equal is not None or query.split != "test":
+            raise Missing(Kind.NOT_AT_END)
+        if context.examples is None:
+            raise Missing(Kind.NOT_STORED)
         if arm.failed or against.failed:
             raise Missing(Kind.FAILED_SEED)
-        runs, seed = Runs((arm.name, against.name), seeds, recorded), seed_of(context.name, against.name)
-        alpha = ALPHA / context.family_size
-        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed, alpha=alpha)
+        queries = query, query._replace(model=context.against_model or query.model)
+        runs, alpha = Runs((arm.name, against.name), queries, seeds, recorded), ALPHA / context.family_size
+        drawn = context.examples.intervals(runs, context.facts, alpha=alpha)
     except Missing as missing:
         return comparison, by_task, [missing.note]
     if comparison.n == 1:

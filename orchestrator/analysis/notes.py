@@ -44,6 +44,8 @@ class Kind(StrEnum):
     OTHER_VALUE = auto()  # task
     NO_CLUSTERS = auto()  # task
     FEW_CLUSTERS = auto()  # task, num, least
+    UNEVEN_CLUSTERS = auto()  # task, num, effective, least
+    FEW_SEEDS = auto()  # num, least
     # costs
     NO_COST = auto()  # arm, against, axis
     EQUAL_COST_RATIOS = auto()  # axis, n

@@ -83,9 +83,9 @@ def decide(p: float, beyond: float) -> Decision:
     return Decision.SUPPORTED if beyond > 0 else Decision.REFUTED
 
 
-def bootstrap_widening(n: int, alpha: float = ALPHA) -> float:
-    """Returns the ratio of Student's interval to the bootstrap's for the mean of n values; n >= 2."""
-    return float(stats.t.ppf(1 - alpha / 2, n - 1) / stats.norm.ppf(1 - alpha / 2)) * math.sqrt(n / (n - 1))
+def t_quantile(freedom: float, alpha: float = ALPHA) -> float:
+    """Returns the two-sided quantile of Student's t."""
+    return float(stats.t.ppf(1 - alpha / 2, freedom))
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -205,7 +205,7 @@ class Comparison:
     p_floor: float = 1.0  # the least possible `p_signflip`
     correlation: float | None = None  # of the pairs
     welch: Interval | None = None  # 95 %, unpaired
-    new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `bootstrap`
+    new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `new_data`
 
     @property
     def gain(self) -> float:

@@ -174,6 +174,10 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.OTHER_VALUE: _NO_INTERVAL + "the stored answers to {task} do not give the recorded value",
     Kind.NO_CLUSTERS: _NO_INTERVAL + "it is not stored which examples of {task} are of one document or text",
     Kind.FEW_CLUSTERS: _NO_INTERVAL + "{task} has examples of {num} documents or texts; expected {least} or more",
+    Kind.UNEVEN_CLUSTERS: _NO_INTERVAL
+    + "{num} documents or texts of {task} say as much as {effective} of one size; expected "
+    "{least} or more",
+    Kind.FEW_SEEDS: _NO_INTERVAL + "{num} seeds; expected {least} or more",
     Kind.NO_COST: "no seed has recorded {axis} for both {arm!r} and {against!r}",
     Kind.EQUAL_COST_RATIOS: "all {n} ratios of {axis} are equal: without spread there is no test",
     Kind.COUNTED_COST_RATIOS: "{axis} are counted: their ratio is the same at each of {n} seeds, and needs no test",
