@@ -23,6 +23,7 @@ from orchestrator.analysis.statistics import (
     compare_costs,
     decide,
     equivalence_p,
+    pivot_of,
     sign_test,
 )
 from orchestrator.study.claims import Claim, CostAxis
@@ -115,7 +116,7 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
     comparison = context.compare(arm.values, against.values, against.name)
     notes = _on_pairs(comparison, arm.name, against.name)
     by_task: dict[str, Comparison] = {}
-    for task in context.query.tasks:
+    for task in context.query.tasks if len(context.query.tasks) > 1 else ():
         of_task = context.compare(arm.by_task.get(task, {}), against.by_task.get(task, {}), against.name)
         by_task |= {} if of_task is None else {task: of_task}
     if comparison is not None:
@@ -178,8 +179,9 @@ def _over_examples(
     if comparison.n == 1:
         return comparison, by_task, [note(Kind.SINGLE_SEED_INTERVAL, interval=drawn.mean)]
     each = {
-        task: replace(by_task[task], new_data=interval) if by_task[task].seeds == seeds else by_task[task]
+        task: replace(by_task[task], new_data=interval)
         for task, interval in zip(recorded, drawn.each, strict=True)
+        if task in by_task and by_task[task].seeds == seeds
     }
     return replace(comparison, new_data=drawn.mean), by_task | each, []
 
@@ -193,7 +195,10 @@ def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Not
         return [note(Kind.TOO_FEW_PAIRS, n=comparison.n, least=MIN_PAIRS)]
     if comparison.sd == 0:
         return [note(Kind.EQUAL_DIFFERENCES, n=comparison.n)]
-    return [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
+    notes = [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
+    if (pivot := pivot_of(comparison)) is not None:
+        notes.append(note(Kind.PIVOT, against=against, seed=pivot.seed, p=pivot.p, whole=comparison.p))
+    return notes
 
 
 def _on_beyond(context: ClaimContext, arm: ArmValues, against: ArmValues, *, is_alike: bool) -> list[Note]:

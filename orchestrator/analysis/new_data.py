@@ -102,6 +102,11 @@ class NewData(NamedTuple):
     each: tuple[Interval, ...]
     variances: Variances  # of the mean
 
+    @property
+    def share(self) -> float | None:
+        """Of the variance over seeds: what varies with the example as well. None where seeds do not differ."""
+        return min(1.0, self.variances.both / self.variances.seeds) if self.variances.seeds else None
+
 
 def intervals(data: Sequence[DataSet], *, alpha: float = ALPHA) -> NewData:
     def interval(d_S: Floats, found: Variances) -> Interval:

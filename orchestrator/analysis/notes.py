@@ -30,6 +30,7 @@ class Kind(StrEnum):
     EQUAL_DIFFERENCES = auto()  # n
     TOO_FEW_PAIRS = auto()  # n, least
     FEW_PAIRS = auto()  # n, p_floor
+    PIVOT = auto()  # against, seed, p (without this seed), whole (the p of all)
     FAILED_SEEDS = auto()  # failed (arm, seeds)
     NEXT_EVALUATION = auto()  # arm, against, effect, interval, decision: at the next evaluation; is_alike (both sides)
     SINGLE_SEED_INTERVAL = auto()  # interval

@@ -161,6 +161,7 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.EQUAL_DIFFERENCES: "all {n} differences are equal: without spread there is no test",
     Kind.TOO_FEW_PAIRS: "n = {n}: provisional; {least} pairs or more decide",
     Kind.FEW_PAIRS: "n = {n}: few pairs, the sign-flip p cannot be below {p_floor:g}",
+    Kind.PIVOT: "hangs on one seed: beside {against!r} p is {whole:.2g}, and {p:.2g} without seed {seed} (both before Holm)",
     Kind.FAILED_SEEDS: _failed_seeds,
     Kind.NEXT_EVALUATION: _next_evaluation,
     Kind.SINGLE_SEED_INTERVAL: _single_seed_interval,

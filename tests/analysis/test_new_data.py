@@ -131,6 +131,13 @@ def test_it_covers_the_true_difference_whatever_the_spread_comes_from(
         assert by_example / num < 0.9 and seeds_alone / num < 0.6
 
 
+def test_the_share_of_what_varies_with_seed_and_example_is_found() -> None:
+    rng, S, E = np.random.default_rng(0), 200, 100
+    d_SE = 0.2 * rng.normal(size=(S, 1)) + rng.normal(size=E) + 2.0 * rng.normal(size=(S, E))
+    assert intervals([_losses(d_SE)]).share == pytest.approx(0.5, abs=0.08)  # 2² / 100 of 0.2² + 2² / 100
+    assert intervals([_losses(np.ones((S, E)))]).share is None
+
+
 def test_where_examples_do_not_matter_it_is_students() -> None:
     d_S = np.random.default_rng(0).normal(size=12)
     expected = stats.ttest_1samp(d_S, 0.0).confidence_interval(0.95)
