@@ -130,7 +130,7 @@ class Missing(Exception):
         super().__init__(str(self.note))
 
 
-class Run(NamedTuple):
+class RunAnswers(NamedTuple):
     """The answers of one run to a data set, in the order of the examples."""
 
     examples: Examples
@@ -167,8 +167,8 @@ class StoredAnswers:
         for (name, seed, model, task, phase), places in found.items():
             key = (name, int(seed), model, task, PhaseRun.parse(phase).phase)
             self._places.setdefault(key, []).append(places)
-        self._runs = dict[_Key, Run]()
-        self._values = dict[tuple[object, ...], tuple[Run, Floats]]()
+        self._runs = dict[_Key, RunAnswers]()
+        self._values = dict[tuple[object, ...], tuple[RunAnswers, Floats]]()
 
     @property
     def num_runs(self) -> int:
@@ -218,7 +218,7 @@ class StoredAnswers:
             np.array([[values for _, values in of_arm] for of_arm in found]), part_C, np.bincount(clusters_E)
         )
 
-    def _left_out(self, arm: str, seed: int, query: MetricQuery, what: tuple[str, Metric]) -> tuple[Run, Floats]:
+    def _left_out(self, arm: str, seed: int, query: MetricQuery, what: tuple[str, Metric]) -> tuple[RunAnswers, Floats]:
         """Returns a run, and the metric without each of its clusters."""
         task, metric = what
         key = (arm, seed, query.model, task, query.phase)
@@ -229,7 +229,7 @@ class StoredAnswers:
             self._values[*key, metric.name] = run, values_C
         return self._values[*key, metric.name]
 
-    def _run(self, key: _Key, arm: str) -> Run:
+    def _run(self, key: _Key, arm: str) -> RunAnswers:
         if key not in self._runs:
             if key not in self._places:
                 raise Missing(Kind.RUN_NOT_STORED, task=key[3], arm=arm, seed=key[1])
@@ -240,7 +240,7 @@ class StoredAnswers:
             if ((part_E[1:] == part_E[:-1]) & (number_E[1:] == number_E[:-1])).any():
                 raise Missing(Kind.SEVERAL_RUNS, arm=arm, seed=key[1])
             examples = Examples(part_E, *(column[name] for name in ("label", "prediction", "loss", "count")))
-            self._runs[key] = Run(examples, number_E, column.get("cluster", np.full(len(where), np.nan)))
+            self._runs[key] = RunAnswers(examples, number_E, column.get("cluster", np.full(len(where), np.nan)))
         return self._runs[key]
 
 

@@ -125,16 +125,15 @@ def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, flo
     names = short_names(tuple(study.vary))
     ranked = sorted(importance.items(), key=lambda item: (-item[1], item[0]))
     text = f"Evaluator: {evaluator or 'not named'}; n = {len(done)} completed trials of the search."
-    head, rows = ("factor", "importance"), [(names.get(path, path), fixed(value, 2)) for path, value in ranked]
+    head, rows = ["factor", "importance"], [[names.get(path, path), fixed(value, 2)] for path, value in ranked]
     if chance is not None:
-        found = chance()
-        by_chance = [found.each.get(path) for path, _ in ranked]
-        rows = [(*row, "–" if most is None else fixed(most, 2)) for row, most in zip(rows, by_chance, strict=True)]
-        head = (*head, f"by chance, up to ({100 * (1 - ALPHA):g} %)")
-        (top, value), beyond = ranked[0], "above" if ranked[0][1] > found.largest else "no more than chance"
+        found, (top, value) = chance(), ranked[0]
+        head.append(f"by chance, up to ({100 * (1 - ALPHA):g} %)")
+        for row, (path, _) in zip(rows, ranked, strict=True):
+            row.append(fixed(found.each[path], 2) if path in found.each else "–")
         text += (
             f" Where no factor matters (scores permuted {PERMUTATIONS} times), the largest is up to {fixed(found.largest, 2)}; "
-            f"that of {names.get(top, top)}, {fixed(value, 2)}, is {beyond}{' it' if beyond == 'above' else ''}."
+            f"that of {names.get(top, top)}, {fixed(value, 2)}, is {'above it' if value > found.largest else 'no more than chance'}."
         )
     table = Table("Importance of each factor for the score", head, rows, "l" + "r" * (len(head) - 1))
     return Section(title, (text, table))

@@ -701,6 +701,27 @@ def test_a_verdict_that_hangs_on_its_examples_says_so() -> None:
     assert (lost.verdict, lost.holds) == ("refuted", Scope.NEW_DATA)
 
 
+def test_what_only_this_test_set_shows_does_not_hold_on_new_data() -> None:
+    """No difference on new data; this test set, whose examples come in 30 clusters with a correlation of .3, has one."""
+    rng, num, decided, on_new = np.random.default_rng(8), 40, 0, 0
+    for _ in range(num):
+        cluster_E = np.repeat(np.arange(30), rng.integers(1, 9, 30))
+        E = len(cluster_E)
+        gap_E = math.sqrt(0.3) * rng.normal(size=30)[cluster_E] + math.sqrt(0.7) * rng.normal(size=E)
+        gap_SE = gap_E + 0.05 * rng.normal(size=(5, 1)) + 0.3 * rng.normal(size=(5, E))
+        values = {"good": dict(enumerate(3 + gap_SE.mean(1))), "alone": dict.fromkeys(range(5), 3.0)}
+        results, trials = tables(values)
+        rows = answered(results, num=E, spread=0.0)
+        rows["loss"] = np.concatenate([*(3 * (3 + gap_SE)), np.full(5 * E, 9.0)])
+        rows["cluster"] = np.tile(cluster_E, 10)
+        verdict = verdict_of(results, trials, examples=rows)
+        assert verdict.parts[0].new_data is not None
+        decided += verdict.verdict != "undecided"
+        on_new += verdict.holds == Scope.NEW_DATA
+    assert decided / num > 0.4
+    assert on_new / num <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / num)
+
+
 def test_each_part_of_a_conjunctive_claim_must_hold_on_new_data() -> None:
     good, alone = around(-0.1)
     results, trials = tables({"good": good, "alone": alone, "other": {s: v + 0.001 for s, v in alone.items()}})
