@@ -101,11 +101,14 @@ def test_each_exchange_names_the_text_or_group_that_it_shares(tmp_path: Path) ->
     """Prompts on one context, of one group, or from one conversation are no independent examples."""
     rows = [{"instruction": f"w{i}", "response": "w1", "context": f"W3  w{i % 2}"} for i in range(6)]
     rows += [{"instruction": f"w{i % 2}", "response": f"w{i}", "context": ""} for i in range(4)]
-    found = opened(tmp_path, rows).test.clusters
+    how = {"columns": {"context": "context"}}
+    found = opened(tmp_path, rows, **how).test.clusters
     assert found is not None and found.dtype == np.int64 and max(found) < 2**53
     numbers = np.unique(found, return_inverse=True)[1].tolist()
     assert [numbers.index(n) for n in numbers] == [0, 1, 0, 1, 0, 1, 6, 7, 6, 7]
-    grouped = opened(tmp_path, [{**row, "book": i // 5} for i, row in enumerate(rows)], split_by="book").test.clusters
+    grouped = opened(
+        tmp_path, [{**row, "book": i // 5} for i, row in enumerate(rows)], split_by="book", **how
+    ).test.clusters
     assert grouped is not None and [len(set(grouped[:5])), len(set(grouped[5:])), len(set(grouped))] == [1, 1, 2]
     user, other = ({"role": "user", "content": text} for text in ("w1", "w2"))
     reply = {"role": "assistant", "content": "w3"}
