@@ -1,10 +1,11 @@
 """Measures how often verdicts are false where the truth is known: tables are drawn, judged, and counted.
 
-    python -m benchmarks.error_rates                    # 200 repetitions of each row, some minutes
+    python -m benchmarks.error_rates                    # 200 repetitions of each row, on all cores
     python -m benchmarks.error_rates --num 2000 holm    # one group of rows, more often
 
 Each row draws the values of arms by seed, writes the tables that a sweep would write, and asks `judge`. Rows named
-"coverage" count how often the interval over new seeds and new examples has the true difference inside.
+"coverage" count how often the interval over new seeds and new examples has the true difference inside. A group of rows is one
+mapping beside the functions that draw them; `GROUPS` lists them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,27 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from orchestrator.analysis.bootstrap import Answers, crossed
+from orchestrator.analysis.new_data import DataSet, intervals
 from orchestrator.analysis.verdicts import judge
 from orchestrator.study.claims import Claim
+from trainables.config.data import Rule
 from trainables.metrics.language import LM_LOSS
 from trainables.metrics.metric import Examples
+from trainables.metrics.task_scores import score_metric
 
 Rng = np.random.Generator
 Arms = Mapping[
     str, Mapping[int, Sequence[tuple[float, float, float]]]
 ]  # seed -> (progress, FLOPs, loss) of evaluations
 HALVES = (0.25, 0.5, 1.0)
+CHUNK = 25  # repetitions of one stream of random numbers
+Rows = Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]]  # name -> what draws one repetition, and its fields
 
 
 def verdicts(arms: Arms, claims: Mapping[str, Claim], stopped: Mapping[str, Sequence[int]] | None = None) -> list[str]:
@@ -77,6 +83,15 @@ def family(rng: Rng, *, num: int, n: int, fields: Mapping[str, Any]) -> bool:
     return any(verdict != "undecided" for verdict in found)
 
 
+HOLM: Rows = {
+    "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
+    "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
+    "holm: 5 claims, less FLOPs": (family, {"num": 5, "n": 4, "fields": {"less": "flops"}}),
+    "holm: 5 claims against two": (family, {"num": 5, "n": 5, "fields": {"against": ["alone", "longer"]}}),
+    "holm: 10 claims, n = 5": (family, {"num": 10, "n": 5, "fields": {}}),
+}
+
+
 def equal_cost(rng: Rng, *, ratio: float) -> bool:
     """A loss that depends on the FLOPs alone; one schedule costs `ratio` times the other."""
     arms = {
@@ -89,11 +104,19 @@ def equal_cost(rng: Rng, *, ratio: float) -> bool:
     return verdicts(arms, {"c": claim("a", at="equal", axis="flops")}) != ["undecided"]
 
 
+EQUAL_COST: Rows = {
+    f"equal cost: ×{ratio:g}": (equal_cost, {"ratio": ratio}) for ratio in (1.005, 1.1, 1.5, 1.9, 2.0, 3.0)
+}
+
+
 def stops(rng: Rng, *, num: int) -> bool:
     """Two arms that are alike, of one of which the worst of 10 seeds were stopped."""
     arms = {"a": ends(rng, 10), "alone": ends(rng, 10)}
     worst = sorted(range(10), key=lambda seed: arms["alone"][seed][0][2] - arms["a"][seed][0][2])[:num]
     return verdicts(arms, {"c": claim("a")}, {"a": worst}) == ["supported"]
+
+
+STOPS: Rows = {f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)}
 
 
 def equivalence(rng: Rng, *, true: float) -> bool:
@@ -104,38 +127,76 @@ def equivalence(rng: Rng, *, true: float) -> bool:
     return any(verdict not in fine and verdict != "undecided" for verdict, fine in zip(found, allowed, strict=True))
 
 
-def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
-    """The interval over new seeds and examples of 5 seeds and clusters of 1 to 8 examples: is the truth inside?"""
-    clusters_E = np.repeat(np.arange(num_clusters), rng.integers(1, 9, num_clusters))
-    shared, own = rng.normal(size=num_clusters)[clusters_E], rng.normal(size=len(clusters_E))
-    d_SE = 0.2 + math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
-    d_SE = d_SE + 0.1 * rng.normal(size=(5, 1)) + 0.3 * rng.normal(size=(5, len(clusters_E)))
-    none_E, one_E = np.full(len(clusters_E), np.nan), np.ones(len(clusters_E))
-    part_E = np.zeros(len(clusters_E), np.int64)
-    runs = [[Examples(part_E, none_E, none_E, loss_E, one_E) for loss_E in arm_SE] for arm_SE in (d_SE, 0 * d_SE)]
-    low, high = crossed([Answers(LM_LOSS, runs, clusters_E)], seed=int(rng.integers(2**31)), num=1000).mean
-    return low <= 0.2 <= high
-
-
-ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
-    "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
-    "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
-    "holm: 5 claims, less FLOPs": (family, {"num": 5, "n": 4, "fields": {"less": "flops"}}),
-    "holm: 5 claims against two": (family, {"num": 5, "n": 5, "fields": {"against": ["alone", "longer"]}}),
-    "holm: 10 claims, n = 5": (family, {"num": 10, "n": 5, "fields": {}}),
-    **{f"equal cost: ×{ratio:g}": (equal_cost, {"ratio": ratio}) for ratio in (1.005, 1.1, 1.5, 1.9, 2.0, 3.0)},
-    **{f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)},
+EQUIVALENT: Rows = {
     "equivalent: 5 alike": (equivalence, {"true": 0.0}),
     "equivalent: one at the limit": (equivalence, {"true": 0.2}),
-    **{
-        f"coverage: {num} clusters, correlation {correlation:g}": (
-            covers,
-            {"num_clusters": num, "correlation": correlation},
-        )
-        for num in (30, 60)
-        for correlation in (0.0, 0.1, 0.3)
-    },
 }
+
+
+def covers(
+    rng: Rng, *, rule: Rule | None = None, seeds: int, clusters: int, spread: tuple[float, float, float]
+) -> bool:
+    """The interval over new seeds and examples, of clusters of 1 to 8 examples: is the true difference inside?
+
+    Args:
+        rule: of a task's score; by default a loss.
+        spread: correlation of examples of a cluster; standard deviation of seeds; of pairs of seed and example.
+    """
+    correlation, of_seeds, of_pairs = spread
+    cluster_E = np.repeat(np.arange(clusters), rng.integers(1, 9, clusters))
+    E, S = len(cluster_E), seeds
+    shared_E, own_E = rng.normal(size=clusters)[cluster_E], rng.normal(size=E)
+    d_SE = math.sqrt(correlation) * shared_E + math.sqrt(1 - correlation) * own_E
+    d_SE = d_SE + of_seeds * rng.normal(size=(S, 1)) + of_pairs * rng.normal(size=(S, E))
+    part_E, ones_E, label_E = np.zeros(E, np.int64), np.ones(E), (rng.random(E) < 0.4).astype(float)
+    if rule is None:
+        metric, truth, values_ASE = LM_LOSS, 0.2, np.stack([0.2 + d_SE, 0 * d_SE])
+    else:  # both arms are right on the examples that are easy for them, equally many
+        easy_E = rng.normal(size=E)
+        metric, truth = score_metric(rule), 0.0
+        values_ASE = np.abs(label_E - (np.stack([easy_E + d_SE / 2, easy_E - d_SE / 2]) < -0.8))
+    runs = [[Examples(part_E, label_E, v_E, v_E, ones_E) for v_E in arm] for arm in values_ASE]
+    assert metric.left_out is not None
+    left_out_ASC = np.array([[metric.left_out(run, cluster_E) for run in arm] for arm in runs])
+    low, high = intervals([DataSet(left_out_ASC, np.zeros(clusters, np.int64), np.bincount(cluster_E))]).mean
+    return low <= truth <= high
+
+
+COVERAGE: Rows = {
+    f"coverage: {rule or 'loss'}, {seeds} seeds, {clusters} clusters, {name}": (
+        covers,
+        {"rule": rule, "seeds": seeds, "clusters": clusters, "spread": spread},
+    )
+    for rule in (None, "accuracy", "f1", "matthews")
+    for seeds in (5, 10, 20)
+    for clusters in (30, 60, 120)
+    for name, spread in (
+        ("r .05, seeds alike", (0.05, 0.0, 0.3)),
+        ("r .3, seeds alike", (0.3, 0.0, 0.3)),
+        ("r .1, some spread", (0.1, 0.1, 0.3)),
+        ("r .3, much spread", (0.3, 0.3, 3.0)),
+        ("r .3, pairs alone", (0.3, 0.0, 3.0)),
+        ("r .3, seeds alone", (0.3, 1.0, 0.3)),
+    )
+}
+
+# ---------------------------------------------------------------------------------------------------------- all rows
+
+GROUPS: Sequence[Rows] = (
+    HOLM,
+    EQUAL_COST,
+    STOPS,
+    EQUIVALENT,
+    COVERAGE,
+)
+ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
+
+
+def count(name: str, first: int, num: int) -> int:
+    """Counts over repetitions `first` to `first + num`, which are the same however many others there are."""
+    draw, fields = ROWS[name]
+    rng = np.random.default_rng([*name.encode(), first])
+    return sum(draw(rng, **fields) for _ in range(num))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,10 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("group", nargs="?", default="", help="beginning of the names of rows; by default all rows")
     parser.add_argument("--num", type=int, default=200, help="repetitions of each row")
     arguments = parser.parse_args(argv)
-    for name, (draw, fields) in ROWS.items():
-        if name.startswith(arguments.group):
-            rng = np.random.default_rng(0)
-            share = sum(draw(rng, **fields) for _ in range(arguments.num)) / arguments.num
+    chunks = [(first, min(CHUNK, arguments.num - first)) for first in range(0, arguments.num, CHUNK)]
+    with ProcessPoolExecutor() as pool:
+        rows = [name for name in ROWS if name.startswith(arguments.group)]
+        counts = {name: [pool.submit(count, name, *chunk) for chunk in chunks] for name in rows}
+        for name, parts in counts.items():
+            share = sum(part.result() for part in parts) / arguments.num
             error = math.sqrt(share * (1 - share) / arguments.num)
             print(f"{name:42} {100 * share:5.1f} % ± {100 * error:.1f} of {arguments.num}", flush=True)
     return 0

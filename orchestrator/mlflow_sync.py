@@ -107,9 +107,11 @@ class Mirror:
         """Takes a row of `trials` and its rows of `results`: all of them, or those since the last call."""
         self._inbox.append((dict(trial), list(rows)))
 
-    def finish(self, status: str, artifacts: Sequence[Path] = ()) -> None:
-        """Ends the parent run (`ended`, `failed` or `stopped`) with these files, once all trials have arrived."""
-        self._about = self._about | {"status": status}
+    def finish(self, status: str, artifacts: Sequence[Path] = (), *, verdicts: Mapping[str, str] | None = None) -> None:
+        """Ends the parent run (`ended`, `failed` or `stopped`) with these files and a tag for the verdict on each claim, once
+        all trials have arrived."""
+        of_claims = {_clean(f"verdict.{claim}"): verdict for claim, verdict in (verdicts or {}).items()}
+        self._about = self._about | {"status": status} | of_claims
         self._end = (status, list(artifacts))
 
     def close(self, timeout: float = 60.0) -> int:

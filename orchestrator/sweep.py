@@ -208,16 +208,19 @@ def _finish(sweep: Sweep) -> int:
     made = tables(study.folder, rows, ledger.records, PhaseStore(scheduler.storage).examples)
     write(made, home)
     evaluator, importance = (scheduler.search and scheduler.search.importance()) or ("", None)
+    chance = scheduler.search.importance_by_chance if scheduler.search else None
     report = make_report(
-        study, made, sweep.provenance, importance=importance, evaluator=evaluator, storage=sweep.arguments.storage
-    )
+        study, made, sweep.provenance, importance=importance, evaluator=evaluator, chance=chance,
+        storage=sweep.arguments.storage,
+    )  # fmt: skip
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())
     for row in rows:
         mirror.put(row, ledger.records.get(row["trial"], []))
     names = ("report.html", "report.md", *(f"{table}.parquet" for table in TABLES))
     artifacts = [home.path(name) for name in names] if home.is_local else []
-    mirror.finish("stopped" if signal_number or scheduler.closed else "ended", artifacts)
+    status = "stopped" if signal_number or scheduler.closed else "ended"
+    mirror.finish(status, artifacts, verdicts=report.summary.by_claim)
     undelivered = mirror.close(5.0 if signal_number == signal.SIGTERM else 30.0)
     if undelivered and mirror.problem:
         print(mirror.problem)

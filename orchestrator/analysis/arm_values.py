@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,17 +37,20 @@ def arm_values(
     records: Records, names: Sequence[str], query: MetricQuery
 ) -> tuple[tuple[str, ...], dict[str, ArmValues]]:
     """Returns the data sets (the queried ones; else all that any arm has), and each arm's values."""
-    trials, rows = records.select(names, query)
-    here = rows[(rows["progress"] - query.at).abs() <= 1e-6]
-    query = query._replace(tasks=query.tasks or tuple(sorted(set(here["task"]))))
-    arms = {}
-    for name in names:
-        own, own_rows = (table[table[records.column] == name] for table in (trials, here))
-        values = arms[name] = values_in(records, name, (own, own_rows), query)
-        if not values.by_task:
-            recorded = tuple(sorted(set(rows.loc[rows[records.column] == name, "progress"])))
+    selected = {name: records.select_one(name, query) for name in names}
+    here = {name: rows[(rows["progress"] - query.at).abs() <= 1e-6] for name, (_, rows) in selected.items()}
+    query = query._replace(
+        tasks=query.tasks or tuple(sorted({task for rows in here.values() for task in rows["task"]}))
+    )
+    arms = dict[str, ArmValues]()
+    for name, (trials, rows) in selected.items():
+        arms[name] = records.once(
+            ("values", name, query), partial(values_in, records, name, (trials, here[name]), query)
+        )
+        if not arms[name].by_task:
+            recorded = tuple(sorted(set(rows["progress"])))
             none = note(Kind.NO_VALUE, arm=name, query=query, recorded=recorded)
-            arms[name] = replace(values, notes=(*values.notes, none))
+            arms[name] = replace(arms[name], notes=(*arms[name].notes, none))
     return query.tasks, arms
 
 

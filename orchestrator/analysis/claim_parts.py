@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from orchestrator.analysis.arm_values import ArmValues, arm_values
-from orchestrator.analysis.bootstrap import Missing, Runs, interval_of, seed_of
 from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.new_data import Missing, Runs, StoredAnswers
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import (
@@ -24,6 +23,7 @@ from orchestrator.analysis.statistics import (
     compare_costs,
     decide,
     equivalence_p,
+    pivot_of,
     sign_test,
 )
 from orchestrator.study.claims import Claim, CostAxis
@@ -67,13 +67,6 @@ class Part:
         return self.comparison is not None and self.comparison.holds_on_new_data()
 
 
-class StoredAnswers(NamedTuple):
-    """The stored answers to examples, with the column `arm_name`; or why there can be no interval over examples."""
-
-    rows: pd.DataFrame | None
-    why: Kind = Kind.NOT_STORED
-
-
 # ----------------------------------------------------------------------------------------------------------- query
 
 
@@ -98,20 +91,6 @@ def query_claim(claim: Claim, records: Records, default_phase: str) -> tuple[Met
     return query._replace(tasks=tasks), [(arms[claim.arm], arms[against]) for against in claim.rivals]
 
 
-def query_examples(
-    examples: pd.DataFrame | None, queries: Mapping[tuple[str, ...], MetricQuery], records: Records
-) -> StoredAnswers:
-    """Returns the answers of arms (or points) under the queries of each."""
-    query = next(iter(queries.values()))
-    if query.at != 1 or query.equal is not None or query.split != "test":
-        return StoredAnswers(None, Kind.NOT_AT_END)
-    if examples is None or examples.empty:
-        return StoredAnswers(None)
-    planned = [(records.planned(examples, names), of_names) for names, of_names in queries.items()]
-    rows = pd.concat([rows[of_names.matches(rows)] for rows, of_names in planned])
-    return StoredAnswers(rows.assign(arm_name=rows[records.column].astype(str)))
-
-
 # --------------------------------------------------------------------------------------------------------- compare
 
 
@@ -119,12 +98,12 @@ def query_examples(
 class ClaimContext:
     """What the pairs of one claim (or confirmation) have in common."""
 
-    name: str
     query: MetricQuery  # with its data sets
-    examples: StoredAnswers
+    examples: StoredAnswers | None
     facts: TaskFacts
     margin: float = 0.0
     within: float | None = None
+    against_model: str | None = None  # where it is not the query's
     family_size: int = 1  # comparisons of all claims of the family
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
@@ -137,7 +116,7 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
     comparison = context.compare(arm.values, against.values, against.name)
     notes = _on_pairs(comparison, arm.name, against.name)
     by_task: dict[str, Comparison] = {}
-    for task in context.query.tasks:
+    for task in context.query.tasks if len(context.query.tasks) > 1 else ():
         of_task = context.compare(arm.by_task.get(task, {}), against.by_task.get(task, {}), against.name)
         by_task |= {} if of_task is None else {task: of_task}
     if comparison is not None:
@@ -186,20 +165,23 @@ def _over_examples(
     seeds, query = comparison.seeds, context.query
     recorded = {t: np.array([[v.by_task[t][seed] for seed in seeds] for v in pair]) for t in query.tasks}
     try:
-        if context.examples.rows is None:
-            raise Missing(context.examples.why)
+        if query.at != 1 or query.equal is not None or query.split != "test":
+            raise Missing(Kind.NOT_AT_END)
+        if context.examples is None:
+            raise Missing(Kind.NOT_STORED)
         if arm.failed or against.failed:
             raise Missing(Kind.FAILED_SEED)
-        runs, seed = Runs((arm.name, against.name), seeds, recorded), seed_of(context.name, against.name)
-        alpha = ALPHA / context.family_size
-        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed, alpha=alpha)
+        queries = query, query._replace(model=context.against_model or query.model)
+        runs, alpha = Runs((arm.name, against.name), queries, seeds, recorded), ALPHA / context.family_size
+        drawn = context.examples.intervals(runs, context.facts, alpha=alpha)
     except Missing as missing:
         return comparison, by_task, [missing.note]
     if comparison.n == 1:
         return comparison, by_task, [note(Kind.SINGLE_SEED_INTERVAL, interval=drawn.mean)]
     each = {
-        task: replace(by_task[task], new_data=interval) if by_task[task].seeds == seeds else by_task[task]
+        task: replace(by_task[task], new_data=interval)
         for task, interval in zip(recorded, drawn.each, strict=True)
+        if task in by_task and by_task[task].seeds == seeds
     }
     return replace(comparison, new_data=drawn.mean), by_task | each, []
 
@@ -213,7 +195,10 @@ def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Not
         return [note(Kind.TOO_FEW_PAIRS, n=comparison.n, least=MIN_PAIRS)]
     if comparison.sd == 0:
         return [note(Kind.EQUAL_DIFFERENCES, n=comparison.n)]
-    return [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
+    notes = [note(Kind.FEW_PAIRS, n=comparison.n, p_floor=comparison.p_floor)] if comparison.n < 5 else []
+    if (pivot := pivot_of(comparison)) is not None:
+        notes.append(note(Kind.PIVOT, against=against, seed=pivot.seed, p=pivot.p, whole=comparison.p))
+    return notes
 
 
 def _on_beyond(context: ClaimContext, arm: ArmValues, against: ArmValues, *, is_alike: bool) -> list[Note]:

@@ -78,13 +78,12 @@ def trial_costs(
     trials: pd.DataFrame, rows: pd.DataFrame, query: MetricQuery, facts: TaskFacts
 ) -> dict[int, TrialCost]:  # fmt: skip
     """Returns, by seed, the cost of the phase up to these rows (which are cumulative), and of the phases before it."""
-    spent = cost_of_rows(rows, trials, ["trial"]).reindex(trials["trial"], fill_value=0.0)
-    costs = {}
-    for trial in trials.to_dict("records"):
-        own = spent.loc[trial["trial"]]
-        phase = Cost(float(own["tokens"]), float(own["flops"]), float(own["device_seconds"]))
-        costs[int(trial["seed"])] = TrialCost(phase, cost_before(trial["phases"], query, facts))
-    return costs
+    found = cost_of_rows(rows, trials, ["trial"])
+    spent = dict(zip(found.index, found[["tokens", "flops", "device_seconds"]].to_numpy().tolist(), strict=True))
+    return {
+        int(seed): TrialCost(Cost(*spent.get(trial, (0.0, 0.0, 0.0))), cost_before(phases, query, facts))
+        for trial, seed, phases in zip(trials["trial"], trials["seed"], trials["phases"], strict=True)
+    }
 
 
 class CostPair(NamedTuple):

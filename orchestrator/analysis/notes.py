@@ -30,6 +30,7 @@ class Kind(StrEnum):
     EQUAL_DIFFERENCES = auto()  # n
     TOO_FEW_PAIRS = auto()  # n, least
     FEW_PAIRS = auto()  # n, p_floor
+    PIVOT = auto()  # against, seed, p (without this seed), whole (the p of all)
     FAILED_SEEDS = auto()  # failed (arm, seeds)
     NEXT_EVALUATION = auto()  # arm, against, effect, interval, decision: at the next evaluation; is_alike (both sides)
     SINGLE_SEED_INTERVAL = auto()  # interval
@@ -44,6 +45,8 @@ class Kind(StrEnum):
     OTHER_VALUE = auto()  # task
     NO_CLUSTERS = auto()  # task
     FEW_CLUSTERS = auto()  # task, num, least
+    UNEVEN_CLUSTERS = auto()  # task, num, effective, least
+    FEW_SEEDS = auto()  # num, least
     # costs
     NO_COST = auto()  # arm, against, axis
     EQUAL_COST_RATIOS = auto()  # axis, n

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -13,6 +13,8 @@ from orchestrator.study.claims import CostAxis
 from trainables.config.phase_run import PhaseRun
 from trainables.metrics.known import metric_named
 from trainables.metrics.metric import Metric
+
+T = TypeVar("T")
 
 
 class MetricQuery(NamedTuple):
@@ -65,6 +67,14 @@ class Records:
     num_seeds: int | None = None  # planned; by default as many as there are trials
     column: Literal["arm", "point"] = "arm"
     kind: Literal["trial", "confirm"] = "trial"
+    _found: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Any, find: Callable[[], T]) -> T:
+        """Returns what `find` does, which is called once, however many claims ask."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: T = self._found[key]
+        return found
 
     def planned(self, table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
         return table[table["planned"].eq(True) & (table["kind"] == self.kind) & table[self.column].isin(list(names))]
@@ -76,6 +86,10 @@ class Records:
         rows = rows[query.matches(rows)]
         rows = rows[~rows["trial"].isin(trials.loc[trials["status"] == "stopped", "trial"])]
         return trials, rows.assign(progress=rows["progress"].round(6))
+
+    def select_one(self, name: str, query: MetricQuery) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """As `select`, for one arm (or point) at any progress."""
+        return self.once((name, query._replace(at=1.0)), lambda: self.select([name], query))
 
 
 def parsed(cell: Any) -> dict[str, Any]:

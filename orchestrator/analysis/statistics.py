@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -24,6 +24,7 @@ Interval = tuple[float, float]
 ALPHA = 0.05  # two-sided, of a whole family
 MIN_PAIRS = 3  # fewer decide nothing
 MAX_SEEDS = 1000  # advice of more seeds than this is useless
+PERMUTATIONS = 200  # of the scores of a search's points
 SIGN_FLIPS = 20_000  # sign patterns of a test; all of them up to 14 pairs
 
 
@@ -83,9 +84,9 @@ def decide(p: float, beyond: float) -> Decision:
     return Decision.SUPPORTED if beyond > 0 else Decision.REFUTED
 
 
-def bootstrap_widening(n: int, alpha: float = ALPHA) -> float:
-    """Returns the ratio of Student's interval to the bootstrap's for the mean of n values; n >= 2."""
-    return float(stats.t.ppf(1 - alpha / 2, n - 1) / stats.norm.ppf(1 - alpha / 2)) * math.sqrt(n / (n - 1))
+def t_quantile(freedom: float, alpha: float = ALPHA) -> float:
+    """Returns the two-sided quantile of Student's t."""
+    return float(stats.t.ppf(1 - alpha / 2, freedom))
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -142,6 +143,23 @@ def rank_correlation(rung: Sequence[float], end: Sequence[float]) -> RankCorrela
     """Spearman's rank correlation of the scores at a rung with those of the same trials at the end."""
     a, b = np.asarray(rung, dtype=np.float64), np.asarray(end, dtype=np.float64)
     return RankCorrelation(float(stats.spearmanr(a, b).statistic) if _can_correlate(a, b) else None, len(a))
+
+
+class Chance(NamedTuple):
+    """The 95th percentiles of importances where nothing matters."""
+
+    each: Mapping[str, float]
+    largest: float  # of the factor that looks most important
+
+
+def importance_by_chance(
+    importances: Callable[[Sequence[float]], Mapping[str, float]], scores: Sequence[float], *, num: int = PERMUTATIONS
+) -> Chance:
+    """Permutes the scores of the points, so that no factor matters, and computes the importance of each factor anew."""
+    rng = np.random.default_rng(0)
+    drawn = [importances(rng.permutation(scores).tolist()) for _ in range(num)]
+    each = {name: float(np.quantile([found[name] for found in drawn], 1 - ALPHA)) for name in drawn[0]}
+    return Chance(each, float(np.quantile([max(found.values()) for found in drawn], 1 - ALPHA)))
 
 
 def _power(n: int, effect_in_sd: float, alpha: float) -> float:
@@ -205,7 +223,7 @@ class Comparison:
     p_floor: float = 1.0  # the least possible `p_signflip`
     correlation: float | None = None  # of the pairs
     welch: Interval | None = None  # 95 %, unpaired
-    new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `bootstrap`
+    new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `new_data`
 
     @property
     def gain(self) -> float:
@@ -227,6 +245,26 @@ class Comparison:
         if within is not None:
             return -within < low and high < within
         return low > self.margin if self.gain > self.margin else high < self.margin
+
+
+class Pivot(NamedTuple):
+    """The one seed without which a comparison is decided otherwise."""
+
+    seed: int
+    p: float  # without it
+
+
+def pivot_of(found: Comparison) -> Pivot | None:
+    """Finds the seed; None where there is none or are several, as then the spread decides, and no single seed."""
+    if found.p is None or found.n <= MIN_PAIRS:
+        return None
+    d, null = np.array(found.differences), -found.margin if found.lower_is_better else found.margin
+    others = np.array([np.delete(d, i) for i in range(found.n)])
+    tests = paired_t(others, null=null)
+    whole = decide(found.p, found.gain - found.margin)
+    beyond = (null - tests.mean) if found.lower_is_better else (tests.mean - null)
+    changed = [i for i in range(found.n) if decide(float(tests.p[i]), float(beyond[i])) != whole]
+    return Pivot(found.seeds[changed[0]], float(tests.p[changed[0]])) if len(changed) == 1 else None
 
 
 def compare(

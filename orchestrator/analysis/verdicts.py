@@ -22,10 +22,10 @@ from orchestrator.analysis.claim_parts import (
     compare_cost,
     compare_quality,
     query_claim,
-    query_examples,
 )
 from orchestrator.analysis.costs import Cost, CostPart, cost_pair
 from orchestrator.analysis.curves import task_facts
+from orchestrator.analysis.new_data import stored_answers
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
@@ -103,18 +103,17 @@ def judge(
     for claim in claims.values():
         sizes[claim.family] += claim.num_parts
     records = Records(results, trials, tasks or TaskFacts(), num_seeds)
+    answers = stored_answers(examples, records)
     compared = {}
     for name, claim in claims.items():
         query, pairs = query_claim(claim, records, default_phase)
-        rival_query = query._replace(model=claim.against_model or claim.model)
-        answers = query_examples(examples, {(claim.arm,): query, claim.rivals: rival_query}, records)
         context = ClaimContext(
-            name,
             query,
             answers,
             records.facts,
             margin=claim.margin,
             within=claim.within,
+            against_model=claim.against_model,
             family_size=sizes[claim.family],
         )
         quality = [compare_quality(context, *pair) for pair in pairs]
@@ -320,9 +319,9 @@ def confirm_verdict(
 ) -> Confirmation:
     """Judges whether the winner is better than the baseline over the `confirm` trials, at alpha .05 for this one pair."""
     records = Records(results, trials, tasks or TaskFacts(), num_seeds, "point", "confirm")
-    answers = query_examples(examples, {points: query}, records)
+    answers = stored_answers(examples, records)
     averaged, values = arm_values(records, points, query)
-    context = ClaimContext("confirm", query._replace(tasks=averaged), answers, records.facts)
+    context = ClaimContext(query._replace(tasks=averaged), answers, records.facts)
     part = compare_quality(context, *(values[point] for point in points))
     on_dev = arm_values(records, points, query._replace(split="dev"))[1]
     again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")

@@ -66,6 +66,11 @@ def numbered(verdicts: Sequence[Verdict]) -> list[tuple[str, Verdict]]:
     return [(f"{i}. {v.name}", v) for i, v in enumerate(verdicts, 1)]
 
 
+def word(verdict: Verdict) -> str:
+    """The verdict in a word; with another one where seeds are missing that would decide."""
+    return f"{verdict.verdict}{', provisional' if _more(verdict).startswith('provisional') else ''}"
+
+
 def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
     """All verdicts in one sentence."""
     if not verdicts:

@@ -161,6 +161,7 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.EQUAL_DIFFERENCES: "all {n} differences are equal: without spread there is no test",
     Kind.TOO_FEW_PAIRS: "n = {n}: provisional; {least} pairs or more decide",
     Kind.FEW_PAIRS: "n = {n}: few pairs, the sign-flip p cannot be below {p_floor:g}",
+    Kind.PIVOT: "hangs on one seed: beside {against!r} p is {whole:.2g}, and {p:.2g} without seed {seed} (both before Holm)",
     Kind.FAILED_SEEDS: _failed_seeds,
     Kind.NEXT_EVALUATION: _next_evaluation,
     Kind.SINGLE_SEED_INTERVAL: _single_seed_interval,
@@ -174,6 +175,10 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.OTHER_VALUE: _NO_INTERVAL + "the stored answers to {task} do not give the recorded value",
     Kind.NO_CLUSTERS: _NO_INTERVAL + "it is not stored which examples of {task} are of one document or text",
     Kind.FEW_CLUSTERS: _NO_INTERVAL + "{task} has examples of {num} documents or texts; expected {least} or more",
+    Kind.UNEVEN_CLUSTERS: _NO_INTERVAL
+    + "{num} documents or texts of {task} say as much as {effective} of one size; expected "
+    "{least} or more",
+    Kind.FEW_SEEDS: _NO_INTERVAL + "{num} seeds; expected {least} or more",
     Kind.NO_COST: "no seed has recorded {axis} for both {arm!r} and {against!r}",
     Kind.EQUAL_COST_RATIOS: "all {n} ratios of {axis} are equal: without spread there is no test",
     Kind.COUNTED_COST_RATIOS: "{axis} are counted: their ratio is the same at each of {n} seeds, and needs no test",

@@ -6,17 +6,18 @@ The first screen shows the question, the verdicts with their uncertainty, and a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
 from orchestrator.analysis.curves import planned, point_scores
+from orchestrator.analysis.statistics import Chance
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import judge_study
 from orchestrator.reporting import cost_sections, search_sections, sections, task_sections
-from orchestrator.reporting.claim_lines import Line, answer, claim_lines
+from orchestrator.reporting.claim_lines import Line, answer, claim_lines, word
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
 from orchestrator.reporting.figures import LIGHT
@@ -34,6 +35,7 @@ class Summary:
 
     answer: str
     verdicts: Sequence[str]  # of each claim
+    by_claim: Mapping[str, str]  # the word for each verdict
     cautions: Sequence[str] = ()
 
     @property
@@ -63,10 +65,11 @@ class Page:
 
 
 def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, storage: str = DEFAULT_STORAGE,
-                importance: Mapping[str, float] | None = None, evaluator: str = "") -> Report:  # fmt: skip
+                importance: Mapping[str, float] | None = None, evaluator: str = "",
+                chance: Callable[[], Chance] | None = None) -> Report:  # fmt: skip
     """Makes the report of the trials in the tables, finished or not.
 
-    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points.
+    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points; `chance`: computes those of permuted scores.
     """
     verdicts, points = judge_study(study, tables), point_scores(study, tables)
     below = (
@@ -78,7 +81,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         sections.learning_curves(study, tables),
         search_sections.search_points(study, points),
         search_sections.effects(study, points),
-        search_sections.importances(study, points, importance, evaluator),
+        search_sections.importances(study, points, importance, evaluator, chance=chance),
         search_sections.early_stopping(study, tables),
         cost_sections.cost_by_arm(study, tables),
         task_sections.models(study, tables),
@@ -103,7 +106,8 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions)
+    by_claim = {v.name: word(v) for v in verdicts}
+    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], by_claim, page.cautions)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 

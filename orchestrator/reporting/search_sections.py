@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from orchestrator.analysis.curves import completed, objective_reading, planned, score_name, values_of
 from orchestrator.analysis.queries import parsed
-from orchestrator.analysis.statistics import mean_and_half, rank_correlation
+from orchestrator.analysis.statistics import ALPHA, PERMUTATIONS, Chance, mean_and_half, rank_correlation
 from orchestrator.analysis.tables import Tables
 from orchestrator.reporting import figures
 from orchestrator.reporting.document import (
@@ -103,6 +103,8 @@ def effects(study: Study, points: pd.DataFrame) -> Section:
         "A mark is one completed searched trial; a bar is a label’s mean with its 95 % t interval. These scores selected the "
         "winner, so the best are optimistic; other factors are not held fixed."
     )
+    if study.search is not None and study.search.sampler == "tpe":
+        text += " TPE asked for most of these points where it expected good scores, so they are no random sample of the space."
     alt = f"{score} by varied factor. " + "; ".join(
         f"{r[0]} {r[1]}: {r[4]} (n = {r[3]})" for r in rows if r[2] == "all"
     )
@@ -112,7 +114,9 @@ def effects(study: Study, points: pd.DataFrame) -> Section:
     )
 
 
-def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, float] | None, evaluator: str) -> Section:
+def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, float] | None, evaluator: str,
+                *, chance: Callable[[], Chance] | None = None) -> Section:  # fmt: skip
+    """`chance`: computes the importances of permuted scores, which takes seconds."""
     title, done = "Importance", completed(points)
     if reason := _reason_not_shown(study, len(done)):
         return Section(title, (reason,))
@@ -120,9 +124,18 @@ def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, flo
         return Section(title, ("Not shown: none was computed for this report.",))
     names = short_names(tuple(study.vary))
     ranked = sorted(importance.items(), key=lambda item: (-item[1], item[0]))
-    rows = [(names.get(path, path), fixed(value, 2)) for path, value in ranked]
     text = f"Evaluator: {evaluator or 'not named'}; n = {len(done)} completed trials of the search."
-    table = Table("Importance of each factor for the score", ("factor", "importance"), rows, "lr")
+    head, rows = ["factor", "importance"], [[names.get(path, path), fixed(value, 2)] for path, value in ranked]
+    if chance is not None:
+        found, (top, value) = chance(), ranked[0]
+        head.append(f"by chance, up to ({100 * (1 - ALPHA):g} %)")
+        for row, (path, _) in zip(rows, ranked, strict=True):
+            row.append(fixed(found.each[path], 2) if path in found.each else "–")
+        text += (
+            f" Where no factor matters (scores permuted {PERMUTATIONS} times), the largest is up to {fixed(found.largest, 2)}; "
+            f"that of {names.get(top, top)}, {fixed(value, 2)}, is {'above it' if value > found.largest else 'no more than chance'}."
+        )
+    table = Table("Importance of each factor for the score", head, rows, "l" + "r" * (len(head) - 1))
     return Section(title, (text, table))
 
 

@@ -162,13 +162,13 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
             places = decimals_beside(c.interval, c.effect)
             effect = fixed(c.effect, places, sign=True)
             intervals = [span(interval, places) for interval in (c.interval, c.new_data, c.simultaneous, c.welch)]
-            chances = [*map(p_value, (c.p, v.p_adjusted, c.p_signflip)), f"{c.p_floor:.2g}", fixed(c.correlation, 2)]
+            chances = [*map(p_value, (c.p, v.p_adjusted, c.p_signflip, c.p_floor)), fixed(c.correlation, 2)]
             rows.append((name, v.claim.arm, c.against, str(c.n), effect, *intervals, *chances))
         notes += [(name, note_text(note)) for note in v.notes]
     text = (
         "Effect: arm − against. Test: Student’s t on pairs by seed, two-sided, with Holm’s correction within a family of "
         "claims. A claim of k comparisons has the largest p if it is supported, k times the smallest if it is refuted. The exact sign-flip p and its floor, 2^(1−n), "
-        "decide nothing. Welch: unpaired; r: correlation of the pairs. New data as well: seeds and clusters of test examples resampled, "
+        "decide nothing. Welch: unpaired; r: correlation of the pairs. New data as well: over new seeds and new clusters of test examples, "
         "simultaneous over the family; the other intervals are over new seeds on this evaluation set."
     )
     head = ("claim", "arm", "against", "n", "effect", "95 %, unadjusted", "simultaneous, new data as well", "95 %, simultaneous",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from orchestrator.analysis.statistics import Chance, importance_by_chance
 from orchestrator.study.axes import Axis, Choice, FloatRange
 from orchestrator.study.schema import Study
 from trainables.config.value import digest, random_stream
@@ -138,3 +139,16 @@ class Sampler:
             return "PED-ANOVA", dict(optuna.importance.get_param_importances(self._optuna, evaluator=evaluator))
         except (ValueError, RuntimeError):
             return None
+
+    def importance_by_chance(self) -> Chance:
+        """The importances of the completed points where their scores are permuted; there are importances."""
+        done = [trial for trial in self._optuna.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+
+        def importances(scores: Sequence[float]) -> dict[str, float]:
+            permuted = optuna.create_study(direction=self._optuna.directions[0].name.lower())
+            for trial, score in zip(done, scores, strict=True):
+                permuted.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=score))
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            return dict(optuna.importance.get_param_importances(permuted, evaluator=evaluator))
+
+        return importance_by_chance(importances, [trial.values[0] for trial in done])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.analysis.statistics import Chance
 from orchestrator.scheduling import trial_files
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
@@ -133,6 +134,9 @@ class SearchStage:
 
     def importance(self) -> tuple[str, dict[str, float]] | None:
         return self._sampler.importance()
+
+    def importance_by_chance(self) -> Chance:
+        return self._sampler.importance_by_chance()
 
     # --------------------------------------------------------------------------------------------------------- events
 

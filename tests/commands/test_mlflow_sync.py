@@ -135,6 +135,16 @@ def test_a_trial_is_a_nested_run_with_its_tags_its_parameters_and_every_point(ur
     assert parent.info.status == "FINISHED"
 
 
+def test_the_parent_has_a_tag_for_the_verdict_on_each_claim(uri: str) -> None:
+    mirror = Mirror(uri, "smoke")
+    mirror.start()
+    mirror.put(trial(1), rows(0))
+    mirror.finish("ended", verdicts={"helps": "equivalent", "no (worse)?": "undecided, provisional"})
+    assert mirror.close(60) == 0, mirror.problem
+    tags = {name: tag for name, tag in runs(uri)[0].data.tags.items() if name.startswith("verdict.")}
+    assert tags == {"verdict.helps": "equivalent", "verdict.no _worse__": "undecided, provisional"}
+
+
 def test_every_status_of_a_trial_has_its_own_in_mlflow(uri: str) -> None:
     failed = trial(3, "failed", reason="diverged at step 20")
     mirrored(uri, *[(trial(i, status), []) for i, status in enumerate(["running", "ended", "stopped"])], (failed, []))

@@ -685,7 +685,7 @@ def test_wikitext_and_a_causal_tokenizer_fit_together(tmp_path: Path) -> None:
 
 
 def test_each_sequence_names_the_document_of_its_middle(tmp_path: Path) -> None:
-    """Examples of one document are one cluster of a bootstrap; files of before have no such column."""
+    """Examples of one document are one cluster; files of before have no such column."""
     found = prepare(data_of(text_file(tmp_path / "text.txt", some_documents(60, words=400))), str(tmp_path / "data"))
     documents = found.test.documents
     assert documents is not None and len(documents) == len(found.test) and len(set(documents)) < len(documents)

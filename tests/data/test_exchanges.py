@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -26,8 +27,11 @@ from trainables.config.errors import DataError
 from trainables.config.models import Model
 from trainables.config.trial import TrialSpec
 from trainables.data import tokenizer
-from trainables.data.instructions.exchanges import ExchangeSet
+from trainables.data.arrow import write_table
+from trainables.data.encode.instructions import SCHEMA
+from trainables.data.instructions.exchanges import Exchanges, ExchangeSet
 from trainables.data.instructions.packing import ExchangeBatch, first_fit
+from trainables.data.instructions.rows import Row, Turn
 from trainables.data.instructions.templates import alpaca
 from trainables.data.order import bucketed_indices
 from trainables.data.prepare import fingerprint, prepare
@@ -91,6 +95,31 @@ def test_prompt_and_reply_are_encoded_apart_and_joined(tmp_path: Path) -> None:
     assert data.scoring.seeds == (10, 20, 30, 40, 50) and data.length == 512
     with pytest.raises(IndexError):
         data.test.prompt(2)
+
+
+def test_each_exchange_names_the_text_or_group_that_it_shares(tmp_path: Path) -> None:
+    """Prompts on one context, of one group, or from one conversation are no independent examples."""
+    rows = [{"instruction": f"w{i}", "response": "w1", "context": f"W3  w{i % 2}"} for i in range(6)]
+    rows += [{"instruction": f"w{i % 2}", "response": f"w{i}", "context": ""} for i in range(4)]
+    how = {"columns": {"context": "context"}}
+    found = opened(tmp_path, rows, **how).test.clusters
+    assert found is not None and found.dtype == np.int64 and max(found) < 2**53
+    numbers = np.unique(found, return_inverse=True)[1].tolist()
+    assert [numbers.index(n) for n in numbers] == [0, 1, 0, 1, 0, 1, 6, 7, 6, 7]
+    grouped = opened(
+        tmp_path, [{**row, "book": i // 5} for i, row in enumerate(rows)], split_by="book", **how
+    ).test.clusters
+    assert grouped is not None and [len(set(grouped[:5])), len(set(grouped[5:])), len(set(grouped))] == [1, 1, 2]
+    user, other = ({"role": "user", "content": text} for text in ("w1", "w2"))
+    reply = {"role": "assistant", "content": "w3"}
+    one, first, begins_alike, alone = (
+        Row(tuple(Turn(**turn) for turn in turns), "", ("w4",)).cluster
+        for turns in ([user], [{"role": "system", "content": "w9"}, user, reply, other], [user, reply, user], [other])
+    )
+    assert one == first == begins_alike != alone
+    older = tmp_path / "older.arrow"
+    write_table(older, pa.schema(list(SCHEMA)[:3]), [([[1]], [[2]], [["w1"]])])
+    assert Exchanges(older, length=8, pad_id=0).clusters is None
 
 
 def test_the_boundary_is_that_of_generation(tmp_path: Path) -> None:
@@ -380,6 +409,7 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     ]
     scored = evaluate_exchanges(net, data, "test", on=Placement("cpu"))
     assert scored.predictions_E is not None and scored.predictions_E.tolist() == pytest.approx(expected)
+    assert scored.clusters_E is not None and scored.clusters_E.tolist() == data.test.clusters.tolist()  # type: ignore[union-attr]
     assert scored.metrics["rougeL"] == pytest.approx(np.mean(expected)) == scored.metrics["greedy_rougeL"]
     assert [expected[i] > 0 for i in range(6)] == [i % 4 > 0 for i in range(6)]  # the first one says nothing
     assert "scored against the best of up to 4 references" in data.summary()

@@ -1,4 +1,4 @@
-"""What every metric keeps: a direction, a range, and resamples that agree with the plain value. Runs over the closed list, and
+"""What every metric keeps: a direction, a range, and values without some of the examples that agree with the plain value. Runs over the closed list, and
 would run unchanged over a metric from elsewhere."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_a_metric_has_words_a_direction_and_a_range(metric: Metric) -> None:
     else:
         low, high = metric.bounds
         assert low < high and metric.worst_and_best == ((high, low) if metric.lower_is_better else (low, high))
-    assert (metric.value is None) == (metric.resample is None) == (not metric.needs)
+    assert (metric.value is None) == (metric.left_out is None) == (not metric.needs)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -96,17 +96,15 @@ def test_the_value_is_the_librarys_and_lies_in_the_range(metric: Metric) -> None
 
 
 @pytest.mark.parametrize("metric", COMPUTED, ids=lambda metric: metric.name)
-def test_a_resample_is_the_value_of_repeated_examples(metric: Metric) -> None:
-    examples, draw = some_examples(metric, 37), np.random.default_rng(1)
-    weights = np.stack([np.bincount(draw.integers(0, 37, 37), minlength=37) for _ in range(40)]).astype(float)
-    weights[0] = 1
-    values = metric.resample(examples, weights)  # type: ignore[misc]
-    assert values.shape == (40,) and values[0] == pytest.approx(metric.value(examples), rel=1e-12)  # type: ignore[misc]
-    for value, weight in zip(values, weights, strict=True):
-        which = np.repeat(np.arange(37), weight.astype(int))
-        repeated = Examples(**{name: column[which] for name, column in vars(examples).items()})
-        assert value == pytest.approx(metric.value(repeated), rel=1e-9)  # type: ignore[misc]
-    assert (metric.resample(examples, weights) == values).all()  # type: ignore[misc]
+@pytest.mark.parametrize("num_clusters", [37, 9])
+def test_a_value_without_a_cluster_is_that_of_the_others(metric: Metric, num_clusters: int) -> None:
+    examples = some_examples(metric, 37)
+    clusters = np.random.default_rng(1).permutation(np.arange(37) % num_clusters)
+    values = metric.left_out(examples, clusters)  # type: ignore[misc]
+    assert values.shape == (num_clusters + 1,)
+    for cluster, value in enumerate(values):  # the last is of all examples
+        others = Examples(**{name: column[clusters != cluster] for name, column in vars(examples).items()})
+        assert value == pytest.approx(metric.value(others), rel=1e-12)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("metric", COMPUTED, ids=lambda metric: metric.name)

@@ -1,4 +1,4 @@
-"""Scores of tasks: against scikit-learn and scipy, against counting by hand, and resampled against repeated examples."""
+"""Scores of tasks: against scikit-learn and scipy, against counting by hand, and without each cluster against the others."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def some_examples(rule: Rule, num: int = 60, seed: int = 0) -> tuple[Any, Any]:
     return np.where(draw.random(num) < 0.6, labels, draw.integers(0, num_classes, num)), labels
 
 
-def resampled_scores(rule: Rule, predictions: Any, labels: Any, parts: Any, weights: Any) -> Floats:
+def scores_without_each(rule: Rule, predictions: Any, labels: Any, parts: Any, clusters: Any) -> Floats:
     numbers = np.zeros(len(labels), np.int64) if parts is None else parts
     columns = (np.asarray(labels, dtype=float), np.asarray(predictions, dtype=float), np.empty(0), np.empty(0))
-    resample = score_metric(rule).resample
-    assert resample is not None
-    return resample(Examples(numbers, *columns), np.asarray(weights, dtype=float))
+    left_out = score_metric(rule).left_out
+    assert left_out is not None
+    return left_out(Examples(numbers, *columns), np.asarray(clusters))
 
 
 def test_scores_are_those_of_the_protocol() -> None:
@@ -94,8 +94,8 @@ def test_what_is_undefined_is_nothing_and_warns_nobody(rule: Rule, constant: str
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = scores(rule, predictions, labels)
-        (again,) = resampled_scores(rule, predictions, labels, None, np.ones((1, len(labels))))
-    assert again == pytest.approx(found["score"])
+        *without, again = scores_without_each(rule, predictions, labels, None, np.arange(len(labels)) % 5)
+    assert again == pytest.approx(found["score"]) and len(without) == 5
     for metric in ("matthews", "pearson", "spearman"):
         assert found.get(metric, 0) == 0
     if constant == "both":
@@ -104,19 +104,17 @@ def test_what_is_undefined_is_nothing_and_warns_nobody(rule: Rule, constant: str
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_a_resample_scores_like_its_repeated_examples(rule: Rule, in_parts: bool) -> None:
+def test_without_a_cluster_the_score_is_that_of_the_others(rule: Rule, in_parts: bool) -> None:
     predictions, labels = some_examples(rule, 37)
     parts = np.arange(37) % 2 if in_parts else None
-    draw = np.random.default_rng(1)
-    weights = np.stack([np.bincount(draw.integers(0, 37, 37), minlength=37) for _ in range(40)])
-    weights[0], weights[1] = 1, 0
-    weights[1, [3, 4]] = 5  # one example of each part: nothing varies
-    found = resampled_scores(rule, predictions, labels, parts, weights)
-    for value, weight in zip(found, weights, strict=True):
-        which = np.repeat(np.arange(37), weight)
-        expected = scores(rule, predictions[which], labels[which], None if parts is None else parts[which])
+    clusters = np.arange(37) // 4 * 2 + (0 if parts is None else parts)  # no cluster is in two parts
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    found = scores_without_each(rule, predictions, labels, parts, clusters)
+    for cluster, value in enumerate(found):
+        others = clusters != cluster
+        expected = scores(rule, predictions[others], labels[others], None if parts is None else parts[others])
         assert value == pytest.approx(expected["score"], abs=1e-9)
-    assert found[0] == pytest.approx(scores(rule, predictions, labels, parts)["score"])
+    assert found[-1] == pytest.approx(scores(rule, predictions, labels, parts)["score"])
 
 
 def test_each_example_needs_its_prediction() -> None:

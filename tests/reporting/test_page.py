@@ -22,11 +22,13 @@ from scipy import stats
 from orchestrator.analysis import tables as tables_
 from orchestrator.analysis.curves import point_scores, task_facts
 from orchestrator.analysis.notes import Scope
+from orchestrator.analysis.statistics import Chance
 from orchestrator.analysis.tables import RESULTS, TRIALS, Tables
 from orchestrator.analysis.verdicts import judge
 from orchestrator.report import main
 from orchestrator.reporting.notes import SCOPE
 from orchestrator.reporting.page import Report, make_report
+from orchestrator.study.claims import Claim
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from trainables.metrics.task_scores import scores
@@ -363,6 +365,35 @@ def test_below_ten_trials_a_factor_neither_importance_nor_effects_are_shown(stud
     assert "Not shown" not in many
 
 
+def test_equivalent_is_said_wherever_verdicts_are(study: Study, tables: Tables) -> None:
+    same = Claim(arm="too_weak", against="alone", model="student", metric="mlm_loss", within=0.05)
+    asked = study.model_copy(update={"claims": {"same": same, "more": same.model_copy(update={"within": None})}})
+    results = tables.results.assign(
+        value=tables.results["value"] + np.random.default_rng(0).normal(0, 0.003, len(tables.results))
+    )
+    found = make_report(asked, Tables(results, tables.trials, tables.examples), PROVENANCE)
+    assert found.summary.by_claim == {"same": "equivalent", "more": "undecided"}
+    assert "equivalent" in found.summary.verdicts[0] and "1 is equivalent" in found.summary.answer
+    assert "equivalent on this evaluation set" in claim_rows(found.html)[0][2]
+    assert "equivalent on this evaluation set" in found.markdown and "1 is equivalent" in found.markdown
+    few = make_report(asked, Tables(results[results["seed"].isin([0, 1])], tables.trials, tables.examples), PROVENANCE)
+    assert few.summary.by_claim["same"] == "undecided, provisional"
+
+
+@pytest.mark.parametrize(("largest", "says"), [(0.8, "is no more than chance"), (0.4, "is above it")])
+def test_importance_has_beside_it_what_chance_gives(study: Study, largest: float, says: str) -> None:
+    importance = {WEIGHT: 0.71, "sizes": 0.19, TEMPERATURE: 0.1}
+    by_chance = Chance({WEIGHT: 0.42, "sizes": 0.43, TEMPERATURE: 0.44}, largest)
+    how: Any = {"importance": importance, "evaluator": "PED-ANOVA", "chance": lambda: by_chance}
+    report = make_report(study, whole(study, 32), PROVENANCE, **how)
+    for text in (report.html, report.markdown):
+        assert f"the largest is up to {largest:.2f}; that of " in text and f"weight, 0.71, {says}." in text
+    assert rows_with(report.html, "teacher_to_student weight", "0.71", "0.42")
+    assert "no random sample of the space" in report.html
+    few = make_report(study, whole(study, 31), PROVENANCE, importance=importance, chance=lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert "Where no factor matters" not in few.html
+
+
 def test_effects_are_means_of_completed_points_by_label_and_by_sizes(study: Study) -> None:
     tables = whole(study, 40)
     scores = point_scores(study, tables)
@@ -602,7 +633,6 @@ def test_both_intervals_are_shown_and_labelled(by_task: tuple[Study, Tables, str
         shown = pytest.approx([c.effect, *c.interval, *c.new_data], abs=0.5 * 10**-places + 1e-9)
         assert numbers(line[5]) == shown
         assert line[2].endswith(SCOPE[v.holds] if v.holds else "more seeds")
-        assert c.new_data[1] - c.new_data[0] > c.interval[1] - c.interval[0]
     assert [v.holds for v in verdicts.values()] == [Scope.NEW_DATA] * 3
     assert "at this scale, on new data as well." in page
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from trainables.metrics.metric import Examples, Floats, Metric
+from trainables.metrics.metric import Examples, Metric, of_sums, ratio
 
 
 def _loss(examples: Examples) -> float:
     return float(examples.loss_E.sum() / examples.count_E.sum())
 
 
-def _resampled_loss(examples: Examples, weights_RE: Floats) -> Floats:
-    loss_R: Floats = (weights_RE @ examples.loss_E) / (weights_RE @ examples.count_E)
-    return loss_R
-
-
+_left_out = of_sums(lambda examples: (examples.loss_E, examples.count_E), ratio)
 MLM_LOSS = Metric("mlm_loss", "cross-entropy of masked tokens, nats", "lower", None, ("loss", "count"), _loss,
-                  _resampled_loss)  # fmt: skip
+                  _left_out)  # fmt: skip
 LM_LOSS = Metric("lm_loss", "cross-entropy of the next token, nats", "lower", None, ("loss", "count"), _loss,
-                 _resampled_loss)  # fmt: skip
+                 _left_out)  # fmt: skip
 TASK_LOSS = Metric(
     "task_loss", "cross-entropy of labels in nats, or squared error of numbers", "lower", None, ("loss", "count"), _loss,
-    _resampled_loss,
+    _left_out,
 )  # fmt: skip
 MLM_ACCURACY = Metric("mlm_accuracy", "masked tokens predicted right, %", "higher", (0.0, 100.0))
 LM_ACCURACY = Metric("lm_accuracy", "next tokens predicted right, %", "higher", (0.0, 100.0))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Column = Literal["label", "prediction", "loss", "count"]
@@ -34,13 +34,17 @@ class Examples:
             yield replace(self, part_E=self.part_E[here_E], **own), here_E
 
 
+Clusters = NDArray[np.int64]
+LeftOut = Callable[[Examples, Clusters], Floats]
+
+
 @dataclass(frozen=True)
 class Metric:
     """How good a model is, in one number.
 
-    `value` computes the number from examples. `resample` computes it [R] for R resamples at once, in which example e
-    occurs weights_RE[r, e] times. A metric without them is recorded as a number only, and has no interval over new
-    examples.
+    `value` computes the number from examples. `left_out` computes it [C + 1] without each of C clusters in turn and, last, of
+    all examples, where clusters_E[e] is the cluster of example e, and no cluster is in two parts. A metric without them is
+    recorded as a number only, and has no interval over new examples.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Metric:
     bounds: tuple[float, float] | None = None  # the least and the largest value, where both exist
     needs: tuple[Column, ...] = ()
     value: Callable[[Examples], float] | None = None
-    resample: Callable[[Examples, Floats], Floats] | None = None
+    left_out: LeftOut | None = None
     by_part: bool = False  # also recorded for each part of a test set: accuracy_matched
     beside_model: bool = False  # recorded for each model that the scored one is compared with: teacher_agreement
 
@@ -74,3 +78,14 @@ class Metric:
 def ratio(numerator: Floats, denominator: Floats) -> Floats:
     """Returns numerator / denominator, and 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
+
+
+def of_sums(columns: Callable[[Examples], Sequence[ArrayLike]], score: Callable[..., Floats]) -> LeftOut:
+    """Returns the `left_out` of a metric that is a score of the sums of columns [E]."""
+
+    def left_out(examples: Examples, clusters_E: Clusters) -> Floats:
+        C = int(clusters_E.max()) + 1
+        sums = [np.bincount(clusters_E, np.asarray(column, dtype=np.float64), C + 1) for column in columns(examples)]
+        return score(*(sum_C.sum() - sum_C for sum_C in sums))
+
+    return left_out

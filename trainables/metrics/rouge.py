@@ -9,7 +9,9 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-from trainables.metrics.metric import Examples, Floats, Metric
+import numpy as np
+
+from trainables.metrics.metric import Examples, Metric, of_sums, ratio
 
 CACHED_TEXTS = 16_384  # a few KB each
 # Thai, Lao, Burmese, Khmer, kana and Han
@@ -69,12 +71,8 @@ def _mean(examples: Examples) -> float:
     return float(examples.prediction_E.mean())
 
 
-def _resampled_mean(examples: Examples, weights_RE: Floats) -> Floats:
-    mean_R: Floats = (weights_RE @ examples.prediction_E) / weights_RE.sum(1)
-    return mean_R
-
-
+_left_out = of_sums(lambda examples: (examples.prediction_E, np.ones(len(examples.prediction_E))), ratio)
 ROUGE_L = Metric("rougeL", "ROUGE-L of sampled replies, x 100", "higher", (0.0, 100.0), ("prediction",), _mean,
-                 _resampled_mean)  # fmt: skip
+                 _left_out)  # fmt: skip
 GREEDY_ROUGE_L = Metric("greedy_rougeL", "ROUGE-L of greedy replies, x 100", "higher", (0.0, 100.0))
 UNFINISHED = Metric("unfinished", "sampled replies without an end token, %", "lower", (0.0, 100.0))

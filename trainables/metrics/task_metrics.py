@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from trainables.metrics.metric import Examples, Floats, Metric, ratio
+from trainables.metrics.metric import Clusters, Examples, Floats, Metric, of_sums, ratio
 
 Classes = NDArray[np.int64]
+CHUNK = 1_000_000  # weights in memory at once; more would leave the caches, and be slower
 _task_metric = partial(Metric, better="higher", needs=("label", "prediction"), by_part=True)
 
 
@@ -49,41 +50,52 @@ def _of_numbers(name: str) -> Callable[[Examples], float]:
     return value
 
 
-def _accuracy(examples: Examples, weights_RE: Floats) -> Floats:
+def _right(examples: Examples) -> Sequence[ArrayLike]:
     predictions, labels = _classes(examples)
-    accuracy_R: Floats = 100 * (weights_RE @ (predictions == labels) / weights_RE.sum(1))
-    return accuracy_R
+    return predictions == labels, np.ones(len(labels))
 
 
-def _f1(examples: Examples, weights_RE: Floats) -> Floats:
+def _percent(right_C: Floats, total_C: Floats) -> Floats:
+    return 100 * ratio(right_C, total_C)
+
+
+def _hits(examples: Examples) -> Sequence[ArrayLike]:
     predictions, labels = _classes(examples)
-    hits_R = weights_RE @ ((predictions == 1) & (labels == 1))
-    return 100 * ratio(2 * hits_R, 2 * hits_R + weights_RE @ (predictions != labels))
+    return (predictions == 1) & (labels == 1), predictions != labels
 
 
-def _matthews(examples: Examples, weights_RE: Floats) -> Floats:
-    """Gorodkin (2004), for any number of classes C."""
+def _f1(hits_C: Floats, wrong_C: Floats) -> Floats:
+    return 100 * ratio(2 * hits_C, 2 * hits_C + wrong_C)
+
+
+def _confusion(examples: Examples) -> Sequence[ArrayLike]:
+    """Returns right answers, examples, and those of each class: first as predicted, then as labelled."""
     predictions, labels = _classes(examples)
-    total_R, right_R = weights_RE.sum(1), weights_RE @ (predictions == labels)
-    one_hot_CC = np.eye(int(max(predictions.max(), labels.max())) + 1)
-    predicted_RC, true_RC = weights_RE @ one_hot_CC[predictions], weights_RE @ one_hot_CC[labels]
-    covariance_R = right_R * total_R - (predicted_RC * true_RC).sum(1)
-    spread_R = (total_R**2 - (predicted_RC**2).sum(1)) * (total_R**2 - (true_RC**2).sum(1))
-    return 100 * ratio(covariance_R, np.sqrt(spread_R))
+    classes = range(int(max(predictions.max(), labels.max())) + 1)
+    return *_right(examples), *(found == c for found in (predictions, labels) for c in classes)
 
 
-def _pearson(examples: Examples, weights_RE: Floats) -> Floats:
-    return _correlation(examples.prediction_E, examples.label_E, weights_RE)
+def _matthews(right_C: Floats, total_C: Floats, *counts: Floats) -> Floats:
+    """Gorodkin (2004), for any number of classes."""
+    predicted, true = np.split(np.array(counts), 2)
+    covariance_C = right_C * total_C - (predicted * true).sum(0)
+    spread_C = (total_C**2 - (predicted**2).sum(0)) * (total_C**2 - (true**2).sum(0))
+    return 100 * ratio(covariance_C, np.sqrt(spread_C))
 
 
-def _spearman(examples: Examples, weights_RE: Floats) -> Floats:
-    """Ranks the values anew in each resample."""
-    predicted_RE, true_RE = (_ranks(values_E, weights_RE) for values_E in (examples.prediction_E, examples.label_E))
-    return _correlation(predicted_RE, true_RE, weights_RE)
+def _correlations(examples: Examples, clusters_E: Clusters, *, ranked: bool) -> Floats:
+    """Ranks the values anew without each cluster."""
+    left_out_C, found = np.arange(int(clusters_E.max()) + 2), []
+    for some in np.array_split(left_out_C, -(-len(left_out_C) * len(clusters_E) // CHUNK)):
+        weights_RE = (clusters_E != some[:, None]).astype(np.float64)
+        values = examples.prediction_E, examples.label_E
+        x, y = (_ranks(v_E, weights_RE) if ranked else v_E for v_E in values)
+        found.append(_correlation(x, y, weights_RE))
+    return np.concatenate(found)
 
 
 def _correlation(x: Floats, y: Floats, weights_RE: Floats) -> Floats:
-    """x and y are [E], or [R, E] where each resample has its own."""
+    """x and y are [E], or [R, E] where each subset R of the examples has its own."""
     share_RE = weights_RE / weights_RE.sum(1, keepdims=True)
     x_RE, y_RE = (v - (share_RE * v).sum(1, keepdims=True) for v in (x, y))
     spread_R = np.sqrt((share_RE * x_RE**2).sum(1) * (share_RE * y_RE**2).sum(1))
@@ -99,7 +111,7 @@ def _varies(values: Floats, weights_RE: Floats) -> NDArray[np.bool_]:
 
 
 def _ranks(values_E: Floats, weights_RE: Floats) -> Floats:
-    """Returns [R, E]: the mean rank of each example in each resample."""
+    """Returns [R, E]: the mean rank of each example in each subset."""
     distinct_U, which_E = np.unique(values_E, return_inverse=True)
     order_E = np.argsort(which_E, kind="stable")
     first_U = np.searchsorted(which_E[order_E], np.arange(len(distinct_U)))
@@ -110,19 +122,31 @@ def _ranks(values_E: Floats, weights_RE: Floats) -> Floats:
 
 _SHARE, _CORRELATION = (0.0, 100.0), (-100.0, 100.0)
 ACCURACY = _task_metric(
-    "accuracy", "right answers, %", bounds=_SHARE, value=_of_classes("accuracy_score"), resample=_accuracy
+    "accuracy",
+    "right answers, %",
+    bounds=_SHARE,
+    value=_of_classes("accuracy_score"),
+    left_out=of_sums(_right, _percent),
 )
 F1 = _task_metric(
-    "f1", "F1 of the second class, x 100", bounds=_SHARE, value=_of_classes("f1_score", zero_division=0), resample=_f1
+    "f1",
+    "F1 of the second class, x 100",
+    bounds=_SHARE,
+    value=_of_classes("f1_score", zero_division=0),
+    left_out=of_sums(_hits, _f1),
 )
 MATTHEWS = _task_metric(
     "matthews", "Matthews' correlation, x 100", bounds=_CORRELATION, value=_of_classes("matthews_corrcoef"),
-    resample=_matthews,
+    left_out=of_sums(_confusion, _matthews),
 )  # fmt: skip
 PEARSON = _task_metric(
-    "pearson", "Pearson's correlation, x 100", bounds=_CORRELATION, value=_of_numbers("pearsonr"), resample=_pearson
+    "pearson",
+    "Pearson's correlation, x 100",
+    bounds=_CORRELATION,
+    value=_of_numbers("pearsonr"),
+    left_out=partial(_correlations, ranked=False),
 )
 SPEARMAN = _task_metric(
     "spearman", "Spearman's rank correlation, x 100", bounds=_CORRELATION, value=_of_numbers("spearmanr"),
-    resample=_spearman,
+    left_out=partial(_correlations, ranked=True),
 )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trainables.config.data import Rule
-from trainables.metrics.metric import Examples, Floats, Metric
+from trainables.metrics.metric import Clusters, Examples, Floats, Metric
 from trainables.metrics.task_metrics import ACCURACY, F1, MATTHEWS, PEARSON, SPEARMAN
 
 RULES: Mapping[Rule, tuple[Metric, ...]] = {
@@ -32,13 +32,17 @@ def score_metric(rule: Rule) -> Metric:
     def value(examples: Examples) -> float:
         return float(np.mean([m.value(part) for part, _ in examples.parts() for m in metrics if m.value]))
 
-    def resample(examples: Examples, weights_RE: Floats) -> Floats:
-        parts = [(part, weights_RE[:, here_E]) for part, here_E in examples.parts()]
-        values = [m.resample(part, weights) for part, weights in parts for m in metrics if m.resample]
-        mean_R: Floats = np.mean(values, axis=0)
-        return mean_R
+    def left_out(examples: Examples, clusters_E: Clusters) -> Floats:
+        parts, changed_C, whole = list(examples.parts()), np.zeros(int(clusters_E.max()) + 2), list[float]()
+        for part, here_E in parts:
+            own_C, number_E = np.unique(clusters_E[here_E], return_inverse=True)
+            for values_C in (m.left_out(part, number_E) for m in metrics if m.left_out):
+                whole.append(float(values_C[-1]))
+                changed_C[own_C] += values_C[:-1] - values_C[-1]
+        left_out_C: Floats = np.mean(whole) + changed_C / len(whole)
+        return left_out_C
 
-    return replace(SCORE, needs=("label", "prediction"), value=value, resample=resample)
+    return replace(SCORE, needs=("label", "prediction"), value=value, left_out=left_out)
 
 
 def score_names(rule: Rule, parts: Sequence[str] = ()) -> tuple[str, ...]:

@@ -30,8 +30,9 @@ INSTRUCT = 3  # raised whenever the same rows would be split or put into a templ
 EXCHANGE = 2  # raised whenever the same rows would be encoded otherwise
 CHUNK = 4_000  # rows that are encoded together
 SCHEMA = pa.schema(
-    [("prompt", pa.list_(pa.int32())), ("reply", pa.list_(pa.int32())), ("references", pa.list_(pa.string()))]
-)
+    [("prompt", pa.list_(pa.int32())), ("reply", pa.list_(pa.int32())), ("references", pa.list_(pa.string())),
+     ("cluster", pa.int64())]
+)  # fmt: skip
 
 
 def text_fields(data: Instructions) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class Encoded(NamedTuple):
     prompt: list[int]
     reply: list[int]  # the token that ends it included
     references: list[str]
+    cluster: int
     lead: str
     tail: str
 
@@ -130,7 +132,7 @@ def _encode(rows: Rows, data: Instructions, tok: Any, refused: list[DataError]) 
         for (row, text), *ids in zip(taken, *encoded, strict=True):
             prompt, reply = parts(*ids)
             learnt = text.reply or tok.decode(reply[:-1], skip_special_tokens=True).strip()
-            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], text.lead, text.tail))
+            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], row.cluster, text.lead, text.tail))
     return done
 
 
@@ -170,7 +172,7 @@ def _turn_parts(tok: Any) -> Parts:
 
 def _write(rows: Sequence[Encoded], length: int, path: Path) -> dict[str, Any]:
     cut = [row._replace(reply=row.reply[: length - len(row.prompt)]) for row in rows]
-    blocks = (list(zip(*cut[start : start + CHUNK], strict=True))[:3] for start in range(0, len(cut), CHUNK))
+    blocks = (list(zip(*cut[start : start + CHUNK], strict=True))[: len(SCHEMA)] for start in range(0, len(cut), CHUNK))
     write_table(path, SCHEMA, blocks)
     num_prompt, num_reply = sum(len(row.prompt) for row in cut), sum(len(row.reply) for row in cut)
     num_cut = sum(len(kept.reply) < len(row.reply) for kept, row in zip(cut, rows, strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainables.config.data import INSTRUCTIONS, Scoring
@@ -27,6 +28,8 @@ class Exchanges:
     def __init__(self, path: Path, *, length: int, pad_id: int) -> None:
         self._table = MappedTable(path)
         self._prompts, self._replies = Lists(self._table, "prompt"), Lists(self._table, "reply")
+        has_clusters = "cluster" in self._table.schema.names and len(self._table)  # files of before have none
+        self.clusters: NDArray[np.int64] | None = self._table.column("cluster") if has_clusters else None
         self._pad_id = pad_id
         self.is_packed = True
         self.length = length  # tokens of prompt and reply at most

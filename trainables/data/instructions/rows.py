@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,13 @@ class Row(NamedTuple):
     def split_by(self) -> str:
         """What rows of a group have in common: what is asked in all turns, whatever its context."""
         return self._plain() if self.group is None else self.group
+
+    @property
+    def cluster(self) -> int:
+        """Numbers what rows that are not independent share: a group; else the context; else how the conversation begins."""
+        begins = next((turn.said for turn in self.turns if turn.role != "system"), "")
+        shared = self.group if self.group is not None else " ".join((self.context or begins).lower().split())
+        return int(hashlib.sha256(shared.encode()).hexdigest()[:12], 16)  # which a float holds, too
 
     def _plain(self, *others: str) -> str:
         more = [turn.more for turn in self.turns if turn.more] + list(self.tools or ())
