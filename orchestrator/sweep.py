@@ -208,9 +208,13 @@ def _finish(sweep: Sweep) -> int:
     made = tables(study.folder, rows, ledger.records, PhaseStore(scheduler.storage).examples)
     write(made, home)
     evaluator, importance = (scheduler.search and scheduler.search.importance()) or ("", None)
+    more = [
+        (o.words(), scheduler.search and scheduler.search.importance(i)) for i, o in enumerate(study.objectives) if i
+    ]
     report = make_report(
-        study, made, sweep.provenance, importance=importance, evaluator=evaluator, storage=sweep.arguments.storage
-    )
+        study, made, sweep.provenance, importance=importance, evaluator=evaluator, storage=sweep.arguments.storage,
+        others={words: found[1] for words, found in more if found},
+    )  # fmt: skip
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())
     for row in rows:

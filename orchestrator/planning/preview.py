@@ -17,6 +17,7 @@ from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.axes import Choice
 from orchestrator.study.errors import StudyError
+from orchestrator.study.objectives import TIMES
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
@@ -101,6 +102,13 @@ def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[st
         stop = study.search.stop_early
         asha = f"ASHA from {stop.first:g} of the budget, keeping 1/{stop.reduction}" if stop else "none"
         lines.append(f"early stopping: {asha}")
+        if len(study.objectives) > 1 or study.constraints:
+            goals = ", ".join(f"{o.words()} ({o.mode})" for o in study.objectives)
+            bounds = f"; within {', '.join(bound.words() for bound in study.constraints)}" if study.constraints else ""
+            lines.append(f"objectives: {goals}{bounds}")
+        timed = [what.metric for what in (*study.objectives, *study.constraints) if what.metric in TIMES]
+        if timed and study.slot.gpus < 1:
+            lines.append(f"{', '.join(timed)}: trials side by side on a device slow each other; give it one slot")
     return lines
 
 

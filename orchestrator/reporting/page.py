@@ -15,7 +15,7 @@ import jinja2
 from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import judge_study
-from orchestrator.reporting import cost_sections, search_sections, sections, task_sections
+from orchestrator.reporting import cost_sections, pareto_section, search_sections, sections, task_sections
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
@@ -35,10 +35,11 @@ class Summary:
     answer: str
     verdicts: Sequence[str]  # of each claim
     cautions: Sequence[str] = ()
+    good_enough: str | None = None  # the cheapest arm, where the study asks
 
     @property
     def lines(self) -> list[str]:
-        return [self.answer, *self.verdicts, *self.cautions]
+        return [self.answer, *self.verdicts, *filter(None, [self.good_enough]), *self.cautions]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Page:
     scale: str
     counts: str
     answer: str
+    good_enough: str | None
     cautions: Sequence[str]
     lines: Sequence[Line]
     figure: Drawing | None
@@ -63,10 +65,12 @@ class Page:
 
 
 def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, storage: str = DEFAULT_STORAGE,
-                importance: Mapping[str, float] | None = None, evaluator: str = "") -> Report:  # fmt: skip
+                importance: Mapping[str, float] | None = None, evaluator: str = "",
+                others: Mapping[str, Mapping[str, float]] | None = None) -> Report:  # fmt: skip
     """Makes the report of the trials in the tables, finished or not.
 
-    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points.
+    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points; `others`: the same
+    for each further objective, by its words.
     """
     verdicts, points = judge_study(study, tables), point_scores(study, tables)
     below = (
@@ -76,9 +80,11 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         task_sections.by_task(study, tables, verdicts),
         sections.teachers(study, tables),
         sections.learning_curves(study, tables),
+        pareto_section.quality_and_cost(study, tables, points),
         search_sections.search_points(study, points),
         search_sections.effects(study, points),
         search_sections.importances(study, points, importance, evaluator),
+        search_sections.other_importances(study, points, others),
         search_sections.early_stopping(study, tables),
         cost_sections.cost_by_arm(study, tables),
         task_sections.models(study, tables),
@@ -92,6 +98,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         scale=_scale(study),
         counts=_counts(tables),
         answer=answer(tables, verdicts),
+        good_enough=pareto_section.good_enough_line(study, tables),
         cautions=unfinished_replies(tables),
         lines=claim_lines(verdicts),
         figure=pairs_and_cost(study, tables, verdicts),
@@ -103,7 +110,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions)
+    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions, page.good_enough)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 
@@ -161,7 +168,7 @@ def _markdown(page: Page) -> str:
     use += [Table("Recipe", ("factor", "value"), a.recipe, "ll")] if a.recipe else []
     use += [Table("Confidence and cost", ("what", "value"), a.facts, "ll")] if a.facts else []
     use += [Command(a.command)] if a.command else []
-    blocks: list[Block] = [page.scale, page.counts, page.answer, *page.cautions]
+    blocks: list[Block] = [page.scale, page.counts, page.answer, *filter(None, [page.good_enough]), *page.cautions]
     blocks += [Table("Claims", head, lines, "lllrrrrrrl")] if lines else []
     blocks += [page.figure] if page.figure else []
     out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]
