@@ -11,6 +11,7 @@ from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, detectable_in_sd
 from orchestrator.planning.checks import check_trial, fresh_heads
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
+from orchestrator.planning.pilot import pilot_lines
 from orchestrator.planning.reachable import reachable
 from orchestrator.planning.slot_fit import memory_lines
 from orchestrator.scheduling.scheduler import Scheduler
@@ -55,6 +56,7 @@ def print_plan(scheduler: Scheduler) -> None:
                 "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
                 "claims": claim_lines(study),
                 "power": _power(study),
+                "pilot": pilot_lines(study, scheduler.storage),
             }
         except ModelError as error:
             raise StudyError(f"{study.file}: models: {error}") from None
