@@ -46,7 +46,7 @@ def pilot_lines(study: Study, storage: Storage) -> list[str]:
     """
     sizes, lines = Counter(claim.family for claim in study.claims.values()), list[str]()
     stored = Stored(storage)
-    for name, claim in study.claims.items():
+    for name, claim in ((n, c) for n, c in study.claims.items() if isinstance(c, Claim)):  # of two arms
         pilot = _pilot(study, claim, stored)
         if pilot is None:
             continue

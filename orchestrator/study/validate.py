@@ -196,7 +196,7 @@ class _Checker:
                 raise StudyError(f"{where}: phase {name!r} does not train {model!r}; expected {', '.join(phase.train)}")
         tasks = _trained_on(phase)
         is_cost = what.metric in costs
-        if isinstance(what, Claim):
+        if not isinstance(what, Measured):
             tasks = (*tasks, *phase.eval_only)
         elif phase.eval_only and what.task is None and not is_cost:
             raise StudyError(
