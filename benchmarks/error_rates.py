@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.analysis.new_data import DataSet, intervals
+from orchestrator.analysis.pareto import ArmPoint, cheapest_good_enough
 from orchestrator.analysis.verdicts import judge
 from orchestrator.study.claims import Claim
 from trainables.config.data import Rule
@@ -180,6 +181,28 @@ COVERAGE: Rows = {
     )
 }
 
+
+def good_enough(rng: Rng, *, means: Sequence[float], n: int) -> bool:
+    """Arms by rising cost, of which those at 3.1 are worse than the best by exactly the 0.1 asked for: is one named?"""
+    shared = rng.normal(0, 0.3, n)
+    arms = [
+        ArmPoint(str(i), dict(enumerate(shared + rng.normal(mean, 0.1, n))), dict.fromkeys(range(n), i + 1.0))
+        for i, mean in enumerate(means)
+    ]
+    found = cheapest_good_enough(arms, 0.1, lower_is_better=True)
+    return found is not None and found.name is not None and means[int(found.name)] > 3.05
+
+
+GOOD_ENOUGH: Rows = {
+    f"good enough: {words}, n = {n}": (good_enough, {"means": means, "n": n})
+    for words, means in (
+        ("one of 2 arms is not", (3.1, 3.0)),
+        ("3 of 4 are not", (3.1, 3.1, 3.1, 3.0)),
+        ("9 of 10 are not", (*[3.1] * 9, 3.0)),
+    )
+    for n in (4, 8)
+}
+
 # ---------------------------------------------------------------------------------------------------------- all rows
 
 GROUPS: Sequence[Rows] = (
@@ -188,7 +211,8 @@ GROUPS: Sequence[Rows] = (
     STOPS,
     EQUIVALENT,
     COVERAGE,
-)
+    GOOD_ENOUGH,
+    GOOD_ENOUGH,
 ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
 
 

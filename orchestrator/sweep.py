@@ -209,9 +209,12 @@ def _finish(sweep: Sweep) -> int:
     write(made, home)
     evaluator, importance = (scheduler.search and scheduler.search.importance()) or ("", None)
     chance = scheduler.search.importance_by_chance if scheduler.search else None
+    more = [
+        (o.words(), scheduler.search and scheduler.search.importance(i)) for i, o in enumerate(study.objectives) if i
+    ]
     report = make_report(
         study, made, sweep.provenance, importance=importance, evaluator=evaluator, chance=chance,
-        storage=sweep.arguments.storage,
+        storage=sweep.arguments.storage, others={words: found[1] for words, found in more if found},
     )  # fmt: skip
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())

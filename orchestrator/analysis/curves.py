@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from orchestrator.analysis.costs import cost_of_rows
-from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed
+from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed, spent, where_measured
 from orchestrator.analysis.tables import Tables
-from orchestrator.study.schema import Study, tasks_of
+from orchestrator.study.objectives import Measured, Objective
+from orchestrator.study.schema import Study
 from trainables.metrics.task_scores import score_metric
 
 
@@ -41,8 +42,8 @@ def task_facts(study: Study) -> TaskFacts:
 
 
 def objective_reading(study: Study, split: str = "dev", at: float = 1.0) -> MetricQuery:
-    o = study.objective
-    return MetricQuery(o.phase, o.model, o.metric, tasks_of(o, study.each_of(o.phase)), split, at)
+    """Returns where the tables have the first objective."""
+    return where_measured(study, study.objective, split, at)
 
 
 def curve_of(tables: Tables, at: MetricQuery, trials: pd.DataFrame) -> pd.DataFrame:
@@ -69,27 +70,55 @@ def by_seed(tables: Tables, at: MetricQuery, trials: pd.DataFrame) -> dict[int, 
     return {int(row["seed"]): values[row["trial"]] for row in trials.to_dict("records") if row["trial"] in values}
 
 
-def point_scores(study: Study, tables: Tables) -> pd.DataFrame:
-    """Returns a row per planned searched trial: point, trial, seed, each varied axis (None: inactive), score, status.
+def measured_of(study: Study, tables: Tables, what: Measured, trials: pd.DataFrame) -> dict[str, float]:
+    """Returns what each trial measured for an objective or a constraint."""
+    query = where_measured(study, what)
+    if what.spent is None:
+        return values_of(tables, query, trials)
+    cells = zip(trials["trial"], map(parsed, trials["phases"]), strict=True)
+    return {trial: spent(study, what.spent, query, phases) for trial, phases in cells if phases}
 
-    The score is the objective on dev at the end; with `minus`, minus that arm's at the same seed and sizes. NaN where
-    either is missing.
+
+def score_columns(study: Study) -> list[str]:
+    """Returns the columns of `point_scores` with the objectives, in their order."""
+    return ["score", *(f"score_{i}" for i in range(1, len(study.objectives)))]
+
+
+def point_scores(study: Study, tables: Tables) -> pd.DataFrame:
+    """Returns a row per planned searched trial: point, trial, seed, each varied axis (None: inactive), the scores, status.
+
+    A score is an objective on dev at the end; with `minus`, minus that arm's at the same seed and sizes. NaN where either
+    is missing. With constraints, `feasible` says whether the point is within them.
     """
-    trials, minus = planned(tables.trials), study.objective.minus
+    trials, columns = planned(tables.trials), score_columns(study)
     searched = trials[trials["arm"].isna() & (trials["kind"] == "trial")].sort_values(["point", "seed"])
-    values = values_of(tables, objective_reading(study), searched[searched["status"] == "ended"])
-    baseline = baseline_scores(study, tables, minus) if minus else None
+    whole = searched[searched["status"] == "ended"]
+    values = [measured_of(study, tables, objective, whole) for objective in study.objectives]
+    baselines = [baseline_scores(study, tables, o.minus, o) if o.minus else None for o in study.objectives]
+    bounded = [(bound, measured_of(study, tables, bound, whole)) for bound in study.constraints]
     rows = []
     for trial in searched.to_dict("records"):
-        params = parsed(trial["params"])
-        score = values.get(trial["trial"], np.nan)
-        if baseline is not None:
-            score -= baseline.get(match(study, trial["seed"], params), np.nan)
+        params, name = parsed(trial["params"]), trial["trial"]
+        pair = match(study, trial["seed"], params)
+        scores = [
+            own.get(name, np.nan) - (0.0 if baseline is None else baseline.get(pair, np.nan))
+            for own, baseline in zip(values, baselines, strict=True)
+        ]
+        feasible = all(bound.excess(own.get(name, np.inf)) <= 0 for bound, own in bounded)
         axes = {axis: params.get(axis) for axis in study.vary}
         about = {key: trial[key] for key in ("point", "trial", "seed")}
-        rows.append({**about, **axes, "score": score, "status": trial["status"]})
-    frame = pd.DataFrame(rows, columns=["point", "trial", "seed", *study.vary, "score", "status"])
-    return frame.astype({"score": float})
+        rows.append({**about, **axes, **dict(zip(columns, scores, strict=True)), "status": trial["status"],
+                     "feasible": feasible})  # fmt: skip
+    more = ["feasible"] if study.constraints else []
+    frame = pd.DataFrame(rows, columns=["point", "trial", "seed", *study.vary, *columns, "status", *more])
+    return frame.astype(dict.fromkeys(columns, float))
+
+
+def best_first(study: Study, points: pd.DataFrame) -> pd.DataFrame:
+    """Returns the completed points within the constraints, the best on the first objective first."""
+    done = completed(points)
+    done = done[done["feasible"]] if study.constraints else done
+    return done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True])
 
 
 def match(study: Study, seed: int, params: Mapping[str, Any]) -> Hashable:
@@ -97,28 +126,33 @@ def match(study: Study, seed: int, params: Mapping[str, Any]) -> Hashable:
     return (int(seed), *(params.get(axis) for axis in study.size_axes()))
 
 
-def baseline_scores(study: Study, tables: Tables, arm: str) -> dict[Hashable, float]:
-    """Returns the objective of an arm on dev, by `match`: of a trial of the arm, else of its best tuning trial."""
+def baseline_scores(study: Study, tables: Tables, arm: str, what: Objective | None = None) -> dict[Hashable, float]:
+    """Returns an objective of an arm on dev, by `match`: of a trial of the arm, else of its best tuning trial.
+
+    `what`: by default the first objective, by which the trial is the best.
+    """
     found: dict[Hashable, float] = {}
     best = min if study.objective.mode == "min" else max
     for kind in ("trial", "tune"):
         trials = ended(tables, kind, arm)
-        values, by_match = values_of(tables, objective_reading(study), trials), dict[Hashable, list[float]]()
+        values, by_match = values_of(tables, objective_reading(study), trials), dict[Hashable, list[str]]()
+        shown = values if what in (None, study.objective) else measured_of(study, tables, what, trials)
         for trial in trials.to_dict("records"):
             if trial["trial"] in values:
                 key = match(study, trial["seed"], parsed(trial["params"]))
-                by_match.setdefault(key, []).append(values[trial["trial"]])
-        found = {key: best(scores) for key, scores in by_match.items()} | found
+                by_match.setdefault(key, []).append(trial["trial"])
+        chosen = {key: best(tried, key=values.__getitem__) for key, tried in by_match.items()}
+        found = {key: shown[trial] for key, trial in chosen.items() if trial in shown} | found
     return found
 
 
 def completed(points: pd.DataFrame) -> pd.DataFrame:
-    return points[(points["status"] == "ended") & points["score"].notna()]
+    """Returns the points that ended with a value of each objective."""
+    return points[(points["status"] == "ended") & points.filter(regex=r"^score(_\d+)?$").notna().all(axis=1)]
 
 
 def score_name(study: Study) -> str:
-    o = study.objective
-    return f"{o.metric} on dev" + (f", minus paired {o.minus}" if o.minus else "")
+    return study.objective.words()
 
 
 def baseline_of(study: Study, arm: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pandas as pd
 
 from orchestrator.study.claims import CostAxis
+from orchestrator.study.objectives import MODEL_COSTS, Measured
+from orchestrator.study.schema import Study, tasks_of
 from trainables.config.phase_run import PhaseRun
 from trainables.metrics.known import metric_named
 from trainables.metrics.metric import Metric
@@ -40,6 +43,12 @@ class MetricQuery(NamedTuple):
     def reads(self, phase_run: str) -> bool:
         """Whether a phase run, as tables name it, is one of this phase."""
         return PhaseRun.parse(phase_run).phase == self.phase
+
+
+def where_measured(study: Study, what: Measured, split: str = "dev", at: float = 1.0) -> MetricQuery:
+    """Returns where the tables have an objective or a constraint; a cost of a model is no number of a split."""
+    split = "system" if what.metric in MODEL_COSTS else split
+    return MetricQuery(what.phase, what.model, what.metric, tasks_of(what, study.each_of(what.phase)), split, at)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,20 @@ def with_phases_of(trials: pd.DataFrame, phase: str, tasks: Sequence[str]) -> pd
     """Parses the trials' `phases`, and keeps only those on which a number of this phase over these tasks depends."""
     phases = [_phases_behind(phase, tasks, parsed(cell)) for cell in trials["phases"]]
     return trials.assign(phases=pd.Series(phases, index=trials.index, dtype=object))
+
+
+def spent(study: Study, axis: CostAxis, query: MetricQuery, phases: Mapping[str, Any]) -> float:
+    """Adds up what a trial spent on the queried phase and on those before it, which count at their recorded cost.
+
+    Tokens count where the queried model is trained.
+    """
+    column = "tokens" if axis == "student_tokens" else axis
+    counted = _phases_behind(query.phase, query.tasks, phases).items()
+    return math.fsum(
+        float(done[column])
+        for name, done in counted
+        if column != "tokens" or query.model in study.trains(PhaseRun.parse(name).phase)
+    )
 
 
 def _phases_behind(phase: str, tasks: Sequence[str], phases: Mapping[str, Any]) -> dict[str, Any]:

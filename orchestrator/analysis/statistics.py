@@ -145,6 +145,13 @@ def rank_correlation(rung: Sequence[float], end: Sequence[float]) -> RankCorrela
     return RankCorrelation(float(stats.spearmanr(a, b).statistic) if _can_correlate(a, b) else None, len(a))
 
 
+def sd_interval(sd: float, n: int, confidence: float = 1 - ALPHA) -> Interval:
+    """Returns the interval of the SD of a population of which n values have this SD; n >= 2, Gaussian."""
+    tail = (1 - confidence) / 2
+    low, high = (sd * math.sqrt((n - 1) / float(stats.chi2.ppf(p, n - 1))) for p in (1 - tail, tail))
+    return low, high
+
+
 class Chance(NamedTuple):
     """The 95th percentiles of importances where nothing matters."""
 

@@ -196,10 +196,13 @@ def write(tables: Tables, home: Storage) -> None:
         home.write(f"{name}.parquet", buffer.getvalue())
 
 
-def read(home: Storage) -> Tables | None:
-    """Reads the tables of a study's folder; None where there are none. Older tables have no examples."""
+def read(home: Storage, names: Iterable[str] = TABLES) -> Tables | None:
+    """Reads the tables of a study's folder; None where there are none. Older tables have no examples.
+
+    `names`: results and trials are enough for numbers over seeds, and small.
+    """
     frames = {}
-    for name in TABLES:
+    for name in names:
         content = home.read(f"{name}.parquet")
         if content is not None:
             frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()

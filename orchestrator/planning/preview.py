@@ -11,12 +11,14 @@ from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, detectable_in_sd
 from orchestrator.planning.checks import check_trial, fresh_heads
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
+from orchestrator.planning.pilot import pilot_lines
 from orchestrator.planning.reachable import reachable
 from orchestrator.planning.slot_fit import memory_lines
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.axes import Choice
 from orchestrator.study.errors import StudyError
+from orchestrator.study.objectives import TIMES
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
@@ -54,6 +56,7 @@ def print_plan(scheduler: Scheduler) -> None:
                 "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
                 "claims": claim_lines(study),
                 "power": _power(study),
+                "pilot": pilot_lines(study, scheduler.storage),
             }
         except ModelError as error:
             raise StudyError(f"{study.file}: models: {error}") from None
@@ -101,6 +104,13 @@ def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[st
         stop = study.search.stop_early
         asha = f"ASHA from {stop.first:g} of the budget, keeping 1/{stop.reduction}" if stop else "none"
         lines.append(f"early stopping: {asha}")
+        if len(study.objectives) > 1 or study.constraints:
+            goals = ", ".join(f"{o.words()} ({o.mode})" for o in study.objectives)
+            bounds = f"; within {', '.join(bound.words() for bound in study.constraints)}" if study.constraints else ""
+            lines.append(f"objectives: {goals}{bounds}")
+        timed = [what.metric for what in (*study.objectives, *study.constraints) if what.metric in TIMES]
+        if timed and study.slot.gpus < 1:
+            lines.append(f"{', '.join(timed)}: trials side by side on a device slow each other; give it one slot")
     return lines
 
 

@@ -206,6 +206,49 @@ def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: 
         return _svg(figure, "effects")
 
 
+class Spot(NamedTuple):
+    """A recipe on two axes; half widths of its intervals are NaN where there are none."""
+
+    name: str  # written beside the axes; empty: a mark alone
+    style: int
+    x: float
+    y: float
+    half_x: float = math.nan
+    half_y: float = math.nan
+    is_front: bool = False
+
+
+def trade_off(panels: Sequence[tuple[str, Sequence[Spot]]], label: str, *, width: int = 440, height: int = 290) -> str:
+    """A panel below the other: quality against cost. Marks that no other dominates are filled, and joined by a line.
+
+    Narrow, so that the text stays legible on a phone; `label` names the x axis.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(width, height * len(panels))
+        for i, (title, spots) in enumerate(panels):
+            named = [Series(s.name, s.style, points=[(s.x, s.y)]) for s in spots if s.name]
+            names = max([_CHAR * len(_short(s.name, 16)) for s in named], default=0.0) + 18
+            top = height * i + 30
+            axes = _axes(figure, (52, top, width - 60 - names, height - 76))
+            axes.set_ylim(*_limits([s.y + sign * _known(s.half_y) for s in spots for sign in (-1, 1)]))
+            axes.yaxis.set_major_locator(MaxNLocator(6))
+            front = sorted((s.x, s.y) for s in spots if s.is_front)
+            axes.plot([x for x, _ in front], [y for _, y in front], "--", color=MUTED, linewidth=1)
+            for s in spots:
+                colour = SERIES[s.style % 8]
+                axes.errorbar([s.x], [s.y], [_known(s.half_y)], [_known(s.half_x)], fmt=MARKERS[s.style % 8], color=colour,
+                              linewidth=1.2, markersize=6, markerfacecolor=colour if s.is_front else "none")  # fmt: skip
+            _number_axis(axes, [s.x for s in spots])
+            axes.set_xlabel(label)
+            _names(axes, named, height - 76, 16)
+            figure.text(0, 1 - (top - 28) / figure.bbox.height, title, color=MUTED, va="top")
+        return _svg(figure, "trade").replace("<svg ", '<svg style="max-width: 560px" ', 1)
+
+
+def _known(half: float) -> float:
+    return half if math.isfinite(half) else 0.0
+
+
 # ------------------------------------------------------------------------------------------------------------- parts
 
 

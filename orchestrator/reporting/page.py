@@ -16,7 +16,7 @@ from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.statistics import Chance
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import judge_study
-from orchestrator.reporting import cost_sections, search_sections, sections, task_sections
+from orchestrator.reporting import cost_sections, pareto_section, search_sections, sections, task_sections
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines, word
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
@@ -37,10 +37,11 @@ class Summary:
     verdicts: Sequence[str]  # of each claim
     by_claim: Mapping[str, str]  # the word for each verdict
     cautions: Sequence[str] = ()
+    good_enough: str | None = None  # the cheapest arm, where the study asks
 
     @property
     def lines(self) -> list[str]:
-        return [self.answer, *self.verdicts, *self.cautions]
+        return [self.answer, *self.verdicts, *filter(None, [self.good_enough]), *self.cautions]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Page:
     scale: str
     counts: str
     answer: str
+    good_enough: str | None
     cautions: Sequence[str]
     lines: Sequence[Line]
     figure: Drawing | None
@@ -66,10 +68,12 @@ class Page:
 
 def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, storage: str = DEFAULT_STORAGE,
                 importance: Mapping[str, float] | None = None, evaluator: str = "",
-                chance: Callable[[], Chance] | None = None) -> Report:  # fmt: skip
+                chance: Callable[[], Chance] | None = None,
+                others: Mapping[str, Mapping[str, float]] | None = None) -> Report:  # fmt: skip
     """Makes the report of the trials in the tables, finished or not.
 
-    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points; `chance`: computes those of permuted scores.
+    `importance`: share of each varied factor, computed by the `evaluator` named over the completed points; `chance`:
+    computes those of permuted scores; `others`: the shares for each further objective, by its words.
     """
     verdicts, points = judge_study(study, tables), point_scores(study, tables)
     below = (
@@ -79,9 +83,11 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         task_sections.by_task(study, tables, verdicts),
         sections.teachers(study, tables),
         sections.learning_curves(study, tables),
+        pareto_section.quality_and_cost(study, tables, points),
         search_sections.search_points(study, points),
         search_sections.effects(study, points),
         search_sections.importances(study, points, importance, evaluator, chance=chance),
+        search_sections.other_importances(study, points, others),
         search_sections.early_stopping(study, tables),
         cost_sections.cost_by_arm(study, tables),
         task_sections.models(study, tables),
@@ -95,6 +101,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         scale=_scale(study),
         counts=_counts(tables),
         answer=answer(tables, verdicts),
+        good_enough=pareto_section.good_enough_line(study, tables),
         cautions=unfinished_replies(tables),
         lines=claim_lines(verdicts),
         figure=pairs_and_cost(study, tables, verdicts),
@@ -107,7 +114,8 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
     by_claim = {v.name: word(v) for v in verdicts}
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], by_claim, page.cautions)
+    lines = [_summary_line(line) for line in page.lines]
+    summary = Summary(page.answer, lines, by_claim, page.cautions, page.good_enough)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 
@@ -165,7 +173,7 @@ def _markdown(page: Page) -> str:
     use += [Table("Recipe", ("factor", "value"), a.recipe, "ll")] if a.recipe else []
     use += [Table("Confidence and cost", ("what", "value"), a.facts, "ll")] if a.facts else []
     use += [Command(a.command)] if a.command else []
-    blocks: list[Block] = [page.scale, page.counts, page.answer, *page.cautions]
+    blocks: list[Block] = [page.scale, page.counts, page.answer, *filter(None, [page.good_enough]), *page.cautions]
     blocks += [Table("Claims", head, lines, "lllrrrrrrl")] if lines else []
     blocks += [page.figure] if page.figure else []
     out = [f"# {escape(page.question)}", *map(as_markdown, blocks)]

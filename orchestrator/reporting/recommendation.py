@@ -52,12 +52,13 @@ def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequenc
     """`points` as `point_scores` returns them."""
     if study.search is None:
         return _best_arm(study, tables, verdicts, storage)
-    title, done, trials = "Recommended recipe", curves.completed(points), curves.planned(tables.trials)
+    title, done, trials = "Recommended recipe", curves.best_first(study, points), curves.planned(tables.trials)
+    if done.empty and len(curves.completed(points)):
+        return Advice(title, "None yet: no point of the search is within the constraints.")
     if done.empty:
         return Advice(title, "None yet: no point of the search has ended.")
     confirming = trials[(trials["kind"] == "confirm") & trials["arm"].isna()]
-    best = done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True]).iloc[0]
-    winner = str(confirming["point"].iloc[0] if len(confirming) else best["point"])
+    winner = str((confirming if len(confirming) else done)["point"].iloc[0])
     own = trials[(trials["point"] == winner) & trials["arm"].isna()]
     params, names = parsed(own["params"].iloc[0]), short_names(tuple(study.vary))
     recipe = [(names[path], setting(params[path])) for path in study.vary if params.get(path) is not None]

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orchestrator.analysis.curves import completed, objective_reading, planned, score_name, values_of
+from orchestrator.analysis.curves import (
+    best_first,
+    completed,
+    objective_reading,
+    planned,
+    score_columns,
+    score_name,
+    values_of,
+)
+from orchestrator.analysis.pareto import non_dominated
 from orchestrator.analysis.queries import parsed
 from orchestrator.analysis.statistics import ALPHA, PERMUTATIONS, Chance, mean_and_half, rank_correlation
 from orchestrator.analysis.tables import Tables
@@ -24,6 +33,7 @@ from orchestrator.reporting.document import (
     plural,
     setting,
     short_names,
+    si,
 )
 from orchestrator.study.axes import Choice
 from orchestrator.study.schema import Study
@@ -42,16 +52,33 @@ def search_points(study: Study, points: pd.DataFrame) -> Section:
     if done.empty:
         return Section(title, (text,))
     text += f" Scores are optimistic: they selected the best of {len(done)}. Stopped and failed points are not listed."
-    best = done.sort_values(["score", "point"], ascending=[study.objective.mode == "min", True]).head(BEST)
+    ranked = best_first(study, done)
+    if study.constraints:
+        bounds = ", ".join(bound.words() for bound in study.constraints)
+        text += f" {len(ranked)} of {len(done)} are within the constraints ({bounds}); the others are not listed."
+    if len(study.objectives) > 1:
+        text += (
+            " Points are listed by the first objective, by which the winner is chosen. Front: no other point is better "
+        )
+        text += "on one objective and as good on all."
+    return Section(title, (text, _listed(study, ranked, done)))
+
+
+def _listed(study: Study, ranked: pd.DataFrame, done: pd.DataFrame) -> Table:
+    """The best points; with several objectives, each of them, and whether the point is on the front."""
+    columns, several = score_columns(study), len(study.objectives) > 1
     places = decimals_for(float(done["score"].std()) if len(done) > 1 else None, float(done["score"].iloc[0]))
-    sign = study.objective.minus is not None
-    rows = [
-        (p["point"], *(_setting(p[path]) for path in study.vary), fixed(p["score"], places, sign=sign))
-        for p in best.to_dict("records")
-    ]
-    head = ("point", *short_names(tuple(study.vary)).values(), f"{score_name(study)} (optimistic)")
-    align = "l" + "".join("l" if isinstance(rule, Choice) else "r" for rule in study.vary.values()) + "r"
-    return Section(title, (text, Table(f"The best {len(rows)}", head, rows, align)))
+    signed = [[p[c] if o.mode == "min" else -p[c] for c, o in zip(columns, study.objectives, strict=True)]
+              for p in ranked.to_dict("records")]  # fmt: skip
+    rows = []
+    for p, is_front in zip(ranked.head(BEST).to_dict("records"), non_dominated(signed), strict=False):
+        scores = [fixed(p["score"], places, sign=study.objective.minus is not None), *(si(p[c]) for c in columns[1:])]
+        front = ["yes" if is_front else ""] if several else []
+        rows.append((p["point"], *(_setting(p[path]) for path in study.vary), *scores, *front))
+    heads = [o.words() if o.is_cost else f"{o.words()} (optimistic)" for o in study.objectives]
+    head = ("point", *short_names(tuple(study.vary)).values(), *heads, *(["front"] if several else []))
+    align = "l" + "".join("l" if isinstance(rule, Choice) else "r" for rule in study.vary.values()) + "r" * len(columns)
+    return Table(f"The best {len(rows)}", head, rows, align + "l" * several)
 
 
 def _setting(value: Any) -> str:
@@ -137,6 +164,19 @@ def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, flo
         )
     table = Table("Importance of each factor for the score", head, rows, "l" + "r" * (len(head) - 1))
     return Section(title, (text, table))
+
+
+def other_importances(
+    study: Study, points: pd.DataFrame, others: Mapping[str, Mapping[str, float]] | None
+) -> Section | None:
+    """`others`: importance for the objectives after the first, by their words. None where there are none to show."""
+    if not others or _reason_not_shown(study, len(completed(points))):
+        return None
+    names = short_names(tuple(study.vary))
+    rows = [(names[path], *(fixed(of.get(path), 2) for of in others.values())) for path in study.vary]
+    head = ("factor", *(f"for {words}" for words in others))
+    table = Table("Importance of each factor for each further objective", head, rows, "l" + "r" * len(others))
+    return Section("Importance for further objectives", (table,))
 
 
 def early_stopping(study: Study, tables: Tables) -> Section | None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from orchestrator.scheduling import trial_files
-from orchestrator.scheduling.objective import objective
+from orchestrator.scheduling.objective import measured
 from orchestrator.scheduling.trial_files import Records, Row
 from orchestrator.scheduling.trials import PlannedTrial
+from orchestrator.study.objectives import Measured
 from orchestrator.study.schema import Study
 from trainables.runtime.outcome import Outcome, Status
 from trainables.storage.files import Storage
@@ -63,12 +64,12 @@ class Ledger:
         """Whether the study asks for a trial, or still reads the phase of an earlier teacher."""
         return trial in self.planned or self.uses[self._teacher_keys.get(trial, "")] > 0
 
-    def value(self, trial: str) -> float | None:
-        """The objective of a trial that has run to its end."""
+    def value(self, trial: str, what: Measured | None = None) -> float | None:
+        """What a trial that has run to its end measured; by default the first objective."""
         row = self.rows.get(trial)
         if row is None or row["status"] != Status.ENDED:
             return None
-        return objective(self.study, self.records.get(trial, []))
+        return measured(self.study, what or self.study.objective, self.records.get(trial, []), row["phases"])
 
     def row(self, trial: str) -> Row:
         """The row of the trials table: point, arm and kind are those of the study now, not of when the trial ran."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ STATES = {
     Status.STOPPED: TrialState.PRUNED,  # not COMPLETE: its last score is no final score
     Status.FAILED: TrialState.FAIL,
 }
+Values = float | Sequence[float] | None  # one for each objective
 TRIES = 50  # questions before a space counts as used up
 RANDOM_AFTER = 10  # questions after which random draws replace TPE, whose favourite may be excluded
 LISTED = 10_000  # combinations: in a space of at most so many, points that the sampler misses come from a list
@@ -61,22 +63,40 @@ class Sampler:
         assert study.search is not None
         self._study, self._search = study, study.search
         self._space = {name: _distribution(axis) for name, axis in study.vary.items()}
-        direction = "minimize" if study.objective.mode == "min" else "maximize"
-        self._optuna = optuna.create_study(direction=direction)
-        self._numbers: dict[int, int] = {}  # number of a point -> Optuna's
+        directions = ["minimize" if objective.mode == "min" else "maximize" for objective in study.objectives]
+        self._optuna = optuna.create_study(directions=directions)
+        self._running: dict[int, optuna.Trial] = {}  # by the number of the point
         self._left: list[dict[str, Any]] | None = None  # of all combinations, those not asked yet
 
-    def add(self, number: int, params: Mapping[str, Any], status: Status, score: float | None) -> None:
-        """Adds a point that Optuna has not drawn: of an earlier start, or from the list of combinations."""
-        self._numbers[number] = len(self._optuna.get_trials(deepcopy=False))
+    def add(
+        self, number: int, params: Mapping[str, Any], status: Status, values: Values, *, excess: Sequence[float] = ()
+    ) -> None:
+        """Adds a point that Optuna has not drawn: of an earlier start, or from the list of combinations.
+
+        `excess`: beyond each constraint, above 0 where the point violates it.
+        """
         distributions = {name: self._space[name] for name in params}
-        value = score if status == Status.ENDED else None
+        if status == Status.RUNNING:
+            self._optuna.enqueue_trial(dict(params))
+            self._running[number] = self._optuna.ask(distributions)
+            return
+        is_over = status == Status.ENDED
         self._optuna.add_trial(
-            create_trial(state=STATES[status], params=dict(params), distributions=distributions, value=value)
+            create_trial(
+                state=STATES[status],
+                params=dict(params),
+                distributions=distributions,
+                values=_listed(values) if is_over else None,
+                constraints=_constraints(excess) if is_over else None,
+            )
         )
 
-    def tell(self, number: int, status: Status, score: float | None) -> None:
-        self._optuna.tell(self._numbers[number], score if status == Status.ENDED else None, state=STATES[status])
+    def tell(self, number: int, status: Status, values: Values, excess: Sequence[float] = ()) -> None:
+        trial = self._running.pop(number)
+        if status == Status.ENDED:
+            for name, value in _constraints(excess).items():
+                trial.set_constraint(name, value)
+        self._optuna.tell(trial, _listed(values) if status == Status.ENDED else None, state=STATES[status])
 
     def ask(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
         """The point's params (labels for choices), or None where the space holds no new point.
@@ -93,7 +113,7 @@ class Sampler:
                 if self._study.is_active(name, params):
                     params[name] = _suggest(trial, name, axis)
             if not self._study.is_excluded(params) and is_new(params):
-                self._numbers[number] = trial.number
+                self._running[number] = trial
                 return params
             self._optuna.tell(trial, state=TrialState.FAIL)
         axes = self._study.vary.values()
@@ -116,6 +136,7 @@ class Sampler:
         if self._search.sampler == "random" or attempt >= RANDOM_AFTER:
             return optuna.samplers.RandomSampler(seed=seed)
         startup = min(10, max(4, self._search.points // 3))
+        # for several objectives too: NSGA-II keeps its generations in attributes that a study rebuilt at a start has not
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
     def _grid(self) -> list[dict[str, Any]]:
@@ -130,15 +151,20 @@ class Sampler:
                 combinations[digest([self._search.seed, params])] = params
         return [combinations[key] for key in sorted(combinations)]
 
-    def importance(self) -> tuple[str, dict[str, float]] | None:
-        """(evaluator, importance by axis) over completed points, or None where Optuna has too few."""
+    def importance(self, objective: int = 0) -> tuple[str, dict[str, float]] | None:
+        """(evaluator, importance by axis for an objective) over completed points, or None where Optuna has too few."""
         if sum(trial.state == TrialState.COMPLETE for trial in self._optuna.get_trials(deepcopy=False)) < 2:
             return None
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        try:
-            return "PED-ANOVA", dict(optuna.importance.get_param_importances(self._optuna, evaluator=evaluator))
-        except (ValueError, RuntimeError):
-            return None
+        sign = 1.0 if self._study.objectives[objective].mode == "min" else -1.0  # a target is minimised
+        target = None if len(self._study.objectives) == 1 else lambda trial: sign * trial.values[objective]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a target is minimised
+            try:
+                found = optuna.importance.get_param_importances(self._optuna, evaluator=evaluator, target=target)
+            except (ValueError, RuntimeError):
+                return None
+        return "PED-ANOVA", dict(found)
 
     def importance_by_chance(self) -> Chance:
         """The importances of the completed points where their scores are permuted; there are importances."""
@@ -152,3 +178,11 @@ class Sampler:
             return dict(optuna.importance.get_param_importances(permuted, evaluator=evaluator))
 
         return importance_by_chance(importances, [trial.values[0] for trial in done])
+
+
+def _listed(values: Values) -> list[float] | None:
+    return [values] if isinstance(values, int | float) else None if values is None else [*values]
+
+
+def _constraints(excess: Sequence[float]) -> dict[str, float]:
+    return {str(i): value for i, value in enumerate(excess)}

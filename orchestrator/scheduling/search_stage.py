@@ -11,12 +11,14 @@ from typing import Any
 from orchestrator.analysis.statistics import Chance
 from orchestrator.scheduling import trial_files
 from orchestrator.scheduling.ledger import Ledger
+from orchestrator.scheduling.objective import Scores
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
 from orchestrator.scheduling.optuna_sampler import Sampler
 from orchestrator.scheduling.trials import PlannedTrial, Planner, strata
 from orchestrator.scheduling.tuning import Tuning
 from orchestrator.study.axes import Choice, FloatRange, IntRange
 from orchestrator.study.errors import StudyError
+from orchestrator.study.objectives import Objective
 from orchestrator.study.schema import Search, Study
 from trainables.config.value import random_stream
 from trainables.runtime.outcome import Status
@@ -121,19 +123,34 @@ class SearchStage:
         return [self._points[number] for number in sorted(self._points)]
 
     def score(self, point: Point) -> float | None:
-        """What the search sees: the objective, minus that of the tuned baseline of the same sizes if the study says so."""
-        value, minus = self._ledger.value(point.trial.id), self._ledger.study.objective.minus
-        if value is None or minus is None:
+        """The first objective, as the search sees it."""
+        scores = self.scores(point)
+        return None if scores is None else scores.values[0]
+
+    def scores(self, point: Point) -> Scores | None:
+        """What the search sees: each objective, minus that of the tuned baseline of the same sizes if the study says so."""
+        study = self._ledger.study
+        values = [self._objective(point, objective) for objective in study.objectives]
+        bounded = [self._ledger.value(point.trial.id, bound) for bound in study.constraints]
+        known, within = ([v for v in found if v is not None] for found in (values, bounded))
+        if len(known) < len(values) or len(within) < len(bounded):
+            return None
+        excess = (bound.excess(value) for bound, value in zip(study.constraints, within, strict=True))
+        return Scores(tuple(known), tuple(excess))
+
+    def _objective(self, point: Point, objective: Objective) -> float | None:
+        value = self._ledger.value(point.trial.id, objective)
+        if value is None or objective.minus is None:
             return value
-        baseline = self._tuning.best_value(minus, self._planner.sizes_of(point.params))
+        baseline = self._tuning.best_value(objective.minus, self._planner.sizes_of(point.params), objective)
         return None if baseline is None else value - baseline
 
     def winner(self) -> Point | None:
-        """The best of the points that ran to their end."""
+        """The best on the first objective of the points that ran to their end within the constraints."""
         return None if self._best is None else self._points[self._best[1]]
 
-    def importance(self) -> tuple[str, dict[str, float]] | None:
-        return self._sampler.importance()
+    def importance(self, objective: int = 0) -> tuple[str, dict[str, float]] | None:
+        return self._sampler.importance(objective)
 
     def importance_by_chance(self) -> Chance:
         return self._sampler.importance_by_chance()
@@ -230,15 +247,17 @@ class SearchStage:
 
     def _settle(self, point: Point) -> None:
         """Tells the sampler how a point ended, once, and compares the point with the best."""
-        score, status = self.score(point), Status(self._ledger.rows[point.trial.id]["status"])
+        scores, status = self.scores(point), Status(self._ledger.rows[point.trial.id]["status"])
         if point.number not in self._reported:
             self._reported.add(point.number)
-            state = Status.FAILED if score is None and status == Status.ENDED else status
+            state = Status.FAILED if scores is None and status == Status.ENDED else status
+            values, excess = scores or (None, ())
             if point.number in self._asked:
-                self._sampler.tell(point.number, state, score)
+                self._sampler.tell(point.number, state, values, excess)
             else:
-                self._sampler.add(point.number, point.params, state, score)
-        if score is not None:
+                self._sampler.add(point.number, point.params, state, values=values, excess=excess)
+        if scores is not None and scores.is_feasible:
+            score = scores.values[0]
             signed = (score if self._ledger.study.objective.mode == "min" else -score, point.number)
             self._best = signed if self._best is None else min(self._best, signed)
 

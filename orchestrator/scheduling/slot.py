@@ -12,7 +12,7 @@ from ray import tune
 from ray.exceptions import RayActorError
 
 from orchestrator.cluster.ray_internals import function_trainable
-from orchestrator.scheduling.objective import objective
+from orchestrator.scheduling.objective import measured
 from orchestrator.study.schema import Slot, Study
 from trainables.config.session import SingleProcess
 from trainables.runtime.outcome import Outcome
@@ -35,7 +35,8 @@ class _TuneSession(SingleProcess):
         if self.study is not None:
             rows = [r for r in records if r["phase"] == self.study.objective.phase]
             last = max((r["progress"] for r in rows), default=1.0)
-            value = objective(self.study, [{**r, "progress": 1.0} for r in rows if r["progress"] == last])
+            now = [{**r, "progress": 1.0} for r in rows if r["progress"] == last]
+            value = measured(self.study, self.study.objective, now, {})
             if value is not None and last < 1:  # a trial at its end is not stopped
                 metrics |= {"percent": round(100 * last), "objective": value}
         tune.report(metrics)

@@ -140,9 +140,9 @@ class Planner:
     def plan(
         self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None = None, params: Mapping[str, Any]
     ) -> PlannedTrial:
-        """A trial that is only searched or tuned ends with the phase of the objective."""
-        is_chosen_by_objective = kind == "tune" or (kind == "trial" and arm is None)
-        lean = (spec.upto(self.study.objective.phase) if is_chosen_by_objective else spec).pruned()
+        """A trial that is only searched or tuned ends with the phases by which it is chosen."""
+        is_chosen = kind == "tune" or (kind == "trial" and arm is None)
+        lean = (spec.upto(*self.study.phases_chosen_by) if is_chosen else spec).pruned()
         return self._planned(lean, kind, point, arm=arm, params={**strata_of(self.study, spec), **params})
 
     def _planned(

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
 from orchestrator.scheduling.trials import PlannedTrial, Planner, strata
+from orchestrator.study.objectives import Measured
 from orchestrator.study.schema import Study
 
 Target = tuple[str, tuple[tuple[str, str], ...]]  # an arm, and the sizes at which it is tuned
@@ -69,13 +70,19 @@ class Tuning:
         grid = self._grids.get(_target(arm, sizes or {}))
         return {} if grid is None else grid.tuned
 
-    def best_value(self, arm: str, sizes: Mapping[str, str]) -> float | None:
-        """The objective of a tuned arm at these sizes; None where it is not known or every trial failed."""
+    def best_value(self, arm: str, sizes: Mapping[str, str], what: Measured | None = None) -> float | None:
+        """What the best trial of a tuned arm at these sizes measured, by default the objective by which it is the best.
+
+        None where this is not known or every trial failed.
+        """
         grid = self._grids.get(_target(arm, sizes))
         if grid is None or grid.tuned is None:
             return None
-        values = [v for trial in grid.trials.values() if (v := self._ledger.value(trial.id)) is not None]
-        return (min if self._ledger.study.objective.mode == "min" else max)(values, default=None)
+        scores = {t.id: v for t in grid.trials.values() if (v := self._ledger.value(t.id)) is not None}
+        best = (min if self._ledger.study.objective.mode == "min" else max)(
+            scores, key=scores.__getitem__, default=None
+        )
+        return None if best is None else self._ledger.value(best, what)
 
     def _plan(self, target: Target, values: list[float] | list[None]) -> None:
         (arm, sizes), tune = target, self._ledger.study.tune

@@ -119,6 +119,8 @@ def explain(
     if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
         found = {list: "a list", type(None): "nothing"}.get(type(problem["input"]), repr(problem["input"]))
         return f"{where}expected one mapping (`key: value`); found {found}"
+    if problem["type"] in ("list_type", "tuple_type"):
+        return f"{where}expected a list; found {problem['input']!r}"
     message, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
     message = message[0].lower() + message[1:]
     guess = nearest(str(given), re.findall("'([^']*)'", message)) if problem["type"] == "literal_error" else ""
@@ -152,13 +154,15 @@ def _walk(cls: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, .
         if len(models) > 1 and tagged:
             options = [tagged[0]]
             continue
-        if len(options) > 1 and part in ("number", "schedule", "words", "average"):
+        if len(options) > 1 and part in ("number", "schedule", "words", "average", "one", "several"):
             continue
         path.append(part)
         field = next((f for m in models for n, f in m.model_fields.items() if part in (n, f.alias)), None)
         fields = tuple(f.alias or n for m in models[:1] for n, f in m.model_fields.items())
         mapping = next((o for o in options if typing.get_origin(o) is dict), None)
-        options = list(_members(field.annotation if field else typing.get_args(mapping)[-1] if mapping else Any))
+        listed = next((o for o in options if typing.get_origin(o) is tuple and part.isdigit()), None)
+        inside = typing.get_args(mapping)[-1] if mapping else typing.get_args(listed)[0] if listed else Any
+        options = list(_members(field.annotation if field else inside))
     return tuple(part for part in path if not part.startswith(("function-", "dict[", "tuple[", "constrained"))), fields
 
 

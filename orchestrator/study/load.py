@@ -25,8 +25,8 @@ from orchestrator.study.validate import check_study
 from orchestrator.study.yaml_reader import parse_value, read_yaml
 from trainables.config.trial import TrialSpec
 
-KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "claims",
-        "confirm", "limits", "slot")  # fmt: skip
+KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "good_enough",
+        "claims", "confirm", "limits", "slot")  # fmt: skip
 
 
 def load_study(

@@ -9,26 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from orchestrator.study.axes import Axis, Choice, Label
-from orchestrator.study.claims import Claim, Task
+from orchestrator.study.claims import Claim
 from orchestrator.study.errors import StudyError, explain, set_path
+from orchestrator.study.objectives import COST_WORDS, Constraint, GoodEnough, Measured, Objective
 from orchestrator.study.paths import locate
 from trainables.config.trial import TrialSpec
 from trainables.config.value import Name, Positive, Value
 from trainables.metrics.known import OF_SCORES, metric_named
-
-
-class Objective(Value):
-    """The score of a search: on dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
-
-    phase: Name
-    model: Name
-    metric: str
-    mode: Literal["min", "max"]
-    task: Task | None = None
-    minus: Name | None = None
 
 
 class StopEarly(Value):
@@ -42,6 +32,7 @@ class StopEarly(Value):
 class Search(Value):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     points: PositiveInt
+    constraints: tuple[Constraint, ...] = ()  # points within them come first, and only they can win
     stop_early: StopEarly | None = None
     seed: int = Field(0, ge=0)
 
@@ -60,12 +51,13 @@ class Confirm(Value):
     seeds: int = Field(5, ge=2)
 
 
-def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:
+def tasks_of(what: Measured | Claim, each: Sequence[str]) -> tuple[str, ...]:
     """Returns the data sets that a value needs; (): all that are recorded. The phase fans out over those in `each`."""
     if what.task is not None:
         return (what.task,) if isinstance(what.task, str) else tuple(what.task)
     # a task records only the metrics of its own score
-    return () if metric_named(what.metric) in OF_SCORES else tuple(each)
+    is_of_scores = what.metric not in COST_WORDS and metric_named(what.metric) in OF_SCORES
+    return () if is_of_scores else tuple(each)
 
 
 class Limits(Value):
@@ -113,12 +105,53 @@ class Study(Value):
     tune: Tune | None = None
     arms: dict[Name, dict[str, Any]] = {}
     seeds: PositiveInt = 1
-    objective: Objective
+    objective_: Annotated[
+        Annotated[Objective, Tag("one")] | Annotated[tuple[Objective, ...], Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) and value else "one"),
+    ] = Field(alias="objective")
+    good_enough: GoodEnough | None = None
     claims: dict[Name, Claim] = {}
     confirm: Confirm | None = None
     limits: Limits = Limits()
     slot: Slot = Slot()
     fixed: dict[str, Any] = {}  # paths of the trial given by --set
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others_measure_what_the_first_objective_does(cls, raw: Any) -> Any:
+        """Gives further objectives and the constraints the first objective's phase and model, where they name none."""
+        given, search = raw.get("objective"), raw.get("search")
+        first = given[0] if isinstance(given, list) and given else given
+        if not isinstance(first, Mapping):
+            return raw
+        own = {key: first[key] for key in ("phase", "model") if key in first}
+
+        def filled(listed: Any) -> Any:
+            return [{**own, **what} if isinstance(what, Mapping) else what for what in listed]
+
+        if isinstance(given, list):
+            raw = {**raw, "objective": filled(given)}
+        if isinstance(search, Mapping) and isinstance(bounds := search.get("constraints"), list):
+            raw = {**raw, "search": {**search, "constraints": filled(bounds)}}
+        return raw
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return self.objective_ if isinstance(self.objective_, tuple) else (self.objective_,)
+
+    @property
+    def objective(self) -> Objective:
+        """The first objective: arms are tuned and compared by it, and a search's winner is the best on it."""
+        return self.objectives[0]
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        return self.search.constraints if self.search else ()
+
+    @property
+    def phases_chosen_by(self) -> tuple[str, ...]:
+        """The phases in which objectives and constraints are measured."""
+        return tuple(dict.fromkeys(what.phase for what in (*self.objectives, *self.constraints)))
 
     @property
     def folder(self) -> str:
@@ -129,6 +162,10 @@ class Study(Value):
         """Returns the data sets over which a phase fans out; () where it does not."""
         path = f"phases.{phase}.for_each_dataset"
         return tuple(self.fixed.get(path, self.trial.get("phases", {}).get(phase, {}).get("for_each_dataset", ())))
+
+    def trains(self, phase: str) -> tuple[str, ...]:
+        """Returns the models that a phase trains."""
+        return tuple(self.trial["phases"][phase]["train"])
 
     def spec(
         self,

@@ -11,7 +11,8 @@ from typing import Any
 from orchestrator.study.axes import Choice
 from orchestrator.study.claims import Claim
 from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
-from orchestrator.study.schema import Objective, Study
+from orchestrator.study.objectives import COST_WORDS, Measured
+from orchestrator.study.schema import Study
 from trainables.config.data import Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
@@ -150,7 +151,7 @@ class _Checker:
     def objective_and_claims(self) -> None:
         study, base = self.study, TrialSpec.model_validate({**self.study.trial, "seed": 0})
         _check_early_stopping(base, f"{self.place('trial', 'phases')}: trial.")
-        self.measured(base, study.objective, f"{self.place('objective')}: objective")
+        self.objectives(base)
         said = dict[str, str]()
         for name, claim in study.claims.items():
             where = f"{self.place('claims', name)}: claims.{name}"
@@ -163,8 +164,30 @@ class _Checker:
             if (other := said.setdefault(repr(claim.judged()), name)) != name:
                 raise StudyError(f"{where}: says the same as claim {other!r}; expected one of them")
 
-    def measured(self, base: TrialSpec, what: Objective | Claim, where: str) -> None:
-        """Checks that the metric is measured of the model, on the data sets, in the phase."""
+    def objectives(self, base: TrialSpec) -> None:
+        """Checks that objectives and constraints are measured, and each number is named once; arms are tuned by the first."""
+        study, several = self.study, len(self.study.objectives) > 1
+        listed: list[tuple[tuple[str, ...], Measured, bool | None]] = [
+            (("objective", str(i)) if several else ("objective",), what, None)
+            for i, what in enumerate(study.objectives)
+        ]
+        listed += [(("search", "constraints", str(i)), c, c.at_most is None) for i, c in enumerate(study.constraints)]
+        said = dict[Any, str]()
+        for path, what, side in listed:
+            name = ".".join(path)
+            where = f"{self.place(*path)}: {name}"
+            self.measured(base, what, where, costs=() if what is study.objective else tuple(COST_WORDS))
+            if (other := said.setdefault((side, what.phase, what.model, what.metric, what.task), name)) != name:
+                raise StudyError(f"{where}: is of the same number as {other}; expected one of them")
+        for i, objective in enumerate(study.objectives):
+            if objective.minus not in (None, study.objective.minus):
+                raise StudyError(
+                    f"{self.place('objective', str(i))}: objective.{i}.minus: all objectives are compared with one arm; "
+                    f"expected {study.objective.minus or 'the same in the first objective'} (got {objective.minus!r})"
+                )
+
+    def measured(self, base: TrialSpec, what: Measured | Claim, where: str, *, costs: Sequence[str] = ()) -> None:
+        """Checks that the metric is measured of the model, on the data sets, in the phase; or that it is one of the costs."""
         name = what.phase or self.study.objective.phase
         self.known("phase", name, base.phases, where)
         phase = base.phases[name]
@@ -174,9 +197,10 @@ class _Checker:
             if model not in phase.train:
                 raise StudyError(f"{where}: phase {name!r} does not train {model!r}; expected {', '.join(phase.train)}")
         tasks = _trained_on(phase)
-        if isinstance(what, Claim):
+        is_cost = what.metric in costs
+        if not isinstance(what, Measured):
             tasks = (*tasks, *phase.eval_only)
-        elif phase.eval_only and what.task is None:
+        elif phase.eval_only and what.task is None and not is_cost:
             raise StudyError(
                 f"{where}: {', '.join(phase.eval_only)} (of eval_only) is scored on test only, so a mean over all data sets "
                 f"would not be the same on dev; name a data set that is scored on both: `task: {tasks[0]}`"
@@ -184,7 +208,9 @@ class _Checker:
         wanted = _as_tuple(what.task)
         for task in wanted:
             self.known("task", task, tasks, where)
-        expected = metrics_of(base, name, wanted or tasks)
+        if is_cost:
+            return
+        expected = (*metrics_of(base, name, wanted or tasks), *costs)
         if what.metric not in expected:
             of = f" of {', '.join(wanted)}" if wanted else ""
             close = nearest(what.metric, expected)
@@ -227,10 +253,20 @@ class _Checker:
             raise StudyError(f"{self.place('confirm')}: confirm needs a search whose winner it confirms")
         if not study.search and not study.arms:
             raise StudyError(f"{study.file}: nothing to run: give arms, or vary and search")
-        if study.size_axes() and objective.minus is None:
+        if study.good_enough and len(study.arms) < 2:
+            where = f"{self.place('good_enough')}: good_enough"
+            raise StudyError(
+                f"{where}: names the cheapest of several arms; expected two arms or more (got {len(study.arms)})"
+            )
+        if study.size_axes() and any(o.minus is None and not o.is_cost for o in study.objectives):
             raise StudyError(
                 f"{self.place('objective')}: {study.size_axes()[0]} varies sizes, so the biggest model would win: add "
                 f"`minus: ARM` to the objective; expected {', '.join(study.arms) or 'an arm of its own'}"
+            )
+        if study.search and study.search.stop_early and (study.constraints or len(study.objectives) > 1):
+            raise StudyError(
+                f"{self.place('search', 'stop_early')}: search.stop_early compares points by one objective before their end; "
+                f"expected null, or one objective and no constraints"
             )
         harmless = (f"phases.{objective.phase}.optimizer.", f"phases.{objective.phase}.batch")
         varied = [path for name in study.vary for path in study.paths(name)]

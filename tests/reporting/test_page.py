@@ -327,6 +327,69 @@ def test_the_markdown_has_the_same_verdict_lines(report: Report) -> None:
         assert cells[-1] == line[-1]
 
 
+# -------------------------------------------------------------------------------------------------- quality and cost
+
+ONE = "objective: {phase: distil, model: student, metric: mlm_loss, mode: min, minus: alone}"
+TWO = (
+    "objective: [{phase: distil, model: student, metric: mlm_loss, mode: min, minus: alone}, {metric: COST, mode: min}]"
+)
+
+
+def asking(folder: Path, cost: str, bound: str = "flops, at_most: 2e10", within: float = 0.1) -> Study:
+    text = STUDY.replace(ONE, TWO.replace("COST", cost)).replace(
+        "points: 12}", f"points: 12, constraints: [{{metric: {bound}}}]}}"
+    )
+    return study_of(
+        folder, text.replace("seeds: 5\ntune", f"good_enough: {{within: {within}, cost: {cost}}}\nseeds: 5\ntune")
+    )
+
+
+def test_the_page_shows_quality_beside_cost_and_names_the_cheapest_good_enough_arm(tmp_path: Path) -> None:
+    study = asking(tmp_path, "flops")
+    tables = whole(study, 32)
+    report = make_report(study, tables, PROVENANCE, importance={WEIGHT: 1.0}, others={"FLOPs": {WEIGHT: 0.25}})
+    assert rows_with(report.html, "teacher_to_student weight", "1.00")
+    assert rows_with(report.html, "teacher_to_student weight", "0.25") and "for FLOPs" in report.html
+    line = next(line for line in report.summary.lines if "cheapest" in line)
+    assert line.startswith("alone is the cheapest arm shown to be no worse than the best arm by 0.1 mlm_loss: 5")
+    assert "×0.36 those of good, the best by its mean (simultaneous one-sided 95 % over 3 arms, 5 seeds)" in line
+    section = report.html[report.html.index("Quality and cost</h2>") :]
+    section = section[: section.index("</section>")]
+    assert line in html.unescape(section) and line in html.unescape(report.html[: report.html.index("<nav")])
+    assert "<script" not in section and '<svg style="max-width: 560px"' in section
+    test = {arm: values(tables, arm, "mlm_loss", "test", 1.0).mean() for arm in study.arms}
+    rows = {row[0]: row for row in rows_with(section, " ± ") if row[0] != "arm"}
+    assert {arm: numbers(row[2])[0] for arm, row in rows.items()} == pytest.approx(test, abs=1e-3)
+    assert {arm: row[4] for arm, row in rows.items()} == {"alone": "yes", "good": "yes", "too_weak": ""}
+    assert [row[-1] for row in rows_with(report.html, "−0.0", "14\u202fG")].count(
+        "yes"
+    ) == 1  # of equal FLOPs, the best
+    assert "Quality and cost" in report.markdown and line.split(":")[0] in report.markdown.replace("\\", "")
+    assert "cheapest" not in make_report(study_of(tmp_path), tables, PROVENANCE).html
+
+
+def test_times_of_trials_that_shared_a_device_name_no_cheapest_arm(tmp_path: Path) -> None:
+    study = asking(tmp_path, "device_seconds")
+    (line,) = (text for text in make_report(study, whole(study), PROVENANCE).summary.lines if "Cheapest" in text)
+    assert line.endswith("not told, as trials shared a device, which makes times of arms incomparable.")
+
+
+def test_points_beyond_a_constraint_are_neither_listed_nor_recommended(tmp_path: Path) -> None:
+    study = asking(tmp_path, "flops", bound="mlm_loss, at_most: 3.15")
+    maker = Maker(study)
+    arms(maker)
+    search(maker)
+    tables = maker.tables()
+    scores = point_scores(study, tables)
+    assert 0 < scores["feasible"].sum() < (scores["status"] == "ended").sum()
+    assert list(scores.columns)[-4:] == ["score", "score_1", "status", "feasible"]
+    page = make_report(study, tables, PROVENANCE).html
+    listed = {row[0] for row in rows_with(page, "yes") + rows_with(page, "14") if re.fullmatch(r"p\d{3}", row[0])}
+    assert listed == set(scores[scores["feasible"]]["point"])
+    none = asking(tmp_path, "flops", bound="flops, at_most: 1")
+    assert "no point of the search is within the constraints" in make_report(none, tables, PROVENANCE).html
+
+
 # ------------------------------------------------------------------------------------------------------- the search
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.analysis.curves import best_first, point_scores
+from orchestrator.analysis.tables import tables
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.search_stage import MIN_AUDITED, SearchStage
@@ -52,6 +54,7 @@ class World:
     slots: int = 2
     loss: Callable[[PlannedTrial], Any] = by_hash
     test: Callable[[PlannedTrial], float] = by_hash
+    flops: Callable[[PlannedTrial], float] = lambda _: 10.0  # of each phase
     order: random.Random | None = None  # which of the running trials ends next; by default the first
     started: list[PlannedTrial] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
@@ -121,7 +124,7 @@ class World:
                 cost = {"steps": 8, "tokens": 9, "seconds": 2.0, "device_seconds": 2.0, "flops": 10.0}
                 self.store.publish(StoredPhase(key, {}, {}, (), cost, {"trial": planned.id}))
                 self.trained[key] += 1
-            phases[instance] = {"key": key, "reused": False, "flops": 10.0, "seconds": 2.0, "device_seconds": 2.0, "tokens": 9}  # fmt: skip
+            phases[instance] = {"key": key, "reused": False, "flops": self.flops(planned), "seconds": 2.0, "device_seconds": 2.0, "tokens": 9}  # fmt: skip
         text = "".join(json.dumps(record) + "\n" for record in records)
         home.write(f"trials/{planned.id}/attempt-{attempts}/records.jsonl", text.encode())
         end = Outcome(Status.ENDED, attempts=attempts, node="here", phases=phases, peak_memory=1.0)
@@ -454,6 +457,96 @@ def test_a_failed_point_is_no_winner(make: Make, world: NewWorld) -> None:
     winner = w.search.winner()
     assert winner is not None and winner.name == "p002"
     assert Counter(row["status"] for row in w.rows(kind="trial"))["failed"] == 1
+
+
+# --------------------------------------------------------------------------------------------------- several objectives
+
+DECAY = "phases.distil.optimizer.weight_decay"
+BASE = {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"}
+TRADE = {LR: {"float": [1e-3, 1e-2]}, DECAY: {"float": [0, 1]}}
+
+
+def place_of(planned: PlannedTrial) -> tuple[float, float]:
+    """Where a trial is on the front, from 0 (cheap) to 1 (good), and how far it lies behind the front."""
+    if planned.kind == "teacher":
+        return 0.0, 0.0
+    optimizer = planned.spec.phases["distil"].optimizer_of("student")
+    return (optimizer.lr - 1e-3) / 9e-3, optimizer.weight_decay
+
+
+def traded(world: NewWorld) -> World:
+    """The more FLOPs, the less loss; weight decay costs both."""
+    return world(
+        slots=1,
+        loss=lambda p: 3 + (1 - place_of(p)[0]) ** 2 + place_of(p)[1],
+        flops=lambda p: 50 * place_of(p)[0] ** 2 + 50 * place_of(p)[1],
+    )
+
+
+def trade_study(make: Make, points: int, **search: Any) -> Study:
+    return make(
+        objective=[BASE, {"metric": "flops", "mode": "min"}], vary=TRADE, arms={"alone": {SOFT: 0}}, seeds=1,
+        search={"sampler": "tpe", "points": points, **search},
+    )  # fmt: skip
+
+
+def test_a_search_of_two_objectives_finds_both_ends_of_a_known_front(make: Make, world: NewWorld) -> None:
+    w = traded(world).open(trade_study(make, 30)).run()
+    places = [place_of(point.trial) for point in w.search.points]
+    assert any(along < 0.2 and behind < 0.25 for along, behind in places)
+    assert any(along > 0.8 and behind < 0.25 for along, behind in places)
+    late = [behind for _, behind in places[15:]]
+    assert sum(late) / len(late) < 0.4
+    for point in w.search.points:
+        scores = w.search.scores(point)
+        assert scores is not None and scores.values[0] == w.search.score(point)
+        assert scores.values[1] == pytest.approx(2 * w.flops(point.trial))  # the teacher's phase, too
+    winner = w.search.winner()
+    assert winner is not None and w.search.score(winner) == min(w.search.score(p) for p in w.search.points)  # type: ignore[type-var]
+    assert [w.search.importance(), w.search.importance(1)].count(None) == 0
+
+
+def test_points_within_a_constraint_come_first_and_one_of_them_wins(make: Make, world: NewWorld) -> None:
+    study = trade_study(make, 24, constraints=[{"metric": "flops", "at_most": 30}])
+    w = traded(world).open(study).run()
+    frame = point_scores(study, tables(study.folder, w.ledger.all_rows(), w.ledger.records, lambda _: None))
+    for row in frame.to_dict("records"):  # as the report reads the tables
+        scores = w.search.scores(w.search.points[int(row["point"][1:])])
+        assert scores is not None and scores.is_feasible == row["feasible"]
+        assert scores.values == pytest.approx((row["score"], row["score_1"]))
+    assert len(frame) == 24 and best_first(study, frame)["point"].iloc[0] == w.search.winner().name  # type: ignore[union-attr]
+    spent = {point.name: 2 * w.flops(point.trial) for point in w.search.points}
+    winner = w.search.winner()
+    assert winner is not None and spent[winner.name] <= 30 < max(spent.values())
+    within = [point for point in w.search.points if spent[point.name] <= 30]
+    assert w.search.score(winner) == min(w.search.score(point) for point in within)  # type: ignore[type-var]
+    assert len(within) > 6 and sum(spent[f"p{i:03d}"] <= 30 for i in range(12, 24)) >= 6
+    assert {row["point"] for row in w.rows(kind="confirm")} == {winner.name, "alone"}
+    none = traded(world).open(trade_study(make, 6, constraints=[{"metric": "flops", "at_most": -1}])).run()
+    assert none.search.winner() is None and none.scheduler.is_complete() and not none.rows(kind="confirm")
+
+
+def test_a_restart_asks_the_same_with_several_objectives(make: Make, world: NewWorld) -> None:
+    study = trade_study(make, 14, constraints=[{"metric": "flops", "at_most": 60}])
+    whole = traded(world).open(study).run()
+    for steps in (5, 12):
+        w = traded(world).open(study).run(steps)
+        assert w.open(study).run().outcome() == whole.outcome()
+
+
+def test_each_objective_is_the_difference_to_the_same_trial_of_the_baseline(make: Make, world: NewWorld) -> None:
+    objectives = [{**BASE, "minus": "alone"}, {"metric": "flops", "mode": "min", "minus": "alone"}]
+    study = make(objective=objectives, tune=TUNE, arms={"alone": {SOFT: 0}}, seeds=1, search={"points": 4})
+    w = world(flops=lambda p: 0.0 if p.kind == "teacher" else 1e4 * lr_of(p)).open(study).run()
+    tuned = w.scheduler.tuned("alone")
+    assert tuned is not None
+    tries = [p for p in w.started if p.kind == "tune" and p.arm == "alone" and p.seed == SEARCH_SEED]
+    best = min(tries, key=by_hash)
+    for point in w.search.points:
+        scores = w.search.scores(point)
+        assert scores is not None
+        mine, theirs = (1e4 * lr_of(p) * len(p.keys) for p in (point.trial, best))
+        assert scores.values == pytest.approx((by_hash(point.trial) - by_hash(best), mine - theirs))
 
 
 # ------------------------------------------------------------------------------------------------------ used-up spaces

@@ -687,6 +687,55 @@ def test_early_stopping_goes_by_a_number_that_is_measured(refused: Refused) -> N
     assert "arm 'taught'" in refused(changed("taught: {}", arm))
 
 
+FIRST = "{phase: distil, model: student, metric: mlm_loss, mode: min}"
+FLOPS = "{metric: flops, mode: min}"
+
+
+@pytest.mark.parametrize(("old", "new", "wants"), [
+    (FIRST, f"[{FIRST}, {{metric: flopz, mode: min}}]", ["objective.1: no metric 'flopz' (did you mean 'flops'?)", "mlm_accuracy", "latency_ms"]),
+    (FIRST, f"[{FIRST}, {{metric: flops, mode: max}}]", ["objective.1: flops is a cost; expected mode: min"]),
+    (FIRST, f"[{FIRST}, {{metric: flops}}]", ["objective.1.mode: is missing"]),
+    (FIRST, f"[{FIRST}, {{metric: flops, mode: min, at: 1}}]", ["objective.1.at: unknown key 'at'; expected phase"]),
+    (FIRST, f"[{FIRST}, 3]", ["objective.1: expected one mapping"]),
+    (FIRST, f"[{FIRST}, {FIRST}]", ["objective.1: is of the same number as objective.0"]),
+    (FIRST, f"[{FIRST}, {FLOPS}, {FLOPS}]", ["objective.2: is of the same number as objective.1"]),
+    (FIRST, f"[{FIRST}, {{metric: mlm_accuracy, mode: max, minus: alone}}]", ["objective.1.minus: all objectives are compared with one arm"]),
+    (FIRST, "{phase: distil, model: student, metric: flops, mode: min}", ["objective: no metric 'flops'; expected mlm_loss, mlm_accuracy"]),
+    (FIRST, f"[{FIRST}, {{metric: parameters, mode: min, phase: teach}}]", ["objective.1: phase 'teach' does not train 'student'"]),
+    ("points: 4}", "points: 4, constraints: [{metric: rougeL, at_least: 1}]}", ["search.constraints.0: no metric 'rougeL'"]),
+    ("points: 4}", "points: 4, constraints: [{metric: flops}]}", ["search.constraints.0: expected one of at_most and at_least"]),
+    ("points: 4}", "points: 4, constraints: {metric: flops, at_most: 1}}", ["search.constraints: expected a list"]),
+    ("points: 4}", "points: 4, constraints: [{metric: flops, at_most: 1}, {metric: flops, at_most: 2}]}", ["search.constraints.1: is of the same number"]),
+    ("points: 4}", "points: 4, constraints: [{metric: flops, at_most: 1}], stop_early: {kind: asha}}", ["search.stop_early compares points by one objective"]),
+    ("seeds: 2\n", "seeds: 2\ngood_enough: {within: 0, cost: flops}\n", ["good_enough.within: input should be greater than 0"]),
+    ("seeds: 2\n", "seeds: 2\ngood_enough: {within: 1, cost: money}\n", ["good_enough.cost: ", "'parameters'", "(got 'money')"]),
+    ("seeds: 2\n", "seeds: 2\ngood_enough: 0.02\n", ["good_enough: expected one mapping"]),
+])  # fmt: skip
+def test_several_objectives_and_constraints_speak_of_what_is_there(refused: Refused, old: str, new: str, wants: list[str]) -> None:  # fmt: skip
+    text = changed(old, new)
+    said = refused(text)
+    assert f"study.yaml:{line_with(text, new.strip().splitlines()[-1])}: " in said
+    for want in wants:
+        assert want in said, said
+
+
+def test_further_objectives_and_constraints_are_of_the_first_ones_model(load: Callable[..., Study], refused: Refused) -> None:  # fmt: skip
+    several = changed(
+        FIRST, f"[{FIRST}, {FLOPS}]", changed("points: 4}", "points: 4, constraints: [{metric: flops, at_most: 1e12}]}")
+    )
+    study = load(several)
+    assert study.objective == study.objectives[0] and [o.metric for o in study.objectives] == ["mlm_loss", "flops"]
+    assert {(o.phase, o.model) for o in (*study.objectives, *study.constraints)} == {("distil", "student")}
+    assert Study.model_validate_json(study.model_dump_json()) == study
+    assert load(changed(FIRST, f"[{FIRST}]")).objectives == load().objectives == (study.objective,)
+    single = changed("  taught: {}\n", "").replace("arm: taught, against: alone", "arm: alone, against: alone")
+    single = single[: single.index("claims:")] + "good_enough: {within: 0.1}\n"
+    assert "good_enough: names the cheapest of several arms; expected two arms or more (got 1)" in refused(single)
+    assert "stop_early compares points by one objective" in refused(
+        several.replace("points: 4", "stop_early: {kind: asha}, points: 4")
+    )
+
+
 def test_search_and_vary_need_each_other(refused: Refused) -> None:
     assert "`search` and `vary` need each other" in refused(changed("search: {sampler: random, points: 4}\n", ""))
     without = TEXT[: TEXT.index("vary:")] + TEXT[TEXT.index("search:") :]
@@ -1022,8 +1071,9 @@ def test_agreement_may_be_claimed_with_a_teacher_as_it_is_and_as_it_was() -> Non
 @pytest.mark.parametrize(
     ("text", "part", "says"),
     [
-        (changed("objective: {phase: distil, model: student, metric: mlm_loss, mode: min}",
-                 "objective: [{phase: distil, model: student, metric: mlm_loss, mode: min}]"),
+        (changed("objective: {phase: distil, model: student, metric: mlm_loss, mode: min}", "objective: mlm_loss"),
+         "objective", "objective: expected one mapping (`key: value`); found 'mlm_loss'"),
+        (changed("objective: {phase: distil, model: student, metric: mlm_loss, mode: min}", "objective: []"),
          "objective", "objective: expected one mapping (`key: value`); found a list"),
         (changed("  student: {family: bert", "  student: [bert]\n    other: {family: bert"), "student: [bert]",
          "trial.models.student: expected one mapping (`key: value`); found a list"),

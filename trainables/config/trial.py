@@ -133,9 +133,9 @@ class TrialSpec(Value):
             visit(name)
         return tuple(done)
 
-    def upto(self, phase: str) -> TrialSpec:
-        """Returns the trial that runs only `phase` and the phases that it needs."""
-        return self._keep(self._closure(phase))
+    def upto(self, *phases: str) -> TrialSpec:
+        """Returns the trial that runs only these phases and those that they need."""
+        return self._keep(self._closure(*phases))
 
     def _closure(self, *phases: str) -> set[str]:
         """Returns the phases with all that they need."""

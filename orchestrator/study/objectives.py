@@ -1,0 +1,89 @@
+"""What a search optimises and within which bounds, the costs that can be optimised, and when an arm is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Self, get_args
+
+from pydantic import model_validator
+
+from orchestrator.study.claims import AXIS_WORDS, CostAxis, Task
+from trainables.config.value import Name, Positive, Value
+
+ModelCost = Literal["parameters", "forward_flops", "latency_ms"]  # of the trained model, measured at the end of a phase
+Cost = Literal[CostAxis, ModelCost]
+TRAINING_COSTS: tuple[CostAxis, ...] = get_args(CostAxis)  # of the phase and of those before it, at their recorded cost
+MODEL_COSTS: tuple[ModelCost, ...] = get_args(ModelCost)
+COST_WORDS: Mapping[str, str] = {
+    **{str(axis): words for axis, words in AXIS_WORDS.items()},
+    "device_seconds": "seconds of device time",
+    "parameters": "parameters",
+    "forward_flops": "FLOPs of a forward pass",
+    "latency_ms": "ms per sequence",
+}
+TIMES = ("device_seconds", "latency_ms")  # which other trials on the device make longer
+
+
+class Measured(Value):
+    """A number that is known of each trial that ended: a metric on dev, or a cost."""
+
+    phase: Name
+    model: Name
+    metric: str
+    task: Task | None = None
+
+    @property
+    def is_cost(self) -> bool:
+        return self.metric in COST_WORDS
+
+    @property
+    def spent(self) -> CostAxis | None:
+        """The cost of training that this is, if it is one."""
+        return next((axis for axis in TRAINING_COSTS if axis == self.metric), None)
+
+    def words(self) -> str:
+        return COST_WORDS.get(self.metric, f"{self.metric} on dev")
+
+
+class Objective(Measured):
+    """The score of a search: on dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
+
+    mode: Literal["min", "max"]
+    minus: Name | None = None
+
+    @model_validator(mode="after")
+    def _costs_are_minimised(self) -> Self:
+        if self.is_cost and self.mode == "max":
+            raise ValueError(f"{self.metric} is a cost; expected mode: min")
+        return self
+
+    def words(self) -> str:
+        return super().words() + (f", minus paired {self.minus}" if self.minus else "")
+
+
+class Constraint(Measured):
+    """A bound on what a searched point may measure: points within it come first, and only they can win."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("expected one of at_most and at_least")
+        return self
+
+    def excess(self, value: float) -> float:
+        """Returns by how much a value is beyond the bound; at most 0 within it, as Optuna counts."""
+        return value - self.at_most if self.at_most is not None else (self.at_least or 0.0) - value
+
+    def words(self) -> str:
+        sign, bound = ("≥", self.at_least) if self.at_most is None else ("≤", self.at_most)
+        return f"{super().words()} {sign} {bound:g}"
+
+
+class GoodEnough(Value):
+    """Asks for the cheapest arm that is no worse than the best arm by `within`, in the first objective's metric on test."""
+
+    within: Positive
+    cost: Cost = "flops"
