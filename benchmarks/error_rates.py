@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks import choices
 from orchestrator.analysis.bootstrap import Answers, crossed
 from orchestrator.analysis.verdicts import judge
 from orchestrator.study.claims import Claim
@@ -117,6 +118,19 @@ def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
     return low <= 0.2 <= high
 
 
+def tuned(rng: Rng, *, seeds: int, n: int, costs: Sequence[float]) -> bool:
+    """Two arms that are alike, each at the rate that tuning chose; a rate costs so many SDs of a paired difference."""
+    by_rate = {10.0**i: cost * choices.SD * math.sqrt(2) for i, cost in enumerate(costs)}
+    rates, _ = choices.tuned_rates(rng, by_rate, seeds=seeds)
+    arms = {arm: ends(rng, n, mean=3.0 + by_rate[rate], sd=choices.SD) for arm, rate in rates.items()}
+    return verdicts(arms, {"c": claim("a")}) != ["undecided"]
+
+
+def rate_search(rng: Rng, *, is_fair: bool) -> bool:
+    """A search over the rate alone, where the baseline's own rate costs 2: is its winner supported?"""
+    return choices.rate_search(rng, (0.2, 0.0, 0.0))[is_fair]
+
+
 ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
     "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
     "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
@@ -127,6 +141,15 @@ ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
     **{f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)},
     "equivalent: 5 alike": (equivalence, {"true": 0.0}),
     "equivalent: one at the limit": (equivalence, {"true": 0.2}),
+    **{
+        f"tuned on {seeds} seeds, n = {n}{where}": (tuned, {"seeds": seeds, "n": n, "costs": costs})
+        for where, costs in (("", (1, 0, 1)), (", best at an edge", (0, 1, 2)))
+        for n in (5, 10)
+        for seeds in (1, 2, 3, 5)
+    },
+    "winner: rate searched, baseline's fixed": (rate_search, {"is_fair": False}),
+    "winner: rate searched, baseline's alike": (rate_search, {"is_fair": True}),
+    **{f"winner: {num} rounds": (choices.rounds, {"num": num}) for num in (1, 2, 10)},
     **{
         f"coverage: {num} clusters, correlation {correlation:g}": (
             covers,
