@@ -348,9 +348,11 @@ def confirm_verdict(
 
     at_steps = judged(points[1:])
     verdict = judged([at_cost]) if at_cost and at_steps == Decision.SUPPORTED else at_steps
-    on_dev = arm_values(records, points[:2], query._replace(split="dev"))[1]
-    again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")
-    shrinkage = None if again is None or search_difference is None else search_difference - again.effect
+    shrinkage = None
+    if search_difference is not None:
+        on_dev = arm_values(records, points[:2], query._replace(split="dev"))[1]
+        again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")
+        shrinkage = None if again is None else search_difference - again.effect
     notes = [
         *(note for part in parts.values() for note in part.notes),
         *(n for name in names for n in values[name].notes),
