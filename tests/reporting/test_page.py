@@ -437,7 +437,7 @@ def test_points_that_tie_share_the_recipe_and_rounds_are_counted(study: Study) -
     card = card_of(study, earlier=2)
     (tied,) = re.findall(r"\| ties \| (.*?) tie within noise on dev.*temperature", card)
     assert {"p003", "p007"} <= set(tied.split(", ")) and "p002" not in tied
-    assert "teacher_to_student weight | strong |" in card and "teacher_to_student temperature |" not in card
+    assert "teacher_to_student weight | strong |" in card and "| distil teacher_to_student temperature |" not in card
     assert "3 winners were confirmed here: this one is judged at 0.0083" in card
 
 
