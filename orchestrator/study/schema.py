@@ -209,9 +209,9 @@ class Study(Value):
         """Returns the axes that change an arm which is put over a point: those that the arm does not set itself, no sizes."""
 
         def changes(axis: str) -> bool:
-            points = [self.point_at(axis, end) for end in self.vary[axis].ends()]
-            first, *others = (self.spec(arm=arm, point=point, seed=0).pruned() for point in points)
-            return any(spec != first for spec in others)
+            points = (self.point_at(axis, end) for end in self.vary[axis].ends())
+            specs = [self.spec(arm=arm, point=p, seed=0).pruned() for p in points if not self.is_excluded(p)]
+            return any(spec != specs[0] for spec in specs)
 
         return tuple(axis for axis in self.vary if axis not in self.size_axes() and changes(axis))
 
