@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks import choices
 from orchestrator.analysis.new_data import DataSet, intervals
 from orchestrator.analysis.pareto import ArmPoint, cheapest_good_enough
 from orchestrator.analysis.verdicts import judge
@@ -203,6 +204,33 @@ GOOD_ENOUGH: Rows = {
     for n in (4, 8)
 }
 
+
+def tuned(rng: Rng, *, seeds: int, n: int, costs: Sequence[float]) -> bool:
+    """Two arms that are alike, each at the rate that tuning chose; a rate costs so many SDs of a paired difference."""
+    by_rate = {10.0**i: cost * choices.SD * math.sqrt(2) for i, cost in enumerate(costs)}
+    rates, _ = choices.tuned_rates(rng, by_rate, seeds=seeds)
+    arms = {arm: ends(rng, n, mean=3.0 + by_rate[rate], sd=choices.SD) for arm, rate in rates.items()}
+    return verdicts(arms, {"c": claim("a")}) != ["undecided"]
+
+
+def rate_search(rng: Rng, *, is_fair: bool) -> bool:
+    """A search over the rate alone, where the baseline's own rate costs 2: is its winner supported?"""
+    return choices.rate_search(rng, (0.2, 0.0, 0.0))[is_fair]
+
+
+TUNED: Rows = {
+    f"tuned on {seeds} seeds, n = {n}{where}": (tuned, {"seeds": seeds, "n": n, "costs": costs})
+    for where, costs in (("", (1, 0, 1)), (", best at an edge", (0, 1, 2)))
+    for n in (5, 10)
+    for seeds in (1, 2, 3, 5)
+}
+WINNER: Rows = {
+    "winner: rate searched, baseline's fixed": (rate_search, {"is_fair": False}),
+    "winner: rate searched, baseline's alike": (rate_search, {"is_fair": True}),
+    **{f"winner: {num} rounds": (choices.rounds, {"num": num}) for num in (1, 2, 10)},
+}
+
+
 # ---------------------------------------------------------------------------------------------------------- all rows
 
 GROUPS: Sequence[Rows] = (
@@ -212,7 +240,9 @@ GROUPS: Sequence[Rows] = (
     EQUIVALENT,
     COVERAGE,
     GOOD_ENOUGH,
-    GOOD_ENOUGH,
+    TUNED,
+    WINNER,
+)
 ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
 
 

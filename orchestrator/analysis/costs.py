@@ -20,6 +20,8 @@ from orchestrator.analysis.tables import Tables
 from orchestrator.study.claims import CostAxis
 from trainables.config.phase_run import PhaseRun
 
+DEARER = 1.01  # times the FLOPs of another, from which a trial counts as dearer
+
 
 class Cost(NamedTuple):
     """The cost of a trial, a mean over trials, or a ratio of two."""

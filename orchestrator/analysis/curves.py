@@ -13,6 +13,8 @@ import pandas as pd
 
 from orchestrator.analysis.costs import cost_of_rows
 from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed, spent, where_measured
+from orchestrator.analysis.race import whole
+from orchestrator.analysis.statistics import RunNoise, run_noise
 from orchestrator.analysis.tables import Tables
 from orchestrator.study.objectives import Measured, Objective
 from orchestrator.study.schema import Study
@@ -144,6 +146,33 @@ def baseline_scores(study: Study, tables: Tables, arm: str, what: Objective | No
         chosen = {key: best(tried, key=values.__getitem__) for key, tried in by_match.items()}
         found = {key: shown[trial] for key, trial in chosen.items() if trial in shown} | found
     return found
+
+
+def tuning_scores(study: Study, tables: Tables) -> dict[tuple[str, str], dict[float, dict[int, float]]]:
+    """Returns the objective on dev, with the sign that makes lower better: by arm and sizes, tuned value and seed.
+
+    Values of which no trial has ended are empty.
+    """
+    path = next(iter(study.tune.grid)) if study.tune else ""
+    trials, sign = planned(tables.trials), 1.0 if study.objective.mode == "min" else -1.0
+    trials = trials[trials["kind"] == "tune"]
+    values = values_of(tables, objective_reading(study), trials[trials["status"] == "ended"])
+    found: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
+    for trial in trials.sort_values(["arm", "seed"]).to_dict("records"):
+        params = parsed(trial["params"])
+        if (tried := params.get(path)) is not None:
+            sizes = " ".join(str(params[axis]) for axis in study.size_axes() if axis in params)
+            by_seed = found.setdefault((str(trial["arm"]), sizes), {}).setdefault(float(tried), {})
+            by_seed |= {int(trial["seed"]): sign * values[trial["trial"]]} if trial["trial"] in values else {}
+    return {key: dict(sorted(found[key].items())) for key in sorted(found)}
+
+
+def noise_on_dev(study: Study, tables: Tables) -> RunNoise:
+    """Estimates the noise of one run of the objective on dev, from the seeds of tuning and of the confirmation."""
+    confirming, query = ended(tables, "confirm"), objective_reading(study)
+    fresh = {str(point): by_seed(tables, query, own) for point, own in confirming.groupby("point")}
+    groups = [[*whole(scores).values()] for scores in tuning_scores(study, tables).values()]
+    return run_noise(runs for runs in (*groups, [*whole(fresh).values()]) if runs)
 
 
 def completed(points: pd.DataFrame) -> pd.DataFrame:

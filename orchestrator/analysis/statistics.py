@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -354,6 +354,32 @@ def compare_costs(arm: Mapping[int, float], against: Mapping[int, float], *, nam
     test = paired_t(logs)
     low, high = np.exp(test.interval()).tolist()
     return replace(plain, log_sd=float(test.sd), interval=(low, high) if test.sd > 0 else None, p=float(test.p))
+
+
+class RunNoise(NamedTuple):
+    """The noise of one run, beside what all runs of its seed have in common."""
+
+    sd: float  # NaN where it is not known
+    df: int  # degrees of freedom
+
+    def error(self, n: int = 1) -> float:
+        """Returns the standard error of the difference of two means over the same n seeds."""
+        return self.sd * math.sqrt(2 / n)
+
+    def clear(self, n: int = 1, *, alpha: float = ALPHA / 2) -> float:
+        """Returns the least difference of two such means that is beyond noise, one-sided; NaN where noise is not known."""
+        return float(stats.t.ppf(1 - alpha, self.df)) * self.error(n) if self.df else math.nan
+
+
+def run_noise(groups: Iterable[ArrayLike]) -> RunNoise:
+    """Pools the residuals of groups (run, seed), from which the means of each run and of each seed are taken away."""
+    squares, df = 0.0, 0
+    for group in groups:
+        x = np.asarray(group, dtype=np.float64)
+        residuals = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+        squares += float((residuals**2).sum())
+        df += (x.shape[0] - 1) * (x.shape[1] - 1)
+    return RunNoise(math.sqrt(squares / df) if df else math.nan, df)
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ RESULTS = pa.schema(
     [
         ("study", pa.string()),
         ("trial", pa.string()),
-        ("point", pa.string()),  # the arm's name, or p000 … of the search
+        ("point", pa.string()),  # the arm's name (of a confirmation, with how it ran), or p000 … of the search
         ("arm", pa.string()),  # null for a searched point
         ("seed", pa.int64()),
         ("kind", pa.string()),  # trial | tune | teacher | confirm

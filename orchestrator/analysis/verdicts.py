@@ -298,33 +298,68 @@ def _other_average(claim: Claim, averaged: Sequence[str], facts: TaskFacts) -> N
 class Confirmation:
     """The search's winner against the baseline, on fresh seeds."""
 
-    verdict: Decision
-    comparison: Comparison | None
+    verdict: Decision  # supported: at equal steps and at equal cost
+    at_steps: Decision
+    parts: Mapping[str, Part]  # by rival, the baseline as it was tuned first
     shrinkage: (
         float | None
     )  # the difference on dev in the search minus that on dev at fresh seeds, in the metric's units
     notes: tuple[Note, ...]
+    num_rounds: int  # winners that were ever confirmed
+    level: float  # at which this winner is judged
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The winner beside the baseline as it was tuned."""
+        return next(iter(self.parts.values())).comparison
 
 
 def confirm_verdict(
     results: pd.DataFrame,
     trials: pd.DataFrame,
-    points: tuple[str, str],  # winner, baseline
+    points: Sequence[str],  # winner, and its rivals at equal steps: the baseline as it was tuned first
     query: MetricQuery,
     *,
+    at_cost: str | None = None,  # the rival at the winner's cost; None: the winner costs no more
     search_difference: float | None = None,  # winner - baseline on dev, optimistic: the winner was chosen by it
     num_seeds: int | None = None,
     examples: pd.DataFrame | None = None,
     tasks: TaskFacts | None = None,
 ) -> Confirmation:
-    """Judges whether the winner is better than the baseline over the `confirm` trials, at alpha .05 for this one pair."""
+    """Judges over the `confirm` trials whether the winner is better than every rival (an intersection-union test).
+
+    Equal cost is judged only where equal steps is supported, which spends no further alpha. The k-th winner that is confirmed
+    is judged at alpha / (k (k - 1)), so that all together are falsely supported with a chance of at most alpha.
+    """
     records = Records(results, trials, tasks or TaskFacts(), num_seeds, "point", "confirm")
+    names = [*points, *([at_cost] if at_cost else [])]
     answers = stored_answers(examples, records)
-    averaged, values = arm_values(records, points, query)
+    averaged, values = arm_values(records, names, query)
     context = ClaimContext(query._replace(tasks=averaged), answers, records.facts)
-    part = compare_quality(context, *(values[point] for point in points))
-    on_dev = arm_values(records, points, query._replace(split="dev"))[1]
-    again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")
-    shrinkage = None if again is None or search_difference is None else search_difference - again.effect
-    notes = [*part.notes, *(note for point in points for note in values[point].notes)]
-    return Confirmation(part.decision, part.comparison, shrinkage, tuple(dict.fromkeys(notes)))
+    winner, *rivals = names
+    parts = {rival: compare_quality(context, values[winner], values[rival]) for rival in rivals}
+    num_rounds = rounds_of(trials)
+    level = ALPHA if num_rounds < 2 else ALPHA / (num_rounds * (num_rounds - 1))
+
+    def judged(among: Sequence[str]) -> Decision:
+        p, leans = _p_of([parts[rival] for rival in among])
+        return leans if p <= level else Decision.UNDECIDED
+
+    at_steps = judged(points[1:])
+    verdict = judged([at_cost]) if at_cost and at_steps == Decision.SUPPORTED else at_steps
+    shrinkage = None
+    if search_difference is not None:
+        on_dev = arm_values(records, points[:2], query._replace(split="dev"))[1]
+        again = context.compare(on_dev[points[0]].values, on_dev[points[1]].values, "dev")
+        shrinkage = None if again is None else search_difference - again.effect
+    notes = [
+        *(note for part in parts.values() for note in part.notes),
+        *(n for name in names for n in values[name].notes),
+    ]
+    return Confirmation(verdict, at_steps, parts, shrinkage, tuple(dict.fromkeys(notes)), num_rounds, level)
+
+
+def rounds_of(trials: pd.DataFrame) -> int:
+    """Counts the winners that were ever confirmed, whether the study still plans them or not."""
+    winners = trials[(trials["kind"] == "confirm") & trials["arm"].isna()]
+    return int(winners.groupby("seed")["trial"].nunique().max()) if len(winners) else 0

@@ -64,10 +64,7 @@ def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: Step
         if store.find(key) is None
     }
     costs = [_phase_cost(spec, phase, timer) for spec, phase in todo.values()]
-    extra = study.search.points if study.search else 0  # trials that cannot be named yet
-    if study.confirm and not any(trial.kind == "confirm" for trial in trials):
-        extra += 2 * study.confirm.seeds
-    extra = max(0, extra - sum(trial.arm is None and trial.kind == "trial" for trial in trials))
+    extra = scheduler.search.num_unplanned if scheduler.search else 0  # trials that cannot be named yet
     num_bytes = sum(cost.num_bytes for cost in costs) + extra * max((cost.largest_model for cost in costs), default=0)
     free = f", {bytes_text(shutil.disk_usage(_existing_parent(storage)).free)} free" if storage.is_local else ""
     lines = [_time_line(study, costs, extra), f"about {bytes_text(num_bytes)} of weights to be written{free}"]

@@ -89,7 +89,8 @@ def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[st
         parts.append(f"{len(study.arms)} arms x {study.seeds} seeds")
     if study.tune:
         (path, grid), *_ = study.tune.grid.items()
-        parts.append(f"{path.rsplit('.', 1)[-1]} of each tuned over {len(grid)} values")
+        seeds = f" on {study.tune.seeds} seeds" if study.tune.seeds > 1 else ""
+        parts.append(f"{path.rsplit('.', 1)[-1]} of each tuned over {len(grid)} values{seeds}")
     if study.search:
         parts.append(f"{study.search.points} points by {study.search.sampler} over {len(study.vary)} factors")
     if study.confirm:
@@ -111,7 +112,20 @@ def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[st
         timed = [what.metric for what in (*study.objectives, *study.constraints) if what.metric in TIMES]
         if timed and study.slot.gpus < 1:
             lines.append(f"{', '.join(timed)}: trials side by side on a device slow each other; give it one slot")
-    return lines
+    return lines + _confirmation(study)
+
+
+def _confirmation(study: Study) -> list[str]:
+    if study.confirm is None:
+        return []
+    against, seeds = study.confirm.against, study.confirm.seeds
+    taken = study.taken_over(against)
+    rivals = ["as it was tuned"] + [f"at the winner's {', '.join(p.rsplit('.', 1)[-1] for p in taken)}"] * bool(taken)
+    num = (2 + len(rivals)) * seeds
+    return [
+        f"confirmation: the winner against {against} {' and '.join(rivals)}; if it costs more, also against {against} for as "
+        f"long as costs the same: up to {num} trials"
+    ]
 
 
 def _additions(trials: Sequence[PlannedTrial], rows: Rows) -> list[str]:

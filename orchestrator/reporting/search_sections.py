@@ -16,11 +16,12 @@ from orchestrator.analysis.curves import (
     planned,
     score_columns,
     score_name,
+    tuning_scores,
     values_of,
 )
 from orchestrator.analysis.pareto import non_dominated
-from orchestrator.analysis.queries import parsed
-from orchestrator.analysis.statistics import ALPHA, PERMUTATIONS, Chance, mean_and_half, rank_correlation
+from orchestrator.analysis.race import choose, whole
+from orchestrator.analysis.statistics import ALPHA, PERMUTATIONS, Chance, mean_and_half, rank_correlation, run_noise
 from orchestrator.analysis.tables import Tables
 from orchestrator.reporting import figures
 from orchestrator.reporting.document import (
@@ -201,27 +202,30 @@ def early_stopping(study: Study, tables: Tables) -> Section | None:
 def tuning(study: Study, tables: Tables) -> Section | None:
     if study.tune is None:
         return None
-    (path,), rows, query = study.tune.grid, [], objective_reading(study)
-    trials = planned(tables.trials)
-    trials = trials[trials["kind"] == "tune"]
-    values = values_of(tables, query, trials[trials["status"] == "ended"])
-    axes = study.size_axes()
-    sizes = [" ".join(str(given[axis]) for axis in axes if axis in given) for given in map(parsed, trials["params"])]
-    for (arm, size), group in trials.assign(size=sizes).groupby(["arm", "size"], sort=True):
-        grid: dict[float, list[float]] = {}
-        for trial in group.to_dict("records"):
-            if (tried := parsed(trial["params"]).get(path)) is not None:
-                grid.setdefault(float(tried), []).extend([values[trial["trial"]]] if trial["trial"] in values else [])
-        means = {tried: float(np.mean(scores)) for tried, scores in sorted(grid.items()) if scores}
-        best = (min if study.objective.mode == "min" else max)(means, key=means.__getitem__) if means else None
-        for tried, scores in sorted(grid.items()):
-            edge = ", at an edge" if tried in (min(grid), max(grid)) else ""
-            choice = f"chosen{edge}" if tried == best else ""
-            score = mean_text(*mean_and_half(scores))
-            rows.append((str(arm), str(size) or "–", f"{tried:g}", str(len(scores)), score, choice))
-    text = f"{path}: one grid for all arms, chosen on dev at seeds that no claim uses; a grid is extended at most "
-    text += f"{plural(study.tune.extend, 'time')}."
+    ((path, grid),) = study.tune.grid.items()
+    rows, sign = [], 1.0 if study.objective.mode == "min" else -1.0
+    for (arm, sizes), scores in tuning_scores(study, tables).items():
+        chosen, runs = choose(scores, grid[len(grid) // 2]), whole(scores)
+        noise = run_noise([[*runs.values()]] if runs else [])
+        for value, by_seed in scores.items():
+            edge = ", at an edge" if value in (min(scores), max(scores)) else ""
+            choice = f"chosen{edge}" if value == chosen else "" if value in runs else f"dropped after {len(by_seed)}"
+            gaps = [score - scores[chosen][s] for s, score in by_seed.items() if s in scores[chosen]] if chosen else []
+            gap = "–"
+            if gaps and value != chosen:
+                behind, error = float(np.mean(gaps)), noise.error(len(gaps))
+                places = decimals_for(error, behind)
+                gap = f"{fixed(behind, places)}{f' ± {fixed(error, places)}' if noise.df else ''}"
+            score = mean_text(*mean_and_half([sign * score for score in by_seed.values()]))
+            rows.append((arm, sizes or "–", f"{value:g}", str(len(by_seed)), score, gap, choice))
+    text = (
+        f"{path}: one grid for all arms, chosen by the mean on dev over up to {plural(study.tune.seeds, 'seed')} that no claim "
+        "uses, the same for all values and arms. A value that is clearly worse is dropped. A grid is extended at most "
+        f"{plural(study.tune.extend, 'time')}. Verdicts hold for the chosen values: a gap of less than about twice its "
+        "standard error may be noise, and another value the better one."
+    )
     if not rows:
         return Section("Tuning", (text, "No trial of the grid has begun."))
-    head = ("arm", "sizes", path.rpartition(".")[2], "n", f"{query.metric} on dev ± 95 %", "choice")
-    return Section("Tuning", (text, Table("The grid by arm", head, rows, "llrrrl")))
+    metric = study.objective.metric
+    head = ("arm", "sizes", path.rpartition(".")[2], "n", f"{metric} on dev ± 95 %", "behind the best ± SE", "choice")
+    return Section("Tuning", (text, Table("The grid by arm", head, rows, "llrrrrl")))

@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.analysis.statistics import Chance
 from orchestrator.scheduling import trial_files
+from orchestrator.scheduling.confirmation import ConfirmStage
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.objective import Scores
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
@@ -79,7 +80,7 @@ class SearchStage:
         self._best: tuple[float, int] | None = None  # signed score and number
         self._is_exhausted = False  # the space holds no further point
         self._is_audited = False
-        self._is_confirming = False
+        self._confirm = ConfirmStage(ledger, planner, tuning, self._queue)
         self._obsolete: list[str] = []  # trials whose checkpoints are to be deleted
         self._next_number = 0
         self._numbers = self._take_up_points()
@@ -109,8 +110,7 @@ class SearchStage:
     @property
     def num_unplanned(self) -> int:
         """Trials that will follow and cannot be named yet."""
-        confirm = self._ledger.study.confirm
-        return self.num_unasked + (2 * confirm.seeds if confirm is not None and not self._is_confirming else 0)
+        return self.num_unasked + self._confirm.num_unplanned
 
     @property
     def nothing_follows(self) -> bool:
@@ -142,7 +142,7 @@ class SearchStage:
         value = self._ledger.value(point.trial.id, objective)
         if value is None or objective.minus is None:
             return value
-        baseline = self._tuning.best_value(objective.minus, self._planner.sizes_of(point.params), objective)
+        baseline = self._tuning.best_value(objective.minus, self._ledger.study.sizes_of(point.params), objective)
         return None if baseline is None else value - baseline
 
     def winner(self) -> Point | None:
@@ -242,8 +242,9 @@ class SearchStage:
             return
         if not self._is_audited:
             self._audit_stopped()
-        if not self._open and not self._is_confirming:
-            self._plan_confirmation()
+        if not self._open and (winner := self.winner()) is not None:
+            self._confirm.plan(winner.name, winner.params)
+            self._confirm.update()
 
     def _settle(self, point: Point) -> None:
         """Tells the sampler how a point ended, once, and compares the point with the best."""
@@ -274,16 +275,6 @@ class SearchStage:
                 self._open.add(point.trial.id)
                 self._queue.wake(point.trial.id)
         self._obsolete = list({p.trial.id for p in ever} - {p.trial.id for p in drawn})
-
-    def _plan_confirmation(self) -> None:
-        winner, confirm = self.winner(), self._ledger.study.confirm
-        if confirm is None or winner is None:
-            return
-        tuned = self._tuning.tuned(confirm.against, self._planner.sizes_of(winner.params))
-        if tuned is not None:
-            self._is_confirming = True
-            for index, planned in enumerate(self._planner.confirmation(winner.name, winner.params, tuned)):
-                self._queue.push(planned, 1, index)
 
 
 def _is_stopped_early(row: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from trainables.data.prepare import fingerprint, lender, prepare
 from trainables.models import build
 from trainables.training.phase_graph import phase_key, phase_runs
 
-SEARCH_SEED = 1000  # of tuning and search: disjoint from the arms' seeds 0, 1, 2 …
+SEARCH_SEED = 1000  # of the search, and the first of tuning: disjoint from the arms' seeds 0, 1, 2 …
 CONFIRM_SEED = 2000  # the first seed of the confirmation
 
 Kind = Literal["trial", "tune", "teacher", "confirm"]
@@ -108,34 +108,46 @@ class Planner:
             self._untuned[arm] = self.arm(arm, {})
         return self._untuned[arm]
 
-    def tuning(self, arm: str, sizes: Mapping[str, str], value: Mapping[str, Any]) -> PlannedTrial:
-        """Plans the trial of one value of an arm's grid at one combination of sizes."""
-        spec = self.study.spec(arm=arm, point=sizes, seed=SEARCH_SEED, tuned=value)
+    def tuning(self, arm: str, sizes: Mapping[str, str], value: Mapping[str, Any], *, seed: int) -> PlannedTrial:
+        """Plans the trial of one value of an arm's grid at one combination of sizes. `seed`: 0, 1, … of tuning."""
+        spec = self.study.spec(arm=arm, point=sizes, seed=SEARCH_SEED + seed, tuned=value)
         return self.plan(spec, "tune", arm, arm=arm, params=value)
 
     def point(self, name: str, params: Mapping[str, Any]) -> PlannedTrial:
         """Plans a searched point. Raises StudyError where its parameters make no valid trial."""
         return self.plan(self.study.spec(point=params, seed=SEARCH_SEED), "trial", name, params=params)
 
-    def confirmation(self, name: str, params: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[PlannedTrial]:
-        """Plans the best point and the tuned baseline of its sizes, in pairs, at fresh seeds."""
+    def confirmation(self, name: str, params: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[list[PlannedTrial]]:
+        """Plans the best point, the tuned baseline of its sizes, and the baseline at the point's settings, at fresh seeds."""
+        study, confirm = self.study, self.study.confirm
+        assert confirm is not None
+        own = {path: params[path] for path in study.taken_over(confirm.against) if path in params}
+        arm, runs = confirm.against, list[list[PlannedTrial]]()
+        for seed in range(CONFIRM_SEED, CONFIRM_SEED + confirm.seeds):
+            at_sizes, at_point = (
+                study.spec(arm=arm, point=p, seed=seed, tuned=tuned) for p in (study.sizes_of(params), params)
+            )
+            winner = self.plan(study.spec(point=params, seed=seed), "confirm", name, params=params)
+            as_tuned = self.plan(at_sizes, "confirm", arm, arm=arm, params=tuned)
+            as_point = self.plan(at_point, "confirm", confirm.at_settings(name), arm=arm, params={**tuned, **own})
+            runs.append([winner, as_tuned, as_point])
+        return runs
+
+    def at_cost(self, planned: PlannedTrial, name: str, factor: float) -> PlannedTrial:
+        """Plans the baseline of a confirmation with another budget in the objective's phase. `name`: of the best point."""
         assert self.study.confirm is not None
-        against, planned = self.study.confirm.against, []
-        for seed in range(CONFIRM_SEED, CONFIRM_SEED + self.study.confirm.seeds):
-            planned.append(self.plan(self.study.spec(point=params, seed=seed), "confirm", name, params=params))
-            spec = self.study.spec(arm=against, point=self.sizes_of(params), seed=seed, tuned=tuned)
-            planned.append(self.plan(spec, "confirm", against, arm=against, params=tuned))
-        return planned
+        which, point = self.study.objective.phase, self.study.confirm.at_cost(name)
+        phase = planned.spec.phases[which]
+        longer = phase.model_copy(update={"budget": phase.budget.scaled(factor)})
+        spec = planned.spec.model_copy(update={"phases": {**planned.spec.phases, which: longer}})
+        budget = {f"phases.{which}.budget.{unit}": much for unit, much in longer.budget.model_dump().items()}
+        return self.plan(spec, "confirm", point, arm=planned.arm, params={**planned.params, **budget})
 
     def teacher(self, planned: PlannedTrial, phase_run: str) -> PlannedTrial:
         """Plans the trial that trains one phase for all trials that need it."""
         phase = PhaseRun.parse(phase_run).phase
         params = strata_of(self.study, planned.spec)
         return self._planned(planned.spec.upto(phase), "teacher", phase, arm=None, params=params)
-
-    def sizes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a point's parameters that sets model sizes."""
-        return {axis: params[axis] for axis in self.study.size_axes()}
 
     def plan(
         self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None = None, params: Mapping[str, Any]

@@ -1,11 +1,16 @@
-"""The tuning of each arm: the trials of a grid, and the value that is best on dev."""
+"""The tuning of each arm: a race between the values of a grid, on dev, at the same seeds for all values and arms.
+
+Each value runs at two seeds; those that are not clearly worse run on, up to `tune.seeds`. A choice is made only where all
+trials so far are over, so that it does not depend on the order in which they end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.analysis.race import choose, contenders
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.open_trials import OpenTrials, Teachers
 from orchestrator.scheduling.trials import PlannedTrial, Planner, strata
@@ -17,11 +22,17 @@ Target = tuple[str, tuple[tuple[str, str], ...]]  # an arm, and the sizes at whi
 
 @dataclass
 class _Grid:
-    """The trials of one target by value (None: a baseline without a grid) and, once known, the tuned value."""
+    """The trials of one target by value (None: a baseline without a grid), seed by seed, and the tuned value once known."""
 
-    trials: dict[float | None, PlannedTrial] = field(default_factory=dict)
+    trials: dict[float | None, list[PlannedTrial]] = field(default_factory=dict)
+    num_seeds: int = 1
     num_extensions: int = 0
     tuned: dict[str, Any] | None = None
+
+    @property
+    def is_one_trial(self) -> bool:
+        """Whether all values train the same, because the arm sets the path itself."""
+        return len({trials[0].id for trials in self.trials.values()}) == 1
 
 
 def tuning_targets(study: Study) -> list[Target]:
@@ -46,9 +57,11 @@ class Tuning:
         self._queue = OpenTrials(ledger, teachers)
         self._grids: dict[Target, _Grid] = {target: _Grid() for target in tuning_targets(ledger.study)}
         self._targets: dict[str, list[Target]] = {}  # trial -> the targets that it belongs to
-        for target in self._grids:
-            tune = ledger.study.tune
-            self._plan(target, sorted(next(iter(tune.grid.values()))) if tune else [None])
+        tune = ledger.study.tune
+        for target, grid in self._grids.items():
+            self._plan(target, sorted(next(iter(tune.grid.values()))) if tune else [None], range(1))
+            if tune and tune.seeds > 1 and not grid.is_one_trial:
+                self._race_on(target, grid.trials)
         for target in self._grids:
             self._tune_lr(target)
 
@@ -71,50 +84,66 @@ class Tuning:
         return {} if grid is None else grid.tuned
 
     def best_value(self, arm: str, sizes: Mapping[str, str], what: Measured | None = None) -> float | None:
-        """What the best trial of a tuned arm at these sizes measured, by default the objective by which it is the best.
+        """What the best trial of a tuned arm at these sizes and the seed of the search measured, by default the objective by
+        which it is the best.
 
         None where this is not known or every trial failed.
         """
         grid = self._grids.get(_target(arm, sizes))
         if grid is None or grid.tuned is None:
             return None
-        scores = {t.id: v for t in grid.trials.values() if (v := self._ledger.value(t.id)) is not None}
+        first = [trials[0].id for trials in grid.trials.values()]
+        scores = {trial: v for trial in first if (v := self._ledger.value(trial)) is not None}
         best = (min if self._ledger.study.objective.mode == "min" else max)(
             scores, key=scores.__getitem__, default=None
         )
         return None if best is None else self._ledger.value(best, what)
 
-    def _plan(self, target: Target, values: list[float] | list[None]) -> None:
-        (arm, sizes), tune = target, self._ledger.study.tune
+    def _plan(self, target: Target, values: Iterable[float | None], seeds: Iterable[int]) -> None:
+        (arm, sizes), tune, grid = target, self._ledger.study.tune, self._grids[target]
         index = list(self._grids).index(target)
-        for value in values:
-            tuned = {path: value for path in (tune.grid if tune else ())}
-            planned = self._planner.tuning(arm, dict(sizes), tuned)
-            grid = self._grids[target]
-            self._queue.push(planned, index, len(grid.trials))
-            grid.trials[value] = planned
-            self._targets.setdefault(planned.id, []).append(target)
+        for seed in seeds:
+            for value in [*values]:
+                tuned = {path: value for path in (tune.grid if tune else ())}
+                planned = self._planner.tuning(arm, dict(sizes), tuned, seed=seed)
+                self._queue.push(planned, index, sum(map(len, grid.trials.values())))
+                grid.trials.setdefault(value, []).append(planned)
+                self._targets.setdefault(planned.id, []).append(target)
+
+    def _race_on(self, target: Target, values: Iterable[float | None]) -> None:
+        grid = self._grids[target]
+        self._plan(target, values, [grid.num_seeds])
+        grid.num_seeds += 1
 
     def _tune_lr(self, target: Target) -> None:
-        """Chooses the value of a target whose trials are over, after extending a grid whose best value is at an edge."""
+        """Goes on with the race of a target whose trials are over: a further seed, a wider grid, or the choice."""
         grid, tune = self._grids[target], self._ledger.study.tune
-        while grid.tuned is None and all(self._ledger.is_over(trial.id) for trial in grid.trials.values()):
+        while grid.tuned is None and all(self._ledger.is_over(t.id) for trials in grid.trials.values() for t in trials):
             if tune is None:
                 grid.tuned = {}
                 return
             (path, first), *_ = tune.grid.items()
-            trials = {value: trial for value, trial in grid.trials.items() if value is not None}
-            values = sorted(trials)
-            scores = {v: score for v in values if (score := self._ledger.value(trials[v].id)) is not None}
-            sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
-            best = min(scores, key=lambda v: sign * scores[v], default=None)
+            scores = self._scores(grid)
+            racing, best = contenders(scores), choose(scores, middle := first[len(first) // 2])
+            if len(racing) > 1 and grid.num_seeds < tune.seeds and not grid.is_one_trial:
+                self._race_on(target, racing)
+                continue
+            values = sorted(scores)
             is_inside = best is None or values[0] < best < values[-1]
-            # an arm that sets the path itself has one trial for all values
-            if is_inside or grid.num_extensions == tune.extend or len({trial.id for trial in trials.values()}) == 1:
+            if is_inside or grid.num_extensions == tune.extend or grid.is_one_trial:
                 # where all failed, the middle: the arm's own trials show the failure
-                grid.tuned = {path: first[len(first) // 2] if best is None else best}
+                grid.tuned = {path: middle if best is None else best}
                 return
             assert best is not None
             factor = values[-1] / values[-2]
             grid.num_extensions += 1
-            self._plan(target, [best * factor if best == values[-1] else best / factor])
+            self._plan(target, [best * factor if best == values[-1] else best / factor], range(grid.num_seeds))
+
+    def _scores(self, grid: _Grid) -> dict[float, dict[int, float]]:
+        """The objective by value and seed, with the sign that makes lower better."""
+        sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
+        return {
+            value: {t.seed: sign * score for t in trials if (score := self._ledger.value(t.id)) is not None}
+            for value, trials in grid.trials.items()
+            if value is not None
+        }

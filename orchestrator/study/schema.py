@@ -38,17 +38,32 @@ class Search(Value):
 
 
 class Tune(Value):
-    """One grid for all arms: each takes the value that is best on dev, at seeds that no claim uses."""
+    """One grid for all arms: each takes the value whose mean on dev is best, at seeds that no claim uses.
+
+    Values that are clearly worse at two seeds are dropped; the others run at up to `seeds`.
+    """
 
     grid: dict[str, Annotated[tuple[Positive, ...], Field(min_length=3)]] = Field(min_length=1, max_length=1)
+    seeds: int = Field(3, ge=1, le=100)
     extend: int = Field(2, ge=0)  # how often a winner at an edge may extend the grid by one step
 
 
 class Confirm(Value):
-    """Compares the winner of the search with an arm of the same student, on fresh seeds, on test."""
+    """Compares the winner of the search with an arm of the same student, on fresh seeds, on test.
+
+    The arm runs as it was tuned, at the winner's settings of all that the arm does not set itself, and, where the winner costs
+    more, for as long as costs the same.
+    """
 
     against: Name
     seeds: int = Field(5, ge=2)
+
+    def at_settings(self, winner: str) -> str:
+        """Names the arm at the winner's settings, as tables call it."""
+        return f"{self.against} at settings of {winner}"
+
+    def at_cost(self, winner: str) -> str:
+        return f"{self.against} at cost of {winner}"
 
 
 def tasks_of(what: Measured | Claim, each: Sequence[str]) -> tuple[str, ...]:
@@ -222,6 +237,20 @@ class Study(Value):
                 wanted[other] = labels[0]
                 todo.append(other)
         return {key: wanted[key] for key in self.vary if key in wanted}
+
+    def sizes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the part of a point's parameters that sets model sizes."""
+        return {axis: params[axis] for axis in self.size_axes()}
+
+    def taken_over(self, arm: str) -> tuple[str, ...]:
+        """Returns the axes that change an arm which is put over a point: those that the arm does not set itself, no sizes."""
+
+        def changes(axis: str) -> bool:
+            points = (self.point_at(axis, end) for end in self.vary[axis].ends())
+            specs = [self.spec(arm=arm, point=p, seed=0).pruned() for p in points if not self.is_excluded(p)]
+            return any(spec != specs[0] for spec in specs)
+
+        return tuple(axis for axis in self.vary if axis not in self.size_axes() and changes(axis))
 
     def is_excluded(self, point: Mapping[str, Any]) -> bool:
         return any(all(point.get(axis) == label for axis, label in rule.items()) for rule in self.exclude)

@@ -247,6 +247,12 @@ class _Checker:
             self.known("arm", objective.minus, study.arms, f"{self.place('objective', 'minus')}: objective.minus")
         if confirm is not None:
             self.known("arm", confirm.against, study.arms, f"{self.place('confirm')}: confirm.against")
+            for name, end in ((name, end) for name, axis in study.vary.items() for end in axis.ends()):
+                point = study.point_at(name, end)
+                blamed = f"{self.place('confirm')}: confirm.against at the winner's settings, here {name} {end!r}"
+                with self.blamed_on(blamed):
+                    if not study.is_excluded(point):
+                        self.trains_objective(arm=confirm.against, point=point)
         if bool(study.search) != bool(study.vary):
             raise StudyError(f"{study.file}: `search` and `vary` need each other")
         if confirm and not study.search:

@@ -73,7 +73,7 @@ def test_the_smoke_study_runs_from_the_file_to_the_report(smoke: Swept) -> None:
     assert trials["planned"].all() and set(trials["status"]) <= {"ended", "stopped"}
     counts = Counter(zip(trials["kind"], trials["arm"].fillna(""), strict=True))
     assert counts["trial", "alone"] == counts["trial", "taught"] == 2
-    assert counts["trial", ""] == 6 and counts["confirm", ""] == counts["confirm", "alone"] == 2
+    assert counts["trial", ""] == 6 and counts["confirm", ""] == 2 and counts["confirm", "alone"] == 6
     points = trials[trials["arm"].isna() & (trials["kind"] == "trial")]
     assert sorted(points["point"]) == [f"p{i:03d}" for i in range(6)]
     assert (points["status"] == "ended").sum() >= min(3, 6)

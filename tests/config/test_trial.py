@@ -13,7 +13,7 @@ from tests.support.specs import BUDGETS, DATA, INITS, SCHEDULES, TERMS, WORDPIEC
 from tests.support.trials import distillation, flow, hard, inner, model, phase
 from trainables.config.data import Data, Tokenizer
 from trainables.config.models import Init
-from trainables.config.phase import Budget, Phase, ReplySource, Stream
+from trainables.config.phase import Budget, Epochs, Phase, ReplySource, Steps, Stream, Tokens
 from trainables.config.phase_run import PhaseRun, Start
 from trainables.config.schedules import Constant, Schedule
 from trainables.config.terms import Term
@@ -408,3 +408,9 @@ def test_a_phase_states_its_defaults_in_one_place() -> None:
     assert set(value) == Phase.model_fields.keys() - {"early_stopping"}
     assert value["streams"]["main"] == Stream().model_dump(mode="json")
     assert set(value["streams"]["main"]) == Stream.model_fields.keys()
+
+
+def test_a_budget_is_scaled_in_its_own_unit() -> None:
+    assert Steps(steps=96).scaled(2.39) == Steps(steps=229) and Steps(steps=1).scaled(0.1) == Steps(steps=1)
+    assert Tokens(tokens=1000).scaled(1.5) == Tokens(tokens=1500)
+    assert Epochs(epochs=3).scaled(1.0 / 3) == Epochs(epochs=1)

@@ -170,9 +170,13 @@ def test_a_search_is_counted_once_before_and_after_it_ran(plan: Callable[..., di
     }
     first = plan(run_it=True, **search)
     assert "2 points by random over 1 factors; the winner and alone on 2 fresh seeds" in first["trials"][0]
-    assert first["trials"][2] == "early stopping: none"
+    assert first["trials"][2:] == [
+        "early stopping: none",
+        "confirmation: the winner against alone as it was tuned and at the winner's lr; if it costs more, also against alone for "
+        "as long as costs the same: up to 8 trials",
+    ]
     again = plan(**search)
-    assert again["trials"][1] == "8 reused, 0 to run of those that can be named now"
+    assert again["trials"][1] == "12 reused, 0 to run of those that can be named now"
     assert again["cost"][0] == "nothing to train"
 
 

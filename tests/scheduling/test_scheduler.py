@@ -19,6 +19,7 @@ from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.search_stage import MIN_AUDITED, SearchStage
 from orchestrator.scheduling.trials import CONFIRM_SEED, SEARCH_SEED, Fingerprints, PlannedTrial
+from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import Study
 from tests.support.trials import distillation
@@ -201,6 +202,10 @@ def world(prepared: Prepared, tmp_path: Path) -> Callable[..., World]:
     return lambda **options: World(tmp_path / f"runs{next(numbers)}", Fingerprints(str(prepared[0])), **options)
 
 
+def num_confirmed(w: World) -> int:
+    return sum(row["arm"] is None for row in w.rows(kind="confirm"))
+
+
 Make, NewWorld = Callable[..., Study], Callable[..., World]
 SIZES = {"sizes": {"choice": {"one": {"models.student.layers": 1}, "two": {"models.student.layers": 2}}}}
 TUNE = {"grid": {LR: [1e-3, 2e-3, 4e-3]}}
@@ -229,7 +234,7 @@ def test_arms_come_before_points_and_points_before_the_confirmation(make: Make, 
     kinds = [("arm " if p.arm else "") + p.kind for p in w.started if p.kind != "teacher"]
     assert list(dict.fromkeys(kinds)) == ["arm tune", "arm trial", "trial", "confirm", "arm confirm"]
     assert Counter(kinds)["arm trial"] == 6 and Counter(kinds)["trial"] == 4
-    assert Counter(kinds)["confirm"] == Counter(kinds)["arm confirm"] == 2
+    assert Counter(kinds)["confirm"] == 2 and Counter(kinds)["arm confirm"] == 6
     assert [p.point for p in w.started if p.kind == "trial" and p.arm is None] == ["p000", "p001", "p002", "p003"]
     assert w.scheduler.is_complete() and w.scheduler.next() is None and w.scheduler.num_left() == 0
 
@@ -246,7 +251,7 @@ def test_seeds_are_disjoint_by_purpose(make: Make, world: NewWorld) -> None:
     w = world().open(make(tune=TUNE)).run()
     seeds = {kind: {row["seed"] for row in w.rows(kind=kind)} for kind in ("trial", "tune", "confirm")}
     points = {row["seed"] for row in w.rows(kind="trial") if row["arm"] is None}
-    assert points == seeds["tune"] == {SEARCH_SEED}
+    assert points == {SEARCH_SEED} and seeds["tune"] == {SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2}
     assert seeds["trial"] - points == {0, 1}
     assert seeds["confirm"] == {CONFIRM_SEED, CONFIRM_SEED + 1}
 
@@ -321,7 +326,7 @@ def test_points_are_not_all_asked_while_their_teacher_is_trained(make: Make, wor
 
 
 def race(w: World, arm: str) -> list[float]:
-    return sorted(lr_of(p) for p in w.started if p.kind == "tune" and p.arm == arm)
+    return sorted({lr_of(p) for p in w.started if p.kind == "tune" and p.arm == arm})
 
 
 def close(found: list[float], wanted: list[float]) -> bool:
@@ -378,9 +383,67 @@ def test_mode_max_takes_the_highest(make: Make, world: NewWorld) -> None:
 def test_an_arm_that_sets_the_tuned_path_itself_runs_one_tuning_trial(make: Make, world: NewWorld) -> None:
     study = make(arms={"alone": {SOFT: 0}, "fast": {LR: 9e-3}}, tune=TUNE, vary=None, search=None, confirm=None)
     w = world().open(study).run()
-    assert race(w, "fast") == [9e-3]
+    assert race(w, "fast") == [9e-3] and sum(p.kind == "tune" and p.arm == "fast" for p in w.started) == 1
     assert {lr_of(p) for p in w.started if p.arm == "fast"} == {9e-3}
     assert w.scheduler.is_complete()
+
+
+def noisy(planned: PlannedTrial) -> float:
+    """By the trial alone: 2e-3 is best, 4e-3 costs a little less than noise, and 1e-3 much more."""
+    gap = {1e-3: 1.0, 2e-3: 0.0, 4e-3: 0.002}.get(lr_of(planned), 0.0) if "distil" in planned.keys else 0.0
+    return 3 + gap + 0.02 * by_hash(planned)
+
+
+def seeds_of(w: World, arm: str) -> dict[float, list[int]]:
+    """The seeds of tuning by value, each beside the first."""
+    found: dict[float, list[int]] = {}
+    for p in w.started:
+        if p.kind == "tune" and p.arm == arm:
+            found.setdefault(lr_of(p), []).append(p.seed - SEARCH_SEED)
+    return {value: sorted(seeds) for value, seeds in sorted(found.items())}
+
+
+def test_what_is_clearly_worse_runs_no_further_and_the_best_mean_is_taken(make: Make, world: NewWorld) -> None:
+    study = make(tune={**TUNE, "seeds": 5, "extend": 0}, vary=None, search=None, confirm=None)
+    w = world(loss=noisy).open(study).run()
+    for arm in study.arms:
+        seeds = seeds_of(w, arm)
+        assert seeds[1e-3] == [0, 1]
+        whole = {value: of for value, of in seeds.items() if len(of) == max(map(len, seeds.values()))}
+        losses: dict[float, list[float]] = {}
+        for p in w.started:
+            if p.kind == "tune" and p.arm == arm:
+                losses.setdefault(lr_of(p), []).append(noisy(p))
+        best = min(whole, key=lambda value: sum(losses[value]) / len(losses[value]))
+        assert w.scheduler.tuned(arm) == {LR: best}
+    assert max(p.seed for p in w.started if p.kind == "tune") > SEARCH_SEED + 1
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_race_ends_alike_whatever_ends_first_and_wherever_the_driver_dies(
+    make: Make, world: NewWorld, seeds: int
+) -> None:
+    study = make(
+        tune={**TUNE, "seeds": seeds}, vary=None, search=None, confirm=None, arms={"alone": {SOFT: 0}, "taught": {}}
+    )
+    whole = world(slots=1).open(study).run()
+    for number in range(3):
+        w = world(slots=3, order=random.Random(number)).open(study).run(5 * number)
+        assert w.open(study).run().outcome() == whole.outcome()
+
+
+def test_a_storage_of_one_tuning_seed_runs_the_others_alone(make: Make, world: NewWorld) -> None:
+    keys: dict[str, Any] = {"vary": None, "search": None, "confirm": None}
+    w = world(loss=noisy).open(make(tune={**TUNE, "seeds": 1, "extend": 0}, **keys)).run()
+    begun = edited(w, make(tune={**TUNE, "extend": 0}, **keys))
+    assert {p.seed for p in begun if p.kind == "tune"} == {SEARCH_SEED + 1, SEARCH_SEED + 2}
+
+
+def test_a_value_that_fails_at_one_seed_does_not_win(make: Make, world: NewWorld) -> None:
+    study = make(tune={**TUNE, "extend": 0}, vary=None, search=None, confirm=None)
+    fails = lambda p: None if lr_of(p) == 2e-3 and p.seed == SEARCH_SEED + 1 else noisy(p)  # noqa: E731
+    w = world(loss=lambda p: fails(p) if p.kind == "tune" else 3.0).open(study).run()
+    assert w.scheduler.tuned("alone") == {LR: 4e-3} and w.scheduler.is_complete()
 
 
 # ----------------------------------------------------------------------------------------------- scores and baselines
@@ -404,7 +467,7 @@ def test_a_score_is_the_difference_to_the_best_baseline_of_the_same_sizes(make: 
         of_size = [p for p in w.started if p.kind == "tune" and p.arm == "alone" and p.params.get("sizes") == size]
         assert len({p.id for p in of_size}) >= (3 if tune else 1)
         assert max(w.started.index(p) for p in of_size) < first
-        best = min(by_hash(p) for p in of_size)
+        best = min(by_hash(p) for p in of_size if p.seed == SEARCH_SEED)
         for point in points:
             if point.params["sizes"] == size:
                 assert w.search.score(point) == pytest.approx(by_hash(point.trial) - best)
@@ -420,7 +483,7 @@ def test_minus_without_sizes_and_without_tuning_still_has_its_baseline(make: Mak
     assert winner is not None
     value = w.ledger.value(baseline[0]["trial"])
     assert value is not None and w.search.score(winner) == pytest.approx(by_hash(winner.trial) - value)
-    assert len(w.rows(kind="confirm")) == 4
+    assert num_confirmed(w) == 2
 
 
 def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(make: Make, world: NewWorld) -> None:
@@ -431,7 +494,7 @@ def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(m
     winner = w.search.winner()
     assert winner is not None
     confirming = [p for p in w.started if p.kind == "confirm"]
-    ours, theirs = [p for p in confirming if p.arm is None], [p for p in confirming if p.arm == "alone"]
+    ours, theirs = [p for p in confirming if p.arm is None], [p for p in confirming if p.point == "alone"]
     assert [p.seed for p in ours] == [p.seed for p in theirs] == [CONFIRM_SEED, CONFIRM_SEED + 1]
     layers = {"one": 1, "two": 2}[winner.params["sizes"]]
     assert {p.spec.models["student"].layers for p in confirming} == {layers}
@@ -440,6 +503,57 @@ def test_the_confirmation_takes_the_winner_and_the_tuned_baseline_of_its_sizes(m
     assert tuned is not None and {lr_of(p) for p in theirs} == {tuned[LR]}
     assert {lr_of(p) for p in ours} == {lr_of(winner.trial)}
     assert winner.trial.id not in {p.id for p in confirming}
+
+
+def test_the_baseline_takes_over_the_winners_rate_and_runs_at_its_cost(make: Make, world: NewWorld) -> None:
+    """Without a teacher 10 FLOPs, with it 20: at equal cost twice the steps."""
+    study = searched(make, tune=TUNE, vary={LR: {"choice": [1e-3, 6e-3]}, SOFT: {"choice": [1, 2]}},
+                     search={"sampler": "grid", "points": 4})  # fmt: skip
+    best_rate = lambda p: by_hash(p) - (lr_of(p) == 6e-3 and p.arm is None)  # noqa: E731
+    w = world(loss=lambda p: best_rate(p) if "distil" in p.keys else 1.0).open(study).run()
+    winner = w.search.winner()
+    assert winner is not None and lr_of(winner.trial) == 6e-3
+    confirming: dict[str, list[PlannedTrial]] = {}
+    for p in w.started:
+        if p.kind == "confirm":
+            confirming.setdefault(p.point, []).append(p)
+    tuned = w.scheduler.tuned("alone")
+    assert tuned is not None and tuned[LR] != 6e-3
+    assert list(confirming) == [
+        winner.name,
+        "alone",
+        f"alone at settings of {winner.name}",
+        f"alone at cost of {winner.name}",
+    ]
+    assert {tuple(p.seed for p in of) for of in confirming.values()} == {(CONFIRM_SEED, CONFIRM_SEED + 1)}
+    as_tuned, as_winner, at_cost = ([*of] for of in list(confirming.values())[1:])
+    assert {lr_of(p) for p in as_tuned} == {tuned[LR]} and {lr_of(p) for p in as_winner} == {6e-3}
+    mean = lambda of: sum(map(best_rate, of))  # noqa: E731
+    better = min((as_winner, as_tuned), key=mean)
+    for short, longer in zip(better, at_cost, strict=True):
+        before, after = (p.spec.phases["distil"].budget.model_dump() for p in (short, longer))
+        assert after == {"steps": 2 * before["steps"]}
+        assert longer.spec.phases["distil"].model_copy(update={"budget": None}) == short.spec.phases[
+            "distil"
+        ].model_copy(update={"budget": None})
+        assert longer.arm == "alone" and longer.params["phases.distil.budget.steps"] == after["steps"]
+    assert w.scheduler.is_complete() and w.scheduler.num_left() == 0
+
+
+def test_a_winner_that_costs_no_more_is_compared_at_equal_steps_alone(make: Make, world: NewWorld) -> None:
+    w = world().open(make(confirm={"against": "taught", "seeds": 2}, search={"sampler": "random", "points": 2})).run()
+    assert not [row for row in w.rows(kind="confirm") if "at cost" in row["point"]]
+    assert w.scheduler.is_complete() and w.scheduler.num_left() == 0
+
+
+def test_a_baseline_that_cannot_take_over_the_winners_settings_is_refused(make: Make) -> None:
+    hard = "phases.distil.terms.student_hard.weight"
+    vary = {hard: {"choice": [0, 1]}}
+    with pytest.raises(
+        StudyError, match=rf"confirm.against at the winner's settings, here {hard} '0'.*nothing is learnt"
+    ):
+        make(vary=vary)
+    assert make(vary=vary, arms={"alone": {SOFT: 0, hard: 1}, "taught": {}}).taken_over("alone") == ()
 
 
 def test_a_failed_baseline_leaves_no_winner_but_ends(make: Make, world: NewWorld) -> None:
@@ -564,7 +678,7 @@ def test_a_used_up_space_ends_the_search_and_nothing_is_asked_twice(
         (p.params[SOFT], p.params["phases.distil.batch"]) for p in w.started if p.kind == "trial" and p.arm is None
     ]
     assert sorted(points) == [("1", "4"), ("1", "8"), ("2", "4")]
-    assert w.scheduler.is_complete() and len(w.rows(kind="confirm")) == 4
+    assert w.scheduler.is_complete() and num_confirmed(w) == 2
     again = world(slots=slots)
     again.root = w.root
     again.open(study)
@@ -805,7 +919,7 @@ def test_stopped_points_are_in_no_score_and_the_spared_run_to_the_end(make: Make
         assert (w.search.score(point) is None) == (rows[point.trial.id]["status"] == "stopped")
     winner = w.search.winner()
     assert winner is not None and rows[winner.trial.id]["status"] == "ended"
-    assert w.scheduler.is_complete() and len(w.rows(kind="confirm")) == 4
+    assert w.scheduler.is_complete() and num_confirmed(w) == 2
     confirming = min(i for i, p in enumerate(w.started) if p.kind == "confirm")
     last = max(i for i, p in enumerate(w.started) if p.kind == "trial")
     assert last < confirming, "the winner is known once the spared have ended"

@@ -184,17 +184,26 @@ class Stream(Value):
 class Steps(Value):
     steps: int = Field(ge=1)
 
+    def scaled(self, factor: float) -> Steps:
+        return Steps(steps=max(1, round(self.steps * factor)))
+
 
 class Tokens(Value):
     """Rounded up to whole batches."""
 
     tokens: int = Field(ge=1)
 
+    def scaled(self, factor: float) -> Tokens:
+        return Tokens(tokens=max(1, round(self.tokens * factor)))
+
 
 class Epochs(Value):
     """Of the stream that sets the pace, rounded up to whole batches."""
 
     epochs: Positive
+
+    def scaled(self, factor: float) -> Epochs:
+        return Epochs(epochs=float(f"{self.epochs * factor:.4g}"))
 
 
 Budget = Annotated[
