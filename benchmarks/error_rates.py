@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.known_curves import What, known_curves
 from orchestrator.analysis.bootstrap import Answers, crossed
 from orchestrator.analysis.verdicts import judge
 from orchestrator.study.claims import Claim
@@ -117,6 +118,11 @@ def covers(rng: Rng, *, num_clusters: int, correlation: float) -> bool:
     return low <= 0.2 <= high
 
 
+def scaling(rng: Rng, *, what: What) -> bool:
+    """A known curve over four sizes, five budgets and two teachers: does the interval have r*, C* or the held-out loss inside?"""
+    return known_curves(rng, "r" if what == "loss" else what).covers(what)
+
+
 ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
     "holm: 5 claims, n = 4": (family, {"num": 5, "n": 4, "fields": {}}),
     "holm: 5 claims, lists of one": (family, {"num": 5, "n": 4, "fields": {"against": ["alone"]}}),
@@ -127,6 +133,7 @@ ROWS: Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]] = {
     **{f"stops: worst {num} of 10": (stops, {"num": num}) for num in (2, 4)},
     "equivalent: 5 alike": (equivalence, {"true": 0.0}),
     "equivalent: one at the limit": (equivalence, {"true": 0.2}),
+    **{f"scaling: coverage of {what}": (scaling, {"what": what}) for what in ("r", "compute", "loss")},
     **{
         f"coverage: {num} clusters, correlation {correlation:g}": (
             covers,

@@ -14,6 +14,7 @@ import pandas as pd
 from orchestrator.analysis.costs import cost_of_rows
 from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed
 from orchestrator.analysis.tables import Tables
+from orchestrator.study.claims import Claim
 from orchestrator.study.schema import Study, tasks_of
 from trainables.metrics.task_scores import score_metric
 
@@ -37,6 +38,7 @@ def task_facts(study: Study) -> TaskFacts:
         scores={name: score_metric(data.rule) for name, data in spec.data.items() if data.rule is not None},
         glue={name: data.glue_task for name, data in spec.data.items() if data.glue_task is not None},
         trains={name: tuple(phase.train) for name, phase in spec.phases.items()},
+        grids={name: study.grid(claim) for name, claim in study.claims.items() if not isinstance(claim, Claim)},
     )
 
 
