@@ -74,7 +74,7 @@ def known_curves(
         for name, loss in TEACHERS.items()
     }
     middle, mean = (float(np.mean([*of.values()])) for of in (side, other))
-    slope, curvature = (-0.5, 0.4) if along == "r" else (-0.05, 0.004)
+    slope, curvature = (-0.5, 0.2) if along == "r" else (-0.05, 0.004)
     losses = {"alone": alone_K}
     for name in TEACHERS:
         s_K = side[name] - middle - at

@@ -210,7 +210,7 @@ def _crossing(claim: Crossing, grid: Grid, measured: _Measured, teacher_S: Mappi
     curve = paired_t(_powers(s_G - middle) @ pseudo_BS[:3])
     where, interval = _falls(s_G, curve.mean, curve.half)
     estimate = Estimate(
-        "r*" if claim.crossing == "r" else "C*", "below" if claim.below else "above", where, interval, claim.bound,
+        "r*" if claim.crossing == "r" else "C*", "the bound", where, interval, claim.bound,
         (interval[0] / claim.bound, interval[1] / claim.bound), n, "" if claim.crossing == "r" else "FLOPs",
     )  # fmt: skip
     wanted = math.log(claim.bound)

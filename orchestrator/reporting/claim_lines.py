@@ -196,7 +196,7 @@ def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart 
 
 def _estimated(e: Estimate) -> Part:
     """An estimate beside its bound, or a foretold loss beside the measured one."""
-    ratio = "not reached" if e.value is None else f"×{e.value / e.against:.3g}"
+    ratio = "–" if e.value is None else f"×{e.value / e.against:.3g}"
     value = "not reached" if e.value is None else si(e.value, e.unit)
     return Part(e.name, e.beside, value, si(e.against, e.unit), ratio, open_span(e.ratio), n=str(e.n), is_ratio=True)
 
