@@ -231,10 +231,10 @@ def _crossing(claim: Crossing, grid: Grid, measured: _Measured, teacher_S: Mappi
     for k, s, gain in zip(taught_K, s_K, gain_K, strict=True):
         points.setdefault(measured.names[k][1], []).append((math.exp(s), float(gain)))
     some_G = np.linspace(0, STEPS - 1, 60).astype(int)
-    ends, x = np.exp([low, high]).tolist(), np.exp(s_G[some_G]).tolist()
+    x = np.exp(s_G[some_G]).tolist()
     lines = [
         Line("fit", x, curve.mean[some_G].tolist(), curve.half[some_G].tolist()),
-        Line("no gain", ends, [0.0, 0.0]),
+        Line("no gain", x, [0.0] * len(x)),
     ]
     lines += [Line(phase, points=of_phase) for phase, of_phase in points.items()]
     lines += [] if where is None else [Line(estimate.name, points=[(where, 0.0)])]

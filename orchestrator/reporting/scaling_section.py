@@ -8,7 +8,7 @@ from orchestrator.analysis.scaling import Curve, Estimate
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting import figures
 from orchestrator.reporting.claim_lines import numbered
-from orchestrator.reporting.document import Block, Drawing, Section, Table, open_span, si
+from orchestrator.reporting.document import Block, Drawing, Section, Table, open_span, p_value, si
 
 
 def scaling(verdicts: Sequence[Verdict]) -> Section | None:
@@ -22,11 +22,13 @@ def scaling(verdicts: Sequence[Verdict]) -> Section | None:
             for e in v.estimates
         ]
         coefficients = [
-            (what, f"{value:.3g}", open_span(interval)) for what, (value, interval) in v.curve.coefficients.items()
+            (what, _signed(value), f"[{_signed(low)}, {_signed(high)}]")
+            for what, (value, (low, high)) in v.curve.coefficients.items()
         ]
+        p = p_value(v.p_adjusted)
         blocks += [
             _drawing(name, v.curve, v.estimates, i),
-            Table(f"{name}: estimates", ("what", "value", "95 %", "seeds"), rows, "lrrr"),
+            Table(f"{name}: estimates; p by Holm {p}", ("what", "value", "95 %", "seeds"), rows, "lrrr"),
             Table(f"{name}: coefficients", ("coefficient", "value", "95 %"), coefficients, "lrr"),
         ]
     if not blocks:
@@ -37,6 +39,10 @@ def scaling(verdicts: Sequence[Verdict]) -> Section | None:
         "the curve is fitted again without each seed in turn. Nothing is read outside what was measured."
     )
     return Section("Scaling", (text, *blocks))
+
+
+def _signed(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _drawing(name: str, curve: Curve, estimates: Sequence[Estimate], number: int) -> Drawing:
