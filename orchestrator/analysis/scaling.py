@@ -22,7 +22,7 @@ from scipy.special import huber
 from orchestrator.analysis.arm_values import ArmValues, arm_values
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, parsed
-from orchestrator.analysis.statistics import MIN_PAIRS, Interval, equivalence_p, paired_t
+from orchestrator.analysis.statistics import MIN_PAIRS, Interval, PairedT, equivalence_p, paired_t
 from orchestrator.study.claims import Crossing, Foretelling
 from orchestrator.study.scaling_grid import Grid
 from orchestrator.study.schema import tasks_of
@@ -124,8 +124,8 @@ def judge_scaling(claim: Crossing | Foretelling, grid: Grid, records: Records) -
         return Judged(query, [Answer()], tuple(dict.fromkeys(notes)), bool(lost))
     measured = _measure(students, grid, records, claim.model, seeds)
     if isinstance(claim, Crossing):
-        teacher_KS = {arm: [values.values[seed] for seed in seeds] for arm, values in teachers.items()}
-        found = _crossing(claim, grid, measured, teacher_KS)
+        teacher_S = {arm: [values.values[seed] for seed in seeds] for arm, values in teachers.items()}
+        found = _crossing(claim, grid, measured, teacher_S)
     else:
         found = _foretell(claim, measured)
     return Judged(query, found.answers, tuple(dict.fromkeys([*notes, *found.notes])), False, found.curve)
@@ -228,25 +228,30 @@ def _crossing(claim: Crossing, grid: Grid, measured: _Measured, teacher_S: Mappi
         answer = Answer(estimate, float(test.p), float(test.mean if claim.above else -test.mean), (float(test.sd), n))
     gain_K = (alone_KS - student_KS).mean(1) - pseudo_BS[3].mean() * (o_K - mean)
     points = dict[str, list[tuple[float, float]]]()
-    for k, s, gain in zip(taught_K, s_K, gain_K, strict=True):
-        points.setdefault(measured.names[k][1], []).append((math.exp(s), float(gain)))
-    some_G = np.linspace(0, STEPS - 1, 60).astype(int)
-    x = np.exp(s_G[some_G]).tolist()
-    lines = [
-        Line("fit", x, curve.mean[some_G].tolist(), curve.half[some_G].tolist()),
-        Line("no gain", x, [0.0] * len(x)),
-    ]
-    lines += [Line(phase, points=of_phase) for phase, of_phase in points.items()]
+    for k, s_k, gain in zip(taught_K, s_K, gain_K, strict=True):
+        points.setdefault(measured.names[k][1], []).append((math.exp(s_k), float(gain)))
+    lines = [Line(phase, points=of_phase) for phase, of_phase in points.items()]
     lines += [] if where is None else [Line(estimate.name, points=[(where, 0.0)])]
-    x_name = "teacher's loss / student's alone" if claim.crossing == "r" else "FLOPs of the student alone"
-    other = "log tokens" if claim.crossing == "r" else "log teacher's loss"
-    log_x = f"log {claim.crossing}"
-    names = (f"gain at the mean {log_x}", f"slope in {log_x}", f"curvature in {log_x}", f"slope in {other}")
-    return _Found(
-        [answer],
-        notes,
-        Curve(x_name, f"gain in {claim.metric}", lines, dict(zip(names, _coefficients(pseudo_BS), strict=True))),
-    )
+    return _Found([answer], notes, _drawn_gain(claim, s_G, curve, lines, coefficients=_coefficients(pseudo_BS)))
+
+
+def _drawn_gain(
+    claim: Crossing,
+    s_G: Floats,
+    curve: PairedT,
+    points: Sequence[Line],
+    *,
+    coefficients: Sequence[tuple[float, Interval]],
+) -> Curve:
+    some_G = np.linspace(0, len(s_G) - 1, 60).astype(int)
+    x, y, half = (values_G[some_G].tolist() for values_G in (np.exp(s_G), curve.mean, curve.half))
+    lines = [Line("fit", x, y, half), Line("no gain", x, [0.0] * len(x)), *points]
+    x_name, other = ("teacher's loss / student's alone", "log tokens")
+    if claim.crossing == "compute":
+        x_name, other = ("FLOPs of the student alone", "log teacher's loss")
+    along = f"log {claim.crossing}"
+    names = (f"gain at the mean {along}", f"slope in {along}", f"curvature in {along}", f"slope in {other}")
+    return Curve(x_name, f"gain in {claim.metric}", lines, dict(zip(names, coefficients, strict=True)))
 
 
 def _powers(s: Floats | float) -> Floats:
