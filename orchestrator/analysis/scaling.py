@@ -30,7 +30,7 @@ from trainables.config.phase_run import PhaseRun, Start
 
 Floats = NDArray[np.float64]
 
-HUBER = 0.01  # of a log residual: a loss that is off by more than 1 % weighs less
+HUBER = 0.01  # of a log residual: a loss that is off by more than 1 % counts less
 EXPONENTS = np.geomspace(0.05, 2, 8)  # each pair of them is a start of the law's fit,
 FOLLOWED = 8  # of which the best are followed to an optimum
 LOW, HIGH = np.array([-20.0, -20, -20, -4, -4]), np.array([5.0, 5, 5, 1.5, 1.5])  # of the law's logarithms

@@ -15,7 +15,7 @@ from trainables.config.value import Name, Positive, Value
 
 def _differ(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
-        raise ValueError(f"names a data set twice: {', '.join(names)}")
+        raise ValueError(f"names one twice: {', '.join(names)}")
     return names
 
 

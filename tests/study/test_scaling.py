@@ -56,7 +56,7 @@ def test_the_grid_of_a_claim_is_read_off_the_trials() -> None:
         ("above: 1,", "above: 0,", "claims.weak_helps.above"),
         ("above: 1,", "", "expected one bound, `below` or `above`"),
         ("above: 1,", "above: 1, below: 2,", "expected one bound, `below` or `above`"),
-        ("above: 1,", "above: 1, arm: poor_s,", "claims.weak_helps: unknown key 'arm'"),
+        ("above: 1,", "above: 1, arm: poor_s,", "claims.weak_helps.arm: unknown key 'arm' (did you mean 'arms'?)"),
         ("hold_out: largest", "hold_out: alone_xs", "hold_out 'alone_xs' is no arm without a teacher; expected largest, alone_s, alone_m"),
         ("hold_out: largest", "hold_out: good_xl", "hold_out 'good_xl' is no arm without a teacher"),
         ("error_below: 0.02", "error_below: 0", "claims.foretold.error_below"),
@@ -64,7 +64,7 @@ def test_the_grid_of_a_claim_is_read_off_the_trials() -> None:
         ("error_below: 0.02", "error_below: 2", "claims.foretold.error_below"),
         ("metric: lm_loss, phases", "metric: lm_accuracy, phases", "a curve is of losses, and lm_accuracy is none"),
         ("phases: [d10,", "phases: [d11,", "no phase 'd11' (did you mean 'd10'?)"),
-        ("phases: [d10,", "phases: [d20,", "claims.weak_helps.phases: names a data set twice: d20, d20"),
+        ("phases: [d10,", "phases: [d20,", "claims.weak_helps.phases: names one twice: d20, d20"),
         ("phases: [d10, d20, d40, d70, d100]", "phases: []", "claims.weak_helps.phases"),
         ("phases: [d10,", "phases: [teach,", "phase 'teach' does not train 'student'"),
         ("arms: [alone_s,", "arms: [alone_t,", "claims.poor_stops: no arm 'alone_t' (did you mean 'alone_"),
@@ -91,11 +91,17 @@ def test_a_law_needs_three_configurations_for_each_coefficient(changed: Changed)
 
 
 def test_a_teacher_must_be_measured_where_it_teaches(changed: Changed) -> None:
-    half = (
-        "      train: {student: full}\n      streams",
-        "      train: {student: full}\n      start: {teacher: teach@0.5}\n      streams",
+    saved = (
+        "evaluate: [1]\n      terms: {teacher_hard",
+        "evaluate: [1]\n      save_at: [0.5]\n      terms: {teacher_hard",
     )
-    with pytest.raises(StudyError, match="has several teachers"):
-        changed(half)
-    with pytest.raises(StudyError, match="expected a teacher that an earlier phase trains"):
-        changed(("arms:\n", "arms:\n  other: {phases.trunk.terms.soft.from: student}\n"))
+    starts = [("train: {student: full}\n", "train: {student: full}\n      start: {teacher: teach@0.5}\n")]
+    starts += [(f"{{student: {start}}}", f"{{student: {start}, teacher: teach@0.5}}") for start in ("trunk@0.1", "trunk@0.2", "trunk@0.4", "trunk@0.7", "trunk")]  # fmt: skip
+    with pytest.raises(StudyError, match="arm 'good_s' has several teachers; expected one"):
+        changed(saved, *starts[:-1])
+    with pytest.raises(
+        StudyError, match=r"teaches arm 'good_s' as it is at teach@0.5, .* expected 0.5 in phases.teach.evaluate"
+    ):
+        changed(saved, *starts)
+    measured = ("evaluate: [1]\n      save_at", "evaluate: [0.5, 1]\n      save_at")
+    assert changed(saved, *starts, measured).claims.keys() == {"weak_helps", "poor_stops", "foretold"}
