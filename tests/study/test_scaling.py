@@ -46,7 +46,7 @@ def test_the_grid_of_a_claim_is_read_off_the_trials() -> None:
     assert grid.alone == ("alone_s", "alone_m", "alone_l", "alone_xl")
     assert grid.alone_of["poor_l"] == "alone_l"
     assert {(teacher, str(start)) for teacher, start in grid.teacher.values()} == {("teacher", "teach")}
-    assert [str(start) for start in grid.trained["good_m"]["d40"]] == ["trunk@0.4", "d40"]
+    assert [str(start) for start in grid.trained["good_m"]["d55"]] == ["trunk@0.55", "d55"]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_the_grid_of_a_claim_is_read_off_the_trials() -> None:
         ("error_below: 0.02", "error_below: -0.1", "claims.foretold.error_below"),
         ("error_below: 0.02", "error_below: 2", "claims.foretold.error_below"),
         ("metric: lm_loss, phases", "metric: lm_accuracy, phases", "a curve is of losses, and lm_accuracy is none"),
-        ("phases: [d10,", "phases: [d11,", "no phase 'd11' (did you mean 'd10'?)"),
-        ("phases: [d10,", "phases: [d20,", "claims.weak_helps.phases: names one twice: d20, d20"),
-        ("phases: [d10, d20, d40, d70, d100]", "phases: []", "claims.weak_helps.phases"),
-        ("phases: [d10,", "phases: [teach,", "phase 'teach' does not train 'student'"),
+        ("phases: [d30,", "phases: [d31,", "no phase 'd31' (did you mean 'd30'?)"),
+        ("phases: [d30,", "phases: [d40,", "claims.weak_helps.phases: names one twice: d40, d40"),
+        ("phases: [d30, d40, d55, d75, d100]", "phases: []", "claims.weak_helps.phases"),
+        ("phases: [d30,", "phases: [teach,", "phase 'teach' does not train 'student'"),
         ("arms: [alone_s,", "arms: [alone_t,", "claims.poor_stops: no arm 'alone_t' (did you mean 'alone_"),
         ("arms: [alone_s, ", "arms: [", "arm 'poor_s': no arm trains the same student for the same budgets without a teacher"),
         ("arms: [alone_s, alone_m, alone_l, alone_xl, poor_s, poor_m, poor_l, poor_xl]", "arms: [alone_s, poor_s]",
@@ -86,8 +86,8 @@ def test_a_law_needs_three_configurations_for_each_coefficient(changed: Changed)
     with pytest.raises(
         StudyError, match=r"claims.foretold: 5 coefficients need 15 configurations of other sizes, .* 3 arms x 2 "
     ):
-        changed(("foretells: {hold_out: largest}, error_below: 0.02, model: student, metric: lm_loss, phases: [d10, d20, d40, d70, d100]",
-                 "foretells: {hold_out: largest}, error_below: 0.02, model: student, metric: lm_loss, phases: [d10, d20]"))  # fmt: skip
+        changed(("foretells: {hold_out: largest}, error_below: 0.02, model: student, metric: lm_loss, phases: [d30, d40, d55, d75, d100]",
+                 "foretells: {hold_out: largest}, error_below: 0.02, model: student, metric: lm_loss, phases: [d30, d40]"))  # fmt: skip
 
 
 def test_a_teacher_must_be_measured_where_it_teaches(changed: Changed) -> None:
@@ -96,7 +96,7 @@ def test_a_teacher_must_be_measured_where_it_teaches(changed: Changed) -> None:
         "evaluate: [1]\n      save_at: [0.5]\n      terms: {teacher_hard",
     )
     starts = [("train: {student: full}\n", "train: {student: full}\n      start: {teacher: teach@0.5}\n")]
-    starts += [(f"{{student: {start}}}", f"{{student: {start}, teacher: teach@0.5}}") for start in ("trunk@0.1", "trunk@0.2", "trunk@0.4", "trunk@0.7", "trunk")]  # fmt: skip
+    starts += [(f"{{student: {start}}}", f"{{student: {start}, teacher: teach@0.5}}") for start in ("trunk@0.3", "trunk@0.4", "trunk@0.55", "trunk@0.75", "trunk")]  # fmt: skip
     with pytest.raises(StudyError, match="arm 'good_s' has several teachers; expected one"):
         changed(saved, *starts[:-1])
     with pytest.raises(
