@@ -112,7 +112,7 @@ def judge_scaling(claim: Crossing | Foretelling, grid: Grid, records: Records) -
         for phase in claim.phases
         for arm, values in arm_values(records, arms, query._replace(phase=phase))[1].items()
     }
-    teachers = {arm: _of_teacher(records, query, arm, *grid.teacher[arm]) for arm in grid.teacher if arm in arms}
+    teachers = {arm: _of_teacher(arm, grid, records, query) for arm in grid.teacher if arm in arms}
     every = [*students.values(), *teachers.values()]
     seeds = sorted(set.intersection(*(set(values.values) for values in every)))
     notes = [each for values in every for each in values.notes]
@@ -122,7 +122,7 @@ def judge_scaling(claim: Crossing | Foretelling, grid: Grid, records: Records) -
         notes.append(note(Kind.TOO_FEW_PAIRS, n=len(seeds), least=MIN_PAIRS))
     if lost or len(seeds) < MIN_PAIRS:
         return Judged(query, [Answer()], tuple(dict.fromkeys(notes)), bool(lost))
-    measured = _measure(students, grid, records, claim.model, seeds)
+    measured = _measure(students, grid, records, model=claim.model, seeds=seeds)
     if isinstance(claim, Crossing):
         teacher_S = {arm: [values.values[seed] for seed in seeds] for arm, values in teachers.items()}
         found = _crossing(claim, grid, measured, teacher_S)
@@ -131,13 +131,14 @@ def judge_scaling(claim: Crossing | Foretelling, grid: Grid, records: Records) -
     return Judged(query, found.answers, tuple(dict.fromkeys([*notes, *found.notes])), False, found.curve)
 
 
-def _of_teacher(records: Records, query: MetricQuery, arm: str, teacher: str, start: Start) -> ArmValues:
+def _of_teacher(arm: str, grid: Grid, records: Records, query: MetricQuery) -> ArmValues:
+    teacher, start = grid.teacher[arm]
     at = query._replace(phase=start.run.phase, model=teacher, at=start.fraction)
     return arm_values(records, (arm,), at)[1][arm]
 
 
 def _measure(
-    students: Mapping[tuple[str, str], ArmValues], grid: Grid, records: Records, model: str, seeds: Sequence[int]
+    students: Mapping[tuple[str, str], ArmValues], grid: Grid, records: Records, *, model: str, seeds: Sequence[int]
 ) -> _Measured:
     arms = {arm for arm, _ in students}
     trials, rows = records.planned(records.trials, arms), records.planned(records.results, arms)

@@ -126,7 +126,7 @@ def test_nothing_is_read_outside_what_was_measured(known: Known, bound: float, s
     assert verdict.verdict == "undecided" and Kind.OUTSIDE in kinds(verdict)
 
 
-def test_a_bound_beyond_what_was_measured_is_decided_where_the_crossing_lies_before_it() -> None:
+def test_a_bound_outside_is_decided_where_the_crossing_lies_on_its_near_side() -> None:
     assert HARMS.judge(crossing="r", below=3.0).verdict == "supported"
     assert HELPS.judge(crossing="r", below=0.2).verdict == "refuted"
 
