@@ -78,7 +78,7 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
     """All verdicts in one sentence."""
     if not verdicts:
         return "No verdict: the study states no claims."
-    if not (shown := [each.n for v in verdicts for each in (*v.parts, *v.estimates)]):
+    if not (shown := [n for v in verdicts for n in _seeds(v)]):
         begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
         return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
     if (n := max(shown)) < MIN_PAIRS:
@@ -164,9 +164,14 @@ def _more(v: Verdict) -> str:
         return "runs failed"
     if any(note.kind == Kind.OUTSIDE for note in v.notes):
         return "the bound is outside what was measured"
-    if min((each.n for each in (*v.parts, *v.estimates)), default=0) < MIN_PAIRS:
+    if min(_seeds(v), default=0) < MIN_PAIRS:
         return f"provisional: needs {MIN_PAIRS} seeds or more"
     return "more seeds would not help"
+
+
+def _seeds(v: Verdict) -> list[int]:
+    """The seeds of each comparison or estimate."""
+    return [*(c.n for c in v.parts), *(e.n for e in v.estimates)]
 
 
 def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart | None) -> Part:
