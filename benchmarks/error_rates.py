@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import choices
+from benchmarks.known_curves import What, known_curves
 from orchestrator.analysis.new_data import DataSet, intervals
 from orchestrator.analysis.pareto import ArmPoint, cheapest_good_enough
 from orchestrator.analysis.verdicts import judge
@@ -231,6 +232,14 @@ WINNER: Rows = {
 }
 
 
+def scaling(rng: Rng, *, what: What) -> bool:
+    """A known curve over four sizes, five budgets and two teachers: does the interval have r*, C* or the held-out loss inside?"""
+    return known_curves(rng, "r" if what == "loss" else what).covers(what)
+
+
+SCALING: Rows = {f"scaling: coverage of {what}": (scaling, {"what": what}) for what in ("r", "compute", "loss")}
+
+
 # ---------------------------------------------------------------------------------------------------------- all rows
 
 GROUPS: Sequence[Rows] = (
@@ -242,6 +251,7 @@ GROUPS: Sequence[Rows] = (
     GOOD_ENOUGH,
     TUNED,
     WINNER,
+    SCALING,
 )
 ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
 

@@ -64,7 +64,8 @@ class Results:
 
     @property
     def claims(self) -> pd.DataFrame:
-        """A row per claim and arm that it is compared with; `effect` is arm minus against, with its 95 % interval over seeds."""
+        """A row per claim and arm that it is compared with; `effect` is arm minus against, with its 95 % interval over seeds;
+        of a claim about scaling, the estimate itself."""
         rows = [
             {
                 "claim": v.name, "says": v.claim.stated(), "verdict": str(v.verdict), "arm": v.claim.arm, "against": c.against,
@@ -74,6 +75,15 @@ class Results:
             for v in self.verdicts
             for c in v.parts
             for low, high in (c.interval or (np.nan, np.nan),)
+        ]  # fmt: skip
+        rows += [
+            {
+                "claim": v.name, "says": v.claim.stated(), "verdict": str(v.verdict), "arm": e.name, "against": e.beside,
+                "metric": v.claim.metric, "split": v.reading.split, "effect": e.value, "low": e.interval[0],
+                "high": e.interval[1], "n": e.n, "p_adjusted": v.p_adjusted, "notes": len(v.notes),
+            }
+            for v in self.verdicts
+            for e in v.estimates
         ]  # fmt: skip
         return pd.DataFrame(rows)
 

@@ -14,6 +14,7 @@ from orchestrator.analysis.equal_cost import equal_cost_values
 from orchestrator.analysis.new_data import Missing, Runs, StoredAnswers
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
+from orchestrator.analysis.scaling import Answer
 from orchestrator.analysis.statistics import (
     ALPHA,
     MIN_PAIRS,
@@ -44,6 +45,7 @@ class Part:
     comparison: Comparison | None = None  # of the quality
     by_task: Mapping[str, Comparison] = field(default_factory=dict)
     cost: CostPart | None = None
+    answer: Answer | None = None  # of a claim about scaling
     p_equivalent: float = 1.0  # that the gain is within the claim's ±`within`
 
     @property
@@ -53,6 +55,8 @@ class Part:
     @property
     def spread(self) -> tuple[float | None, int] | None:
         """SD, and number of pairs; None where nothing is compared."""
+        if self.answer is not None:
+            return self.answer.spread
         if self.cost is not None:
             return self.cost.found.log_sd, self.cost.found.n
         return None if (c := self.comparison) is None else (c.sd, c.n)

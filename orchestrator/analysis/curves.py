@@ -16,6 +16,7 @@ from orchestrator.analysis.queries import MetricQuery, TaskFacts, parsed, spent,
 from orchestrator.analysis.race import whole
 from orchestrator.analysis.statistics import RunNoise, run_noise
 from orchestrator.analysis.tables import Tables
+from orchestrator.study.claims import Claim
 from orchestrator.study.objectives import Measured, Objective
 from orchestrator.study.schema import Study
 from trainables.metrics.task_scores import score_metric
@@ -40,6 +41,7 @@ def task_facts(study: Study) -> TaskFacts:
         scores={name: score_metric(data.rule) for name, data in spec.data.items() if data.rule is not None},
         glue={name: data.glue_task for name, data in spec.data.items() if data.glue_task is not None},
         trains={name: tuple(phase.train) for name, phase in spec.phases.items()},
+        grids={name: study.grid(claim) for name, claim in study.claims.items() if not isinstance(claim, Claim)},
     )
 
 

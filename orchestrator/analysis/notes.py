@@ -58,6 +58,11 @@ class Kind(StrEnum):
     CONDITIONS = (
         auto()
     )  # side_by_side, is_shared (the device), nodes, slot, phase, num_runs, num_elsewhere: see `timing.conditions`
+    # a curve
+    LOST_RUNS = auto()  # num
+    NO_CURVE = auto()  # what: the axis along which too little varies
+    NOT_REACHED = auto()  # what, helps (throughout, or never)
+    OUTSIDE = auto()  # bound, low, high (of what was measured)
     # the verdict
     MEAN_OVER = auto()  # tasks
     OTHER_AVERAGE = auto()  # tasks, papers

@@ -12,6 +12,7 @@ import pandas as pd
 
 from orchestrator.study.claims import CostAxis
 from orchestrator.study.objectives import MODEL_COSTS, Measured
+from orchestrator.study.scaling_grid import Grid
 from orchestrator.study.schema import Study, tasks_of
 from trainables.config.phase_run import PhaseRun
 from trainables.metrics.known import metric_named
@@ -59,6 +60,7 @@ class TaskFacts:
     scores: Mapping[str, Metric] = field(default_factory=dict)  # data set -> its own `score`
     glue: Mapping[str, str] = field(default_factory=dict)  # data set -> its task of GLUE
     trains: Mapping[str, Collection[str]] = field(default_factory=dict)  # phase -> the models that it trains
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # claim about scaling -> what it reads
 
     def metric(self, name: str, task: str) -> Metric:
         """Returns the data set's own metric of this name, else the general one."""

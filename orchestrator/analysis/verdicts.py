@@ -28,10 +28,11 @@ from orchestrator.analysis.curves import task_facts
 from orchestrator.analysis.new_data import stored_answers
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
+from orchestrator.analysis.scaling import Curve, Estimate, judge_scaling
 from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.timing import conditions
-from orchestrator.study.claims import Claim, Figure
+from orchestrator.study.claims import AnyClaim, Claim, Figure
 from orchestrator.study.schema import Slot, Study
 
 PaperJudgement = Literal["inside", "below", "above", "not comparable"]
@@ -50,7 +51,7 @@ class Verdict:
     """What the results say about one claim."""
 
     name: str
-    claim: Claim
+    claim: AnyClaim
     verdict: Decision
     parts: tuple[Comparison, ...]  # one for each `against` that shares a seed with the arm
     cost_parts: tuple[CostPart, ...]  # likewise, where the claim says `less`
@@ -65,18 +66,21 @@ class Verdict:
     holds: Scope | None  # of a verdict that is decided
     read_at: Mapping[str, Progress]  # by `against`, of claims at equal cost
     conditions: Note | None  # of claims about time
+    estimates: tuple[Estimate, ...] = ()  # of claims about scaling
+    curve: Curve | None = None  # likewise
 
 
 @dataclass(frozen=True)
 class _Compared:
     """A claim with its comparisons, not decided yet."""
 
-    claim: Claim
+    claim: AnyClaim
     query: MetricQuery
     pairs: list[Pair]
     quality: list[Part]
     cost: list[Part]  # where the claim says `less`
     conditions: Note | None
+    curve: Curve | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -84,7 +88,7 @@ class _Compared:
 
 
 def judge(
-    claims: Mapping[str, Claim],
+    claims: Mapping[str, AnyClaim],
     results: pd.DataFrame,
     trials: pd.DataFrame,
     *,
@@ -106,6 +110,11 @@ def judge(
     answers = stored_answers(examples, records)
     compared = {}
     for name, claim in claims.items():
+        if not isinstance(claim, Claim):
+            found = judge_scaling(claim, records.facts.grids[name], records)
+            quality = [Part(a.p, a.beyond, found.notes, found.failed, answer=a) for a in found.answers]
+            compared[name] = _Compared(claim, found.query, [], quality, [], None, found.curve)
+            continue
         query, pairs = query_claim(claim, records, default_phase)
         context = ClaimContext(
             query,
@@ -181,6 +190,8 @@ def _verdict(
         holds=holds,
         read_at={b.name: Progress(a.progress, b.progress) for a, b in compared.pairs} if query.equal else {},
         conditions=compared.conditions,
+        estimates=tuple(p.answer.estimate for p in parts if p.answer is not None and p.answer.estimate is not None),
+        curve=compared.curve,
     )
 
 
@@ -234,7 +245,7 @@ def _part_needs(part: Part, alpha: float) -> float:
     return math.inf if needed is None else max(1, needed - n)
 
 
-def _judge_paper(claim: Claim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:
+def _judge_paper(claim: AnyClaim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:
     if claim.paper is None:
         return None
     if (figure := claim.figure) is None or not parts or parts[0].interval is None:
@@ -266,7 +277,7 @@ def _notes(compared: _Compared, verdict: Decision, holds: Scope | None, other: N
     return [*notes, compared.conditions] if compared.conditions is not None else notes
 
 
-def _on_costs(claim: Claim, pair: Pair) -> list[Note]:
+def _on_costs(claim: AnyClaim, pair: Pair) -> list[Note]:
     arm, against = pair
     spent, notes = cost_pair(arm.costs, against.costs), list[Note]()
     if (ratios := spent.ratios()) is None:
@@ -279,7 +290,7 @@ def _on_costs(claim: Claim, pair: Pair) -> list[Note]:
     return notes
 
 
-def _other_average(claim: Claim, averaged: Sequence[str], facts: TaskFacts) -> Note | None:
+def _other_average(claim: AnyClaim, averaged: Sequence[str], facts: TaskFacts) -> Note | None:
     """Notes an average that is not the paper's: over other tasks than its figure, or over some of GLUE's alone."""
     glue = sorted(facts.glue[name] for name in averaged if name in facts.glue)
     theirs = claim.paper.over if isinstance(claim.paper, Figure) else "glue"

@@ -11,10 +11,11 @@ from orchestrator.analysis.costs import CostPart
 from orchestrator.analysis.curves import planned
 from orchestrator.analysis.notes import Kind, Scope
 from orchestrator.analysis.queries import MetricQuery
+from orchestrator.analysis.scaling import Estimate
 from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, Comparison, Decision
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
-from orchestrator.reporting.document import decimals_beside, fixed, plural, span
+from orchestrator.reporting.document import decimals_beside, fixed, open_span, plural, si, span
 from orchestrator.reporting.notes import SCOPE
 from orchestrator.study.claims import Figure
 from trainables.metrics.known import metric_named
@@ -46,6 +47,13 @@ class Part:
     cost: str = ""  # the ratio, of a claim with `less`
     n: str = "0"
     forest: Forest | None = None
+    is_ratio: bool = False  # of an estimate to its bound
+
+    @property
+    def summary(self) -> str:
+        if self.is_ratio:
+            return f"{self.arm} {self.arm_mean}, {self.effect} {self.interval} of {self.against} {self.against_mean}"
+        return f"{self.arm} − {self.against} {self.effect}, {self.interval}"
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,10 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
     """All verdicts in one sentence."""
     if not verdicts:
         return "No verdict: the study states no claims."
-    if not any(v.parts for v in verdicts):
+    if not (shown := [n for v in verdicts for n in _seeds(v)]):
         begun = "no trial has ended" if not (planned(tables.trials)["status"] == "ended").any() else "no pair of seeds"
         return f"No verdict yet on {plural(len(verdicts), 'claim')}: {begun}."
-    if (n := max(c.n for v in verdicts for c in v.parts)) < MIN_PAIRS:
+    if (n := max(shown)) < MIN_PAIRS:
         return (
             f"No verdict: with {'one seed' if n == 1 else plural(n, 'seed')}, the effect of these runs cannot be told from chance; a claim needs at "
             f"least {MIN_PAIRS} seeds."
@@ -120,11 +128,12 @@ def _line(number: str, v: Verdict, drawn: Sequence[float]) -> Line:
     scale = min(drawn), max(drawn)
     parts = [_part(v, c, scale, costs.get(c.against)) for c in v.parts]
     parts += [Part(claim.arm, other) for other in claim.rivals if other not in {c.against for c in v.parts}]
+    parts += [_estimated(estimate) for estimate in v.estimates]
     paper = str(claim.paper or "–") if claim.figure is None else f"{claim.figure:+g}".replace("-", "−")
     if isinstance(claim.paper, Figure):
         paper += f" over {'GLUE' if claim.paper.over == 'glue' else ', '.join(claim.paper.over)}"
     judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
-    comparison = f"{claim.arm} − {' and '.join(claim.rivals)}"
+    comparison = f"{claim.arm} − {' and '.join(claim.rivals)}" if claim.arm else claim.stated()
     return Line(number, claim.says or claim.stated(), comparison, _about(v), v.verdict, _more(v), parts, paper, judged)
 
 
@@ -135,7 +144,7 @@ def _about(v: Verdict) -> str:
     about = f"{claim.metric} of {models} on {claim.split}{' (not test: choices are made on dev)' if claim.split == 'dev' else ''}"
     about += f", mean over {', '.join(v.reading.tasks)}" if len(v.reading.tasks) > 1 else ""
     about += f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
-    if claim.says and (claim.margin or claim.less or claim.at == "equal"):
+    if claim.says and (claim.margin or claim.less or claim.at == "equal" or not claim.arm):
         about = f"{claim.stated()}; {about}"
     for other, ratio in v.cost_ratios.items():
         beside = f" of {other}" if len(v.cost_ratios) > 1 else ""
@@ -156,9 +165,18 @@ def _more(v: Verdict) -> str:
         return "evaluations are too coarse"
     if v.seeds_more is not None:
         return f"about {plural(v.seeds_more, 'more seed')}{', to refute' if v.leans == Decision.REFUTED else ''}"
-    if not v.parts or min(c.n for c in v.parts) < MIN_PAIRS:
+    if any(note.kind == Kind.LOST_RUNS for note in v.notes):
+        return "runs failed"
+    if any(note.kind == Kind.OUTSIDE for note in v.notes):
+        return "the bound is outside what was measured"
+    if min(_seeds(v), default=0) < MIN_PAIRS:
         return f"provisional: needs {MIN_PAIRS} seeds or more"
     return "more seeds would not help"
+
+
+def _seeds(v: Verdict) -> list[int]:
+    """The seeds of each comparison or estimate."""
+    return [*(c.n for c in v.parts), *(e.n for e in v.estimates)]
 
 
 def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart | None) -> Part:
@@ -184,6 +202,13 @@ def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart 
         str(c.n),
         Forest(x(0.0), x(c.effect), ends(c.interval), ends(c.new_data), *marks),
     )
+
+
+def _estimated(e: Estimate) -> Part:
+    """An estimate beside its bound, or a foretold loss beside the measured one."""
+    ratio = "–" if e.value is None else f"×{e.value / e.against:.3g}"
+    value = "not reached" if e.value is None else si(e.value, e.unit)
+    return Part(e.name, e.beside, value, si(e.against, e.unit), ratio, open_span(e.ratio), n=str(e.n), is_ratio=True)
 
 
 def _margin(c: Comparison) -> float:

@@ -70,6 +70,14 @@ def span(interval: tuple[float, float] | None, decimals: int) -> str:
     return f"[{fixed(interval[0], decimals, sign=True)}, {fixed(interval[1], decimals, sign=True)}]"
 
 
+def open_span(interval: tuple[float, float]) -> str:
+    """An interval of positive numbers; an end that is 0 or infinite was not reached."""
+    low, high = interval
+    if math.isinf(high):
+        return f"above {low:.3g}" if low > 0 else "no bound"
+    return f"[{low:.3g}, {high:.3g}]" if low > 0 else f"below {high:.3g}"
+
+
 def p_value(p: float | None) -> str:
     return "–" if p is None or not math.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 

@@ -51,6 +51,7 @@ _STYLE = {
     "axes.unicode_minus": True,
 }
 _LINE = 14  # px between lines of text
+MARKED = 20  # a line of more points has no markers
 _CHAR = 6.4  # px per character at this size, an upper estimate
 
 
@@ -143,25 +144,26 @@ def _pair(axes: Axes, pair: Pair, width: float, limits: tuple[float, float], *, 
                       va="top", color=INK, annotation_clip=False)  # fmt: skip
 
 
-def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width: int = 1000, height: int = 300) -> str:
-    """Panels of lines with bands; `label` names the common y axis."""
+def curves(panels: Sequence[tuple[str, Sequence[Series]]], label: str, *, width: int = 1000, height: int = 300,
+           name: str = "curves") -> str:  # fmt: skip
+    """Panels of lines with bands; `label` names the common y axis, `name` is the figure's own on its page."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(width, height)
         names = max([_CHAR * len(_short(s.name, 24)) for s in panels[0][1]], default=0.0) + 18
         each = (width - 52 - names - 24 * len(panels)) / len(panels)
-        values = [y for _, series in panels for s in series for y in s.y]
+        values = [y for _, series in panels for s in series for y in (*s.y, *(p[1] for p in s.points))]
         for i, (title, series) in enumerate(panels):
             axes = _axes(figure, (52 + i * (each + 24), 30, each, height - 74))
             axes.set_ylim(*_limits(values))
             axes.yaxis.set_major_locator(MaxNLocator(6))
             axes.tick_params(labelleft=i == 0)
             _lines(axes, series)
-            _number_axis(axes, [x for s in series for x in s.x])
+            _number_axis(axes, [x for s in series for x in (*s.x, *(p[0] for p in s.points))])
             axes.set_xlabel(title)
             if i == len(panels) - 1:
                 _names(axes, series, height - 74, 24)
         figure.text(0, 1, label, color=MUTED, va="top")
-        return _svg(figure, "curves")
+        return _svg(figure, name)
 
 
 class Effect(NamedTuple):
@@ -277,7 +279,8 @@ def _lines(axes: Axes, series: Sequence[Series]) -> None:
     for s in series:
         colour, marker = SERIES[s.style % 8], MARKERS[s.style % 8]
         if len(s.x):
-            axes.plot(s.x, s.y, color=colour, linewidth=1.8, marker="" if s.points else marker, markersize=4)
+            marked = "" if s.points or len(s.x) > MARKED else marker
+            axes.plot(s.x, s.y, color=colour, linewidth=1.8, marker=marked, markersize=4)
         if any(math.isfinite(h) for h in s.half):
             low, high = ([y + sign * h for y, h in zip(s.y, s.half, strict=True)] for sign in (-1, 1))
             axes.fill_between(list(s.x), low, high, color=colour, alpha=0.16, linewidth=0)

@@ -145,6 +145,10 @@ def _against_margin(arm: str, margin: float, verdict: str) -> str:
     }[verdict]
 
 
+def _not_reached(helps: bool, **_: Any) -> str:
+    return f"{{what}} is not reached: the teacher {'helps' if helps else 'harms'} throughout what was measured"
+
+
 _NO_INTERVAL = "no interval over new examples: "
 _SIGNED = (Kind.NEXT_EVALUATION, Kind.SINGLE_SEED_INTERVAL, Kind.GENERALISES)  # with a minus sign, not a hyphen
 WORDS: Mapping[Kind, str | Callable[..., str]] = {
@@ -187,6 +191,10 @@ WORDS: Mapping[Kind, str | Callable[..., str]] = {
     Kind.UNEQUAL_COST: "axis not equal: {arm!r} used {ratio:.3g} times the {axis} of {against!r}",
     Kind.SHARED_COST: _shared_cost,
     Kind.CONDITIONS: _conditions,
+    Kind.LOST_RUNS: "{num} runs failed or were stopped: a curve without them would be another one, so undecided",
+    Kind.NO_CURVE: "no curve: the arms differ too little in {what}; expected three values or more",
+    Kind.NOT_REACHED: _not_reached,
+    Kind.OUTSIDE: "the bound {bound:.3g} lies outside what was measured, {low:.3g} to {high:.3g}, and nothing is read there",
     Kind.ON_DEV: "measured on dev, by which learning rates and checkpoints are chosen: expected `split: test`",
     Kind.MEAN_OVER: "mean over {tasks}, within each seed",
     Kind.OTHER_AVERAGE: _other_average,

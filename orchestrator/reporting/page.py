@@ -16,7 +16,14 @@ from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.statistics import Chance
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import judge_study
-from orchestrator.reporting import cost_sections, pareto_section, search_sections, sections, task_sections
+from orchestrator.reporting import (
+    cost_sections,
+    pareto_section,
+    scaling_section,
+    search_sections,
+    sections,
+    task_sections,
+)
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines, word
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
@@ -78,6 +85,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
     verdicts, points = judge_study(study, tables), point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
+        scaling_section.scaling(verdicts),
         cost_sections.costs_compared(verdicts),
         cost_sections.time_to_quality(tables, verdicts),
         task_sections.by_task(study, tables, verdicts),
@@ -120,7 +128,7 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
 
 
 def _summary_line(line: Line) -> str:
-    effects = "; ".join(f"{part.arm} − {part.against} {part.effect}, {part.interval}" for part in line.parts)
+    effects = "; ".join(part.summary for part in line.parts)
     return f"{line.number}. {line.says}: {line.verdict} {line.more} ({effects})"
 
 

@@ -1,19 +1,21 @@
-"""A claim: a statement about two arms that a study makes and a report judges."""
+"""Claims: statements that a study makes and a report judges, about two arms, or about a curve through several."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from orchestrator.study.scaling_grid import Grid, grid_of
 from trainables.config.data import GlueTask
+from trainables.config.trial import TrialSpec
 from trainables.config.value import Name, Positive, Value
 
 
 def _differ(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
-        raise ValueError(f"names a data set twice: {', '.join(names)}")
+        raise ValueError(f"names one twice: {', '.join(names)}")
     return names
 
 
@@ -52,7 +54,30 @@ def _one_or_several(against: Any) -> Any:
     return against[0] if len(against) == 1 else against
 
 
-class Claim(Value):
+class _Statement(Value):
+    """What any claim says of the number that it is about."""
+
+    says: str | None = None
+    model: Name
+    metric: str
+    task: Task | None = None
+    split: Literal["test", "dev"] = "test"
+    family: str = "main"
+    paper: Paper | None = None
+
+    @property
+    def figure(self) -> float | None:
+        """The paper's effect, where it is a number."""
+        if isinstance(self.paper, Figure):
+            return self.paper.figure
+        return None if isinstance(self.paper, str) else self.paper
+
+    def judged(self) -> dict[str, Any]:
+        """Returns all that decides the verdict: two claims that agree in it say the same."""
+        return self.model_dump(exclude={"says", "paper", "family"})
+
+
+class Claim(_Statement):
     """A statement that the report judges: `arm` is better than `against` (each of them) by more than `margin`.
 
     A margin below 0 claims non-inferiority within it. With `within` a third verdict is possible: equivalent. `at: equal` compares each pair of seeds at the cheaper arm's total
@@ -60,22 +85,15 @@ class Claim(Value):
     axis, phases that both arms share left out.
     """
 
-    says: str | None = None
     arm: Name
     against: Annotated[Name | tuple[Name, ...], BeforeValidator(_one_or_several)]
     phase: Name | None = None  # by default the objective's
-    model: Name
     against_model: Name | None = None  # in `against`; by default the same
-    metric: str
-    task: Task | None = None
-    split: Literal["test", "dev"] = "test"
     at: float | Literal["equal"] = 1.0  # of the phase's budget
     margin: float = 0.0  # a gain: positive where the arm is better
     within: Positive | None = None  # equivalent, where the difference is shown to be smaller than this either way
     axis: CostAxis = "student_tokens"
     less: CostAxis | None = None
-    family: str = "main"
-    paper: Paper | None = None
 
     @field_validator("at", mode="before")
     @classmethod
@@ -108,13 +126,6 @@ class Claim(Value):
         return len(self.rivals) * (2 if self.less else 1)
 
     @property
-    def figure(self) -> float | None:
-        """The paper's effect, where it is a number."""
-        if isinstance(self.paper, Figure):
-            return self.paper.figure
-        return None if isinstance(self.paper, str) else self.paper
-
-    @property
     def is_of_time(self) -> bool:
         """Whether the claim depends on measured times."""
         return "device_seconds" in (self.axis, self.less)
@@ -128,6 +139,108 @@ class Claim(Value):
         text += f", with less {AXIS_WORDS[self.less]}" if self.less else ""
         return text + (f" (equivalent within ±{self.within:g})" if self.within else "")
 
-    def judged(self) -> dict[str, Any]:
-        """Returns all that decides the verdict: two claims that agree in it say the same."""
-        return self.model_dump(exclude={"says", "paper", "family"})
+
+class _OfScaling(_Statement):
+    """A claim about a curve through arms of several sizes, budgets and teachers, measured at the end of each of `phases`.
+
+    What other code asks of two arms, no such claim has.
+    """
+
+    NUM_COEFFICIENTS: ClassVar[int]
+    arm: ClassVar[str] = ""
+    rivals: ClassVar[tuple[str, ...]] = ()
+    at: ClassVar[float] = 1.0
+    margin: ClassVar[float] = 0.0
+    within: ClassVar[float | None] = None
+    axis: ClassVar[CostAxis] = "student_tokens"
+    less: ClassVar[CostAxis | None] = None
+    against_model: ClassVar[str | None] = None
+    is_of_time: ClassVar[bool] = False
+
+    phases: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_differ)]
+    arms: Annotated[tuple[Name, ...], AfterValidator(_differ)] = ()  # by default all
+
+    @property
+    def phase(self) -> str:
+        """The phase with the largest budget."""
+        return self.phases[-1]
+
+
+class Crossing(_OfScaling):
+    """Where, along r or compute, the gain from a teacher falls through 0: below a bound, or above it.
+
+    r: the teacher's loss over that of the student alone, of equal size and budget. `compute`: FLOPs of the student alone.
+    """
+
+    NUM_COEFFICIENTS = 4
+
+    crossing: Literal["r", "compute"]
+    below: Positive | None = None
+    above: Positive | None = None
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> Crossing:
+        if (self.below is None) == (self.above is None):
+            raise ValueError("expected one bound, `below` or `above`")
+        return self
+
+    @property
+    def bound(self) -> float:
+        return self.below or self.above or 0.0
+
+    @property
+    def num_parts(self) -> int:
+        return 1
+
+    def stated(self) -> str:
+        what = "r (its loss over the student's alone)" if self.crossing == "r" else "compute (FLOPs of the student)"
+        side = "below" if self.below else "above"
+        return f"a teacher's help turns into harm at {what} {side} {self.bound:g}"
+
+    def grid(self, specs: Mapping[str, TrialSpec]) -> Grid:
+        """Returns what the claim reads. Raises ValueError where that is too little for its curve."""
+        found = grid_of(specs, self.phases, self.model)
+        found.check(len(found.alone_of), self.NUM_COEFFICIENTS, "of a student with a teacher")
+        return found
+
+
+class HeldOut(Value):
+    hold_out: Name = "largest"  # an arm, or that of the largest model
+
+
+class Foretelling(_OfScaling):
+    """A law of size and budget, fitted without one arm, foretells each of that arm's losses within a relative error."""
+
+    NUM_COEFFICIENTS = 5
+
+    foretells: HeldOut
+    error_below: float = Field(gt=0, lt=1)
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.phases)
+
+    def stated(self) -> str:
+        return f"the other sizes foretell the losses of {self.foretells.hold_out} within {100 * self.error_below:g} %"
+
+    def grid(self, specs: Mapping[str, TrialSpec]) -> Grid:
+        """Returns what the claim reads. Raises ValueError where that is too little for its law."""
+        found, held_out = grid_of(specs, self.phases, self.model), self.foretells.hold_out
+        if held_out not in ("largest", *found.alone):
+            raise ValueError(
+                f"hold_out {held_out!r} is no arm without a teacher; expected largest, {', '.join(found.alone)}"
+            )
+        found.check(len(found.alone) - 1, self.NUM_COEFFICIENTS, "of other sizes, without a teacher,")
+        return found
+
+
+def _kind_of(claim: Any) -> str:
+    """Tells a claim's kind by the key that only this kind has."""
+    named = claim if isinstance(claim, Mapping) else type(claim).model_fields if isinstance(claim, Value) else ()
+    return next((key for key in ("crossing", "foretells") if key in named), "arm")
+
+
+AnyClaim = Annotated[
+    Annotated[Claim, Tag("arm")] | Annotated[Crossing, Tag("crossing")] | Annotated[Foretelling, Tag("foretells")],
+    Discriminator(_kind_of),
+]

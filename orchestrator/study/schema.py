@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from orchestrator.study.axes import Axis, Choice, Label
-from orchestrator.study.claims import Claim
+from orchestrator.study.claims import AnyClaim, Crossing, Foretelling
 from orchestrator.study.errors import StudyError, explain, set_path
 from orchestrator.study.objectives import COST_WORDS, Constraint, GoodEnough, Measured, Objective
 from orchestrator.study.paths import locate
+from orchestrator.study.scaling_grid import Grid
 from trainables.config.trial import TrialSpec
 from trainables.config.value import Name, Positive, Value
 from trainables.metrics.known import OF_SCORES, metric_named
@@ -66,7 +67,7 @@ class Confirm(Value):
         return f"{self.against} at cost of {winner}"
 
 
-def tasks_of(what: Measured | Claim, each: Sequence[str]) -> tuple[str, ...]:
+def tasks_of(what: Measured | AnyClaim, each: Sequence[str]) -> tuple[str, ...]:
     """Returns the data sets that a value needs; (): all that are recorded. The phase fans out over those in `each`."""
     if what.task is not None:
         return (what.task,) if isinstance(what.task, str) else tuple(what.task)
@@ -125,7 +126,7 @@ class Study(Value):
         Discriminator(lambda value: "several" if isinstance(value, list | tuple) and value else "one"),
     ] = Field(alias="objective")
     good_enough: GoodEnough | None = None
-    claims: dict[Name, Claim] = {}
+    claims: dict[Name, AnyClaim] = {}
     confirm: Confirm | None = None
     limits: Limits = Limits()
     slot: Slot = Slot()
@@ -217,6 +218,10 @@ class Study(Value):
             return TrialSpec.model_validate({**raw, "seed": seed}, context={"locate": self.locate})
         except ValidationError as error:
             raise StudyError(explain(error, TrialSpec, "", root="trial"), where) from None
+
+    def grid(self, claim: Crossing | Foretelling) -> Grid:
+        """Returns what a claim about scaling reads of its arms. Raises ValueError where that is too little."""
+        return claim.grid({arm: self.spec(arm=arm, seed=0).pruned() for arm in claim.arms or self.arms})
 
     @property
     def locate(self) -> Callable[..., str]:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.study.axes import Choice
-from orchestrator.study.claims import Claim
+from orchestrator.study.claims import AnyClaim, Claim, Crossing, Foretelling
 from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
 from orchestrator.study.objectives import COST_WORDS, Measured
 from orchestrator.study.schema import Study
 from trainables.config.data import Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
-from trainables.metrics.known import OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
+from trainables.metrics.known import LOSSES, OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
 from trainables.metrics.language import LM_ACCURACY, LM_LOSS, MLM_ACCURACY, MLM_LOSS, TASK_LOSS
 from trainables.metrics.task_scores import score_names
 from trainables.training.phase_graph import phase_runs, streams_of
@@ -156,11 +156,14 @@ class _Checker:
         for name, claim in study.claims.items():
             where = f"{self.place('claims', name)}: claims.{name}"
             self.measured(base, claim, where)
-            for arm in (claim.arm, *claim.rivals):
-                self.known("arm", arm, study.arms, where)
-            if claim.arm in claim.rivals:
-                raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
-            self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
+            if isinstance(claim, Claim):
+                for arm in (claim.arm, *claim.rivals):
+                    self.known("arm", arm, study.arms, where)
+                if claim.arm in claim.rivals:
+                    raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
+                self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
+            else:
+                self.scaling(base, claim, where)
             if (other := said.setdefault(repr(claim.judged()), name)) != name:
                 raise StudyError(f"{where}: says the same as claim {other!r}; expected one of them")
 
@@ -186,12 +189,43 @@ class _Checker:
                     f"expected {study.objective.minus or 'the same in the first objective'} (got {objective.minus!r})"
                 )
 
-    def measured(self, base: TrialSpec, what: Measured | Claim, where: str, *, costs: Sequence[str] = ()) -> None:
-        """Checks that the metric is measured of the model, on the data sets, in the phase; or that it is one of the costs."""
-        name = what.phase or self.study.objective.phase
+    def scaling(self, base: TrialSpec, claim: Crossing | Foretelling, where: str) -> None:
+        """Checks that the arms of a claim about scaling have enough losses for its curve, and of their teachers, too."""
+        if claim.metric not in [metric.name for metric in LOSSES]:
+            raise StudyError(f"{where}: a curve is of losses, and {claim.metric} is none")
+        for phase in claim.phases:
+            self.measured(base, claim, where, phase)
+        for arm in claim.arms:
+            self.known("arm", arm, self.study.arms, where)
+        try:
+            grid = self.study.grid(claim)
+        except ValueError as error:
+            raise StudyError(f"{where}: {error}") from None
+        for arm, (teacher, (run, fraction)) in grid.teacher.items():
+            trains = base.phases[run.phase]
+            if claim.metric not in metrics_of(base, run.phase, _as_tuple(claim.task) or _trained_on(trains)):
+                raise StudyError(f"{where}: phase {run.phase!r} does not measure {claim.metric} of {teacher!r}")
+            if fraction not in trains.evaluate:
+                raise StudyError(
+                    f"{where}: {teacher!r} teaches arm {arm!r} as it is at {run.phase}@{fraction:g}, where nothing is measured; "
+                    f"expected {fraction:g} in phases.{run.phase}.evaluate"
+                )
+
+    def measured(
+        self,
+        base: TrialSpec,
+        what: Measured | AnyClaim,
+        where: str,
+        name: str | None = None,
+        *,
+        costs: Sequence[str] = (),
+    ) -> None:
+        """Checks that the metric is measured of the model, on the data sets, in the phase (by default its own); or that it
+        is one of the costs."""
+        name = name or what.phase or self.study.objective.phase
         self.known("phase", name, base.phases, where)
         phase = base.phases[name]
-        rival = what.against_model if isinstance(what, Claim) else None
+        rival = None if isinstance(what, Measured) else what.against_model
         for model in (what.model,) if rival is None else (what.model, rival):
             self.known("model", model, base.models, where)
             if model not in phase.train:
