@@ -207,7 +207,7 @@ def _time_replies(net: Any, made: ReplySource, read: Prepared, num: int) -> floa
     for tokens in dict.fromkeys((1, min(TIMED_TOKENS, made.max_tokens))):
         how = made.model_copy(update={"max_tokens": tokens})
         started = time.monotonic()
-        sample(net, batch.prompts, how, GenerationContext(-1, batch.pad_id, read.vocab_size, "cpu"), seed=0)  # fmt: skip
+        sample(net, batch.prompts, how, GenerationContext((-1,), batch.pad_id, read.vocab_size, "cpu"), seed=0)  # fmt: skip
         took[tokens] = time.monotonic() - started
     most = max(took)
     return took[1] + (made.max_tokens - 1) * max(0.0, took[most] - took[1]) / max(1, most - 1)
