@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator.planning.meta_models import Shapes
-from orchestrator.planning.slot_fit import num_slots
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.schema import Study
@@ -52,7 +51,7 @@ class PhaseCost(NamedTuple):
     has_replies: bool
 
 
-def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: StepTimer) -> list[str]:
+def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: StepTimer, slots: int) -> list[str]:
     """Device-hours from a timed step of each kind of phase, and bytes of weights; what the store has costs nothing."""
     study, storage, rows = scheduler.study, scheduler.storage, scheduler.ledger.rows
     store = PhaseStore(storage)
@@ -70,7 +69,7 @@ def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: Step
     extra = max(0, extra - sum(trial.arm is None and trial.kind == "trial" for trial in trials))
     num_bytes = sum(cost.num_bytes for cost in costs) + extra * max((cost.largest_model for cost in costs), default=0)
     free = f", {bytes_text(shutil.disk_usage(_existing_parent(storage)).free)} free" if storage.is_local else ""
-    lines = [_time_line(study, costs, extra), f"about {bytes_text(num_bytes)} of weights to be written{free}"]
+    lines = [_time_line(study, costs, extra, slots), f"about {bytes_text(num_bytes)} of weights to be written{free}"]
     if study.limits.minutes:
         lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")
     return lines
@@ -93,14 +92,14 @@ def _phase_cost(spec: TrialSpec, which: str, timer: StepTimer) -> PhaseCost:
     return PhaseCost(which, sum(sizes) * (1 + len(phase.save_at)), max(sizes), seconds, bool(replied))
 
 
-def _time_line(study: Study, costs: Sequence[PhaseCost], extra: int) -> str:
+def _time_line(study: Study, costs: Sequence[PhaseCost], extra: int, num: int) -> str:
     if not costs and not extra:
         return "nothing to train"
     if any(cost.seconds is None for cost in costs):
         return "too large to be timed on this machine; device-hours show after the first phases"
     of_one_trial = {cost.phase: cost.seconds or 0.0 for cost in costs}
     seconds = sum(cost.seconds or 0.0 for cost in costs) + extra * sum(of_one_trial.values())
-    slot, num = study.slot, num_slots(study.slot)
+    slot = study.slot
     replies = ", with replies as long as they may be" if any(cost.has_replies for cost in costs) else ""
     return (
         f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
