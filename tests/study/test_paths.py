@@ -180,4 +180,4 @@ def test_messages_show_a_path_as_the_user_wrote_it(changes: dict[str, Any], says
     read = partial(Folder.read, model, None) if model else partial(prepare, spec.data["corpus"], str(tmp_path / "data"))
     with pytest.raises((DataError, ModelError), match=says) as caught:
         read()
-    assert str(tmp_path) not in str(caught.value).partition("working directory")[0]
+    assert str(tmp_path) not in str(caught.value).partition("looked for at")[0]

@@ -114,6 +114,7 @@ def one_line(error: BaseException) -> str:
     plain = re.sub(r"^(Class v|V)alidation error for .*?: (\w+Error: )?", "", said)
     if plain == said and not isinstance(error, ValueError):
         plain = f"{type(error).__name__}: {said}"
+    plain = plain or type(error).__name__
     return plain if len(plain) <= 300 else plain[:300] + " …"
 
 

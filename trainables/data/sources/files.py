@@ -87,7 +87,7 @@ def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Fil
         raise DataError(f"{what}: cannot look into {uri!r}: {error}") from error
     if not files:
         is_folder = f"it is a folder; name its files, as {repr(uri)[1:-1].rstrip('/')}/*.parquet"
-        raise DataError(f"{what}: no file matches {uri!r}: {is_folder if fs.isdir(path) else looked_in()}")
+        raise DataError(f"{what}: no file matches {uri!r}: {is_folder if fs.isdir(path) else looked_in(uri)}")
     for file in files:
         if not file.uri.endswith(suffixes):
             raise DataError(
