@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def train_and_export(family: str, lab: Lab, tmp_path: Path, folder: Path | None 
     file = tmp_path / "mine.yaml"
     file.write_text(json.dumps({"question": "?", "trial": trial, "objective": metric, "arms": {"a": {}}, "seeds": 1}))
     print_plan(Scheduler(load_study(file), Fingerprints(str(lab.root / "data")), lab.storage))
+    if folder is not None:
+        own = {"model:m": build.weights_fingerprint(str(folder), None)}
+        lab = replace(lab, fingerprints={**lab.fingerprints, **own})
     spec = lab.spec({key: trial[key] for key in ("models", "phases")})
     run = lab.run(spec)
     stored = lab.store.find(run.phases["learn"]["key"])

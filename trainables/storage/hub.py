@@ -61,7 +61,9 @@ def why_not(name: str, kind: Kind, error: BaseException) -> str:
 
 def looked_in(path: str) -> str:
     """Says where a path that was not found was looked for: as a study's `locate` made it absolute, or below the working directory."""
-    return f"looked for at {path}; a relative path starts at the study's file, or at the working directory, {os.getcwd()}"
+    return (
+        f"looked for at {path}; a relative path starts at the study's file, or at the working directory, {os.getcwd()}"
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
