@@ -220,7 +220,7 @@ def measure(
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
-def _logits(net: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _logits(net: Any, ids_BT: Tensor, mask_BT: Tensor) -> Any:
     what = f"compute a {net.config.model_type} of this size"
     return configs.by_transformers(what, lambda: net(input_ids=ids_BT, attention_mask=mask_BT).logits)
 
