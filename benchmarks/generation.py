@@ -80,7 +80,7 @@ def ways(net: Any, arguments: argparse.Namespace) -> dict[str, Way]:
     device = arguments.device
 
     def ours(prompts: Prompts, seed: int, greedy: bool) -> list[list[int]]:
-        context = GenerationContext(END, PAD, arguments.vocab_size, device)
+        context = GenerationContext((END,), PAD, arguments.vocab_size, device)
         return [reply.tolist() for reply in sample(net, prompts, how, context, seed=seed, greedy=greedy).replies]
 
     @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,25 @@ from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.study.errors import StudyError, nearest
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
+from trainables.config.models import Model
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
-from trainables.data.prepared import open_data
+from trainables.data.prepared import Prepared, open_data
 from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
 from trainables.models import build, shared_bert
+from trainables.models.configs import one_line
+from trainables.models.pretrained import stored_dtype
 from trainables.storage.phase_store import Corrupt, PhaseStore
 from trainables.training.phase_graph import streams_of
 
 # keys of tokenizer_config.json that say how we loaded it, or that make a loader put special tokens elsewhere
 OURS = ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token")
+
+# Bases of rotary positions, by kind of layer, as the configs of Gemma 3 and of ModernBERT called them.
+OLDER_BASES = {
+    "full_attention": ("rope_theta", "global_rope_theta"),
+    "sliding_attention": ("rope_local_base_freq", "local_rope_theta"),
+}
 
 
 def export(
@@ -68,34 +79,58 @@ def export(
         spec, run = TrialSpec.model_validate(row["spec"]), PhaseRun.parse(phase)
         stream = streams_of(spec, run)[spec.phases[run.phase].pace]
         data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{stream.data}"])
-        tokenizer, named = data.tokenizer, spec.models[model]
+        named = spec.models[model]
     except ValidationError:  # of the spec
         raise StudyError(f"trial {row['trial']} was run by another version of codistill; {rebuild}") from None
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
-    logging.disable_progress_bar()
-    try:
-        if net.can_generate():
-            set_generation_tokens(net, tokenizer, data.end_ids, is_chat=data.is_chat)
-        else:
-            set_special_tokens(tokenizer, *ends(tokenizer))
-        net.save_pretrained(str(to))
-        name_rotary(to)
-        tokenizer.save_pretrained(str(to))
-        if named.pretrained is not None:
-            _keep_generation_config(to, generation_config(named.pretrained, named.revision))
-        _describe_tokenizer(to, net)
+    with _whole(to):
+        loader = write_folder(to, net, data, named)
         made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
-        loader = _tokenizer_class(to, tokenizer)
         card = model_card(study, made, Exported(row, model, phase, _task(net), loader), storage=uri)
         (to / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"--to {to}: cannot be written ({error.strerror}); give a folder that can") from None
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
     if loader != "AutoTokenizer":
         print(
             f"load its tokenizer with {loader}: AutoTokenizer gives a {net.config.model_type} rules that this one was not made by"
         )
+
+
+@contextmanager
+def _whole(to: Path) -> Iterator[None]:
+    """Leaves a folder as it was, new or empty, where writing it fails. Raises StudyError for what transformers, safetensors or the
+    disk raise, of any kind."""
+    is_there = to.exists()
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(to, ignore_errors=True)
+        if is_there:
+            to.mkdir(exist_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        why = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise StudyError(f"--to {to}: cannot be written ({why})") from error
+
+
+def write_folder(to: Path, net: Any, data: Prepared, source: Model) -> str:
+    """Writes weights, config, tokenizer and, of a decoder, generation config, in the type of the weights that the model started
+    from, if any (`source`). Returns the class of transformers that reads texts from the folder as the model was trained."""
+    tokenizer = data.tokenizer
+    logging.disable_progress_bar()
+    if source.pretrained is not None and (dtype := stored_dtype(source.pretrained, source.revision)) is not None:
+        build.cast(net, dtype)
+    if net.can_generate():
+        set_generation_tokens(net, tokenizer, data.end_ids, is_chat=data.is_chat)
+    else:
+        set_special_tokens(tokenizer, *ends(tokenizer))
+    net.save_pretrained(str(to))
+    name_for_older_loaders(to)
+    tokenizer.save_pretrained(str(to))
+    if source.pretrained is not None:
+        _keep_generation_config(to, generation_config(source.pretrained, source.revision))
+    _describe_tokenizer(to, net)
+    return _tokenizer_class(to, tokenizer)
 
 
 def set_generation_tokens(net: Any, tokenizer: Any, end_ids: Sequence[int] = (), *, is_chat: bool = False) -> None:
@@ -129,16 +164,22 @@ def set_special_tokens(tokenizer: Any, start: int | None, end: int | None) -> No
     )
 
 
-def name_rotary(to: Path) -> None:
-    """Adds the fields of rotary positions that older loaders read: without them they take a base of 10,000."""
+def name_for_older_loaders(to: Path) -> None:
+    """Adds the fields of config.json that older loaders read: the type of the weights, and rotary positions, for which they take the
+    family's default otherwise."""
     path = to / "config.json"
     about = json.loads(path.read_text())
     rotary = about.get("rope_parameters") or {}
-    own = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
-    if own:
-        scaling = {key: value for key, value in rotary.items() if key not in own}
-        about |= {**own, "rope_scaling": None if rotary.get("rope_type", "default") == "default" else scaling}
-        write_json(path, about)
+    older: dict[str, Any] = {}
+    for kind, names in OLDER_BASES.items():
+        if (base := rotary.get(kind, {}).get("rope_theta")) is not None:
+            older |= dict.fromkeys(names, base)
+    whole = rotary.get("full_attention", rotary)
+    older |= {key: whole[key] for key in ("rope_theta", "partial_rotary_factor") if key in whole}
+    if "rope_theta" in older:
+        scaling = {key: value for key, value in whole.items() if key not in older}
+        older["rope_scaling"] = None if whole.get("rope_type", "default") == "default" else scaling
+    write_json(path, {**about, **older, "torch_dtype": about["dtype"]})
 
 
 def _keep_generation_config(to: Path, own: GenerationConfig | None) -> None:

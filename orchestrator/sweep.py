@@ -108,6 +108,7 @@ class Sweep:
     mirror: Mirror
     progress: Progress
     ending: Ending
+    at_once: int  # trials that this machine can run at once
 
 
 def _sweep(study: Study, arguments: argparse.Namespace) -> int:
@@ -129,7 +130,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
             print(f"the folder {study.folder} is now {aside}")
         fingerprints = Fingerprints(storage.sub("data").uri)
         scheduler = Scheduler(study, fingerprints, storage, retry_failed=arguments.retry_failed)
-        print_plan(scheduler)
+        at_once = print_plan(scheduler)
         recorded = provenance(study)
         _keep_study(study, home, recorded)
         tracking = arguments.tracking_uri or _default_tracking(storage)
@@ -137,7 +138,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         progress = Progress(scheduler)
         scheduler.ledger.listeners += [progress.on_trial, mirror.put]
         ending = Ending(scheduler, arguments.hours, progress.say, started)
-        sweep = Sweep(study, arguments, recorded, scheduler, mirror, progress, ending)
+        sweep = Sweep(study, arguments, recorded, scheduler, mirror, progress, ending, at_once)
         try:
             run(sweep)
         except KeyboardInterrupt:
@@ -164,6 +165,8 @@ def run(sweep: Sweep) -> None:
     except ray_cluster.NotStarted as error:
         scheduler.close(str(error), is_broken=True)
         return
+    if sweep.arguments.address is None:
+        num_slots = min(num_slots, sweep.at_once)
     if num_slots < 1:
         raise StudyError(f"no slot fits: a trial asks for {slot.cpus:g} cpus and {slot.gpus:g} gpus")
     try:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from orchestrator.planning.meta_models import Shapes
-from orchestrator.planning.slot_fit import num_slots
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.schema import Study
@@ -52,7 +51,7 @@ class PhaseCost(NamedTuple):
     has_replies: bool
 
 
-def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: StepTimer) -> list[str]:
+def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: StepTimer, slots: int) -> list[str]:
     """Device-hours from a timed step of each kind of phase, and bytes of weights; what the store has costs nothing."""
     study, storage, rows = scheduler.study, scheduler.storage, scheduler.ledger.rows
     store = PhaseStore(storage)
@@ -67,7 +66,7 @@ def cost_lines(scheduler: Scheduler, trials: Sequence[PlannedTrial], timer: Step
     extra = scheduler.search.num_unplanned if scheduler.search else 0  # trials that cannot be named yet
     num_bytes = sum(cost.num_bytes for cost in costs) + extra * max((cost.largest_model for cost in costs), default=0)
     free = f", {bytes_text(shutil.disk_usage(_existing_parent(storage)).free)} free" if storage.is_local else ""
-    lines = [_time_line(study, costs, extra), f"about {bytes_text(num_bytes)} of weights to be written{free}"]
+    lines = [_time_line(study, costs, extra, slots), f"about {bytes_text(num_bytes)} of weights to be written{free}"]
     if study.limits.minutes:
         lines.append(f"limit: nothing new is started after {study.limits.minutes:g} minutes")
     return lines
@@ -90,14 +89,14 @@ def _phase_cost(spec: TrialSpec, which: str, timer: StepTimer) -> PhaseCost:
     return PhaseCost(which, sum(sizes) * (1 + len(phase.save_at)), max(sizes), seconds, bool(replied))
 
 
-def _time_line(study: Study, costs: Sequence[PhaseCost], extra: int) -> str:
+def _time_line(study: Study, costs: Sequence[PhaseCost], extra: int, num: int) -> str:
     if not costs and not extra:
         return "nothing to train"
     if any(cost.seconds is None for cost in costs):
         return "too large to be timed on this machine; device-hours show after the first phases"
     of_one_trial = {cost.phase: cost.seconds or 0.0 for cost in costs}
     seconds = sum(cost.seconds or 0.0 for cost in costs) + extra * sum(of_one_trial.values())
-    slot, num = study.slot, num_slots(study.slot)
+    slot = study.slot
     replies = ", with replies as long as they may be" if any(cost.has_replies for cost in costs) else ""
     return (
         f"about {seconds / 3600:.2g} device-hours without evaluation: {_minutes(seconds / num)} on {num} slots of "
@@ -204,7 +203,7 @@ def _time_replies(net: Any, made: ReplySource, read: Prepared, num: int) -> floa
     for tokens in dict.fromkeys((1, min(TIMED_TOKENS, made.max_tokens))):
         how = made.model_copy(update={"max_tokens": tokens})
         started = time.monotonic()
-        sample(net, batch.prompts, how, GenerationContext(-1, batch.pad_id, read.vocab_size, "cpu"), seed=0)  # fmt: skip
+        sample(net, batch.prompts, how, GenerationContext((-1,), batch.pad_id, read.vocab_size, "cpu"), seed=0)  # fmt: skip
         took[tokens] = time.monotonic() - started
     most = max(took)
     return took[1] + (made.max_tokens - 1) * max(0.0, took[most] - took[1]) / max(1, most - 1)

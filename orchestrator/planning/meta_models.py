@@ -23,7 +23,7 @@ from trainables.config.phase import How, Lora
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import Prepared
 from trainables.models import build, configs, lora, output_head, tokenizer_check
-from trainables.models.pretrained import Folder
+from trainables.models.pretrained import Folder, text_part
 from trainables.training.layer_outputs import num_executed
 
 Precision = Literal["fp32", "bf16"]
@@ -86,7 +86,7 @@ class Shapes:
     def _config(self, model: Model, length: int) -> Any:
         if model.pretrained is None:
             return configs.config_of(model, vocab_size=self.vocab_size, special_ids=self.special_ids, length=length)
-        config = copy.deepcopy(configs.text_part(self.folder(model).config))
+        config = copy.deepcopy(text_part(self.folder(model).config))
         if not configs.is_masked_lm(config.model_type):  # as where a decoder classifies
             config.pad_token_id = self.special_ids.get("pad_token_id", config.pad_token_id)
         return config

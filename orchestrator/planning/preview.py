@@ -13,7 +13,7 @@ from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
 from orchestrator.planning.meta_models import Shapes
 from orchestrator.planning.pilot import pilot_lines
 from orchestrator.planning.reachable import reachable
-from orchestrator.planning.slot_fit import memory_lines
+from orchestrator.planning.slot_fit import largest_phase, memory_lines, num_slots
 from orchestrator.scheduling.scheduler import Scheduler
 from orchestrator.scheduling.trials import PlannedTrial
 from orchestrator.study.axes import Choice
@@ -27,15 +27,18 @@ from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.prepared import Prepared, open_data
-from trainables.models import configs, remap, tokenizer_check
+from trainables.models import remap, tokenizer_check
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
 from trainables.training.phase_graph import longest, num_steps, phase_runs, streams_of
 
 
-def print_plan(scheduler: Scheduler) -> None:
-    """Prints the plan, and checks what only shows when models meet data. Raises StudyError."""
+def print_plan(scheduler: Scheduler) -> int:
+    """Prints the plan, and checks what only shows when models meet data. Returns how many trials this machine can run at once.
+
+    Raises StudyError.
+    """
     study = scheduler.study
     base = study.spec(seed=0)
     with _prepared(base, scheduler.storage) as corpora:
@@ -45,6 +48,8 @@ def print_plan(scheduler: Scheduler) -> None:
             check_trial(study, spec, corpora, shapes)
         trials, rows = scheduler.known(), scheduler.ledger.rows
         try:
+            largest = largest_phase(study, shapes, reached)
+            num = num_slots(study.slot, largest.total)
             sections = {
                 "trials": _trials(study, trials, rows),
                 "phases": _phases(scheduler.storage, trials, base, corpora),
@@ -52,8 +57,8 @@ def print_plan(scheduler: Scheduler) -> None:
                 "losses": _losses(base),
                 "remaps": _remaps([trial.spec for trial in reached], shapes),
                 "data": _data(base, corpora),
-                "memory": memory_lines(study, shapes, reached),
-                "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes)),
+                "memory": memory_lines(study, shapes, reached, largest),
+                "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes), num),
                 "claims": claim_lines(study),
                 "power": _power(study),
                 "pilot": pilot_lines(study, scheduler.storage),
@@ -65,6 +70,7 @@ def print_plan(scheduler: Scheduler) -> None:
         for i, line in enumerate(lines):
             print(f"  {heading if i == 0 else '':8}{line}")
     print(flush=True)
+    return num
 
 
 @contextmanager
@@ -223,8 +229,8 @@ def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
             try:
                 _, found = remap.preview_remap(model.init, ours.config, theirs.config)
                 verdict = f"{found.verdict} (logits change by {found.difference:.2g})"
-            except Exception as error:  # a family whose small models are none
-                verdict = f"not measured: {configs.one_line(error)}"
+            except ModelError as error:  # a family whose small models are none
+                verdict = f"not measured: {error}"
             layers = " ".join("-" if i is None else str(i) for i in plan)
             parts = [f"layers {layers}", verdict, *remap.notes(ours, theirs, plan)]
             seen[key] = f"{name} from {model.init.from_}, {how}: {'; '.join(parts)}"

@@ -48,10 +48,10 @@ class MemoryEstimate:
         return ", ".join(f"{part} {bytes_text(size)}" for part, size in self.parts.items() if size)
 
 
-def memory_lines(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial]) -> list[str]:
-    """What the plan says of memory and checkpoints. Raises StudyError where the largest phase does not fit a slot."""
+def memory_lines(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial], largest: MemoryEstimate) -> list[str]:
+    """What the plan says of memory and checkpoints. Raises StudyError where the largest phase does not fit a slot, though it be the
+    only one."""
     available = slot_memory(study.slot)
-    largest = largest_phase(study, shapes, trials)
     if available is not None and largest.total > available:
         here = "" if study.slot.memory_gb is not None else " on this machine (slot.memory_gb states another one's)"
         raise StudyError(
@@ -68,23 +68,36 @@ def memory_lines(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial])
             "slot.memory_gb: N lets the plan check it",
             advice(study.slot, shapes, largest),
         ]
-    return [*lines, _checkpoint_line(study, shapes, trials)]
+    num, most = num_slots(study.slot, largest.total), num_slots(study.slot)
+    if num < most:
+        have = f"{bytes_text(num * study.slot.workers * largest.total)} of {bytes_text(_room())}"
+        lines.append(f"{num} of {most} slots at once, since the memory of this machine holds no more: {have}")
+    return [*lines, _checkpoint_line(study, shapes, trials, num)]
 
 
-def num_slots(slot: Slot) -> int:
-    """How many trials run at once on this machine, by its cores."""
-    return max(1, int(num_cores() / slot.cpus + 1e-6) // slot.workers)
+def num_slots(slot: Slot, needed: float | None = None) -> int:
+    """How many trials run at once on this machine, by its cores, and by its memory where each worker needs `needed` bytes of it."""
+    num = max(1, int(num_cores() / slot.cpus + 1e-6) // slot.workers)
+    if needed is None or slot.gpus or slot.memory_gb is not None:
+        return num
+    return max(1, min(num, int(_room() / (needed * slot.workers) + 1e-6)))
+
+
+def _room() -> float:
+    """Bytes of this machine that trials may take."""
+    return max(0.0, machine_memory() - DRIVER)
 
 
 def slot_memory(slot: Slot) -> float | None:
-    """Bytes for one worker: as stated, or as this machine has; None where trials ask for a device that is not here."""
+    """Bytes for one worker of the only slot: as stated, or as this machine has; None where trials ask for a device that is not
+    here."""
     if slot.memory_gb is not None:
         return slot.memory_gb * 1e9
     if slot.gpus:
         if not torch.cuda.is_available():
             return None
         return float(torch.cuda.get_device_properties(0).total_memory) * slot.gpus
-    return max(0.0, machine_memory() - DRIVER) / (num_slots(slot) * slot.workers)
+    return _room() / slot.workers
 
 
 # ----------------------------------------------------------------------------------------------------- largest of a study
@@ -134,12 +147,12 @@ def estimate_memory(
     return MemoryEstimate(trial, run, moment, parts, num, memory.share)
 
 
-def _checkpoint_line(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial]) -> str:
+def _checkpoint_line(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial], num: int) -> str:
     """Weights and optimizer of all that a phase trains, and whether the room that the study gives them suffices."""
     slot, room = study.slot, study.limits.checkpoint_gb
     phases = [(trial.spec, name) for trial in trials for name in trial.spec.phases]
     size, name = max((PhaseMemory(spec, PhaseRun(name), shapes).trained().checkpoint, name) for spec, name in phases)
-    num = 1 if slot.gpus else num_slots(slot)
+    num = 1 if slot.gpus else num
     keepers = "each slot keeps" if slot.gpus else f"{num} slots keep"
     line = (
         f"a checkpoint in phase {name} is {bytes_text(size)}; {keepers} up to {bytes_text(2 * num * size)}, "
@@ -178,9 +191,9 @@ def _changes(slot: Slot, largest: MemoryEstimate) -> Iterator[tuple[str, TrialSp
     """(label, trial, slot): single settings that need less memory, those that leave results alone first."""
     spec, name = largest.trial.spec, largest.run.phase
     phase, at = spec.phases[name], f"phases.{name}"
-    key, most = ("gpus", 1.0) if slot.gpus else ("cpus", float(num_cores()))
-    if slot.memory_gb is None and (more := min(most, 2 * getattr(slot, key))) > getattr(slot, key):
-        yield f"slot.{key}: {more:g}", spec, slot.model_copy(update={key: more})
+    if slot.memory_gb is None and 0 < slot.gpus < 1:
+        more = min(1.0, 2 * slot.gpus)
+        yield f"slot.gpus: {more:g}", spec, slot.model_copy(update={"gpus": more})
     if all(other.batch % (2 * slot.workers) == 0 for other in spec.phases.values()):
         yield f"slot.workers: {2 * slot.workers}", spec, slot.model_copy(update={"workers": 2 * slot.workers})
     settings: list[tuple[str, Any]] = [(f"{at}.gradient_checkpointing", True), ("precision", "bf16")]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -275,12 +277,62 @@ def test_rotary_positions_are_named_as_older_loaders_read_them(tmp_path: Path) -
         {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 64},
     ):  # fmt: skip
-        config = LlamaConfig(num_hidden_layers=1, rope_parameters=rope)
+        config = LlamaConfig(num_hidden_layers=1, rope_parameters=rope, dtype="float32")
         config.save_pretrained(tmp_path)
-        model_folder.name_rotary(tmp_path)
+        model_folder.name_for_older_loaders(tmp_path)
         about = json.loads((tmp_path / "config.json").read_text())
         assert about["rope_theta"] == 5e5 and (about["rope_scaling"] or {}).get("factor") == rope.get("factor")
         assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "modernbert"])
+def test_rotary_bases_of_each_kind_of_layer_are_named_as_older_loaders_read_them(family: str, tmp_path: Path) -> None:
+    rope = {"full_attention": {"rope_type": "default", "rope_theta": 7e5}}
+    rope |= {"sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}
+    if family == "gemma3_text":
+        rope["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    config = AutoConfig.for_model(family, rope_parameters=rope, dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    model_folder.name_for_older_loaders(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    names = {
+        "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+        "modernbert": ("global_rope_theta", "local_rope_theta"),
+    }
+    assert [about[name] for name in names[family]] == [7e5, 3e4] and about["dtype"] == about[
+        "torch_dtype"
+    ] == "bfloat16"
+    assert (about["rope_scaling"] or {}).get("factor") == (8.0 if family == "gemma3_text" else None)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.rope_parameters == config.rope_parameters and loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        RuntimeError("Some tensors share memory\n…"),
+        SafetensorError("I/O error"),
+        ValueError(),
+        OSError(28, "No space left"),
+    ],
+)
+def test_an_export_that_fails_leaves_no_half_folder_and_no_traceback(
+    raised: Exception, is_there: bool, file: Path, lab: Lab, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    to = tmp_path / "to"
+    if is_there:
+        to.mkdir()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)  # after the weights are written
+    assert export.main([str(file), "--storage", lab.storage.uri, "--to", str(to), "--arm", "taught"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: --to {to}: cannot be written (" in error and error.count("\n") == 1 and "Traceback" not in error
+    assert (str(getattr(raised, "strerror", None) or raised).split("\n")[0] or "ValueError") in error
+    assert to.exists() == is_there and not (is_there and any(to.iterdir()))
 
 
 def test_a_trial_of_another_version_is_named(

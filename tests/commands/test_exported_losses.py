@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch.nn.functional import cross_entropy
@@ -161,3 +162,36 @@ def test_a_pretrained_students_own_generation_config_is_kept(tmp_path: Path) -> 
     kept = GenerationConfig.from_pretrained(str(out))
     assert kept.eos_token_id == [1, 3] and kept.bos_token_id == 0 and kept.pad_token_id == 2
     assert (kept.do_sample, kept.temperature, kept.repetition_penalty) == (True, 0.7, 1.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_export_has_the_type_of_the_weights_that_the_student_started_from(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Trained in fp32, and rounded where the source is of 16 bits: the losses are those of the rounded weights."""
+    shape = Model.model_validate({"family": "llama", **TINY})
+    net = build.build(shape, name="m", seed=0, vocab_size=320, special_ids={"eos_token_id": 1}, length=256)
+    net.to(dtype).save_pretrained(str(tmp_path / "own"))
+    some_tokenizer(tmp_path / "own")
+    rows = [{"instruction": f"{text} {i}", "response": text} for i, text in enumerate(wordy_documents(30, words=5))]
+    data: dict[str, Any] = {"kind": "instruction_files", "template": "chat", "length": 256, "prompt_length": 200}
+    data |= {"train": written(tmp_path / "a.jsonl", rows), "test": written(tmp_path / "b.jsonl", rows[18:])}
+    data |= {"scoring": {"max_tokens": 2, "seeds": []}}
+    out, examples = exported(tmp_path, data, {"pretrained": str(tmp_path / "own")})
+    about, name = json.loads((out / "config.json").read_text()), str(dtype).removeprefix("torch.")
+    assert about["dtype"] == about["torch_dtype"] == name
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
+    (row,) = Ledger(load_study(tmp_path / "mine.yaml"), Storage(str(tmp_path / "runs"))).rows.values()
+    store, key = PhaseStore(Storage(str(tmp_path / "runs"))), row["phases"]["tune"]["key"]
+    rounded = {name: tensor.to(dtype).float() for name, tensor in store.weights(key, "student").items()}
+    found = store.find(key)
+    assert found is not None
+    expected = build.restore(found.configs["student"], rounded).eval()
+    net, tok = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
+    for row, loss in zip(rows[18:], examples["loss"], strict=True):
+        talk = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["response"]}]
+        prompt = tok.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+        ids = tok.apply_chat_template(talk, return_dict=False)[:-1]
+        ours = summed(net, ids, len(prompt))
+        assert ours == pytest.approx(summed(expected, ids, len(prompt)), abs=1e-4, rel=1e-5)
+        assert ours == pytest.approx(loss, rel={torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype])

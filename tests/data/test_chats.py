@@ -213,6 +213,17 @@ def test_calls_tools_and_thoughts_reach_the_template(tmp_path: Path) -> None:
     assert "parameters" in tok.decode(data.test.prompt(0)) and "parameters" not in tok.decode(data.test.prompt(1))
 
 
+def test_a_conversation_of_sharegpt_with_calls_is_rendered_as_one_of_transformers(tmp_path: Path) -> None:
+    tok = chat_tokenizer(TOOLS)
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    said = [("human", "Weather?"), ("function_call", json.dumps(call)), ("observation", "mild"), ("gpt", "Mild.")]
+    row = {"messages": [{"from": who, "value": text} for who, text in said], "tools": json.dumps([call])}
+    data = opened(tmp_path, [row], tok)
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
+    talk = [turns("Weather?")[0], calls, {"role": "tool", "content": "mild"}, {"role": "assistant", "content": "Mild."}]
+    assert check(data, 0, talk, tok, tools=[call]) == []
+
+
 @pytest.mark.parametrize(
     ("row", "template", "says"),
     [
@@ -224,7 +235,10 @@ def test_calls_tools_and_thoughts_reach_the_template(tmp_path: Path) -> None:
         ({"messages": turns("a", "b"), "tools": "a tool"}, TOOLS, "row 1: 'tools' is str 'a tool'; expected a list of objects"),
         ({"messages": turns([{"type": "text", "text": "a"}], "b")}, ENDLESS, "row 1: .*takes no content in parts"),
         ({"messages": turns([{"type": "image", "url": "x"}], "b")}, PHI, "row 1: 'messages': message 1 has a part str 'image'"),
-        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, PHI, r"row 1: .* no \{role, content\}"),
+        ({"messages": [{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}]}, PHI, r"row 1: .*message 2: 'from' is str 'alien'"),
+        ({"messages": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, LLAMA,
+         "row 1: message 1: .* leaves out a message of 'system'; expected"),
+        ({"messages": [{"role": "tool", "content": "s"}, *turns("a", "b")]}, LLAMA, "row 1: message 1: .* leaves out a message of 'tool'"),
         ({"messages": turns("a", "b")}, "{{ 1 // 0 }}", "row 1: template: .*refuses a conversation of user, assistant: integer"),
         ({"messages": turns("a", "b")}, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "row 1: template: .*recursion"),
         ({"messages": turns("a", "b")}, "{{ messages[7].content.x.y }}", "row 1: template: .*refuses a conversation"),

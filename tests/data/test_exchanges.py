@@ -395,7 +395,7 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     }
     data = opened(tmp_path, [{**row, "output": ["nothing of it"]} for row in asked], **how)
     drawn = [
-        sample(net, [data.test.prompt(i)], data.scoring, GenerationContext(2, 2, 45, "cpu"), seed=0, greedy=True)
+        sample(net, [data.test.prompt(i)], data.scoring, GenerationContext((2,), 2, 45, "cpu"), seed=0, greedy=True)
         for i in range(6)
     ]  # fmt: skip
     said = [data.tokenizer.decode(one.replies[0].tolist(), skip_special_tokens=True) for one in drawn]

@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import csv, parquet
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +24,7 @@ from trainables.data.encode import instructions as encode
 from trainables.data.instructions.rows import Row, Turn
 from trainables.data.instructions.templates import alpaca, render
 from trainables.data.prepare import fingerprint, prepare
+from trainables.data.sources import read
 from trainables.data.sources.read import read_source
 
 REAL = Path(os.environ.get("CODISTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -142,6 +145,62 @@ def test_conversations_end_with_the_reply(tmp_path: Path) -> None:
         assert read_source(data).test == (Row(tuple(Turn(*turn) for turn in turns[:-1]), "", ("Well",)),)
 
 
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_conversations_of_sharegpt_are_those_of_transformers(
+    suffix: str, column: str, is_text: bool, tmp_path: Path
+) -> None:
+    """Also as a text of JSON, as tables hold them, and with a system message in a column of its own."""
+    said = [("human", "Hi"), ("gpt", "Hello"), ("observation", "mild"), ("human", "Bye"), ("gpt", " Well ")]
+    talk: Any = [{"from": who, "value": text} for who, text in said]
+    roles = ("user", "assistant", "tool", "user")
+    turns = tuple(Turn(role, text) for role, (_, text) in zip(roles, said, strict=False))
+    for system in (None, "Be brief."):
+        rows = [{column: json.dumps(talk) if is_text or suffix == ".csv" else talk, "system": system}]
+        data = instruction_files(
+            test=written(tmp_path / f"a{bool(system)}{suffix}", rows), template="chat", columns={"messages": column}
+        )
+        before = () if system is None else (Turn("system", system),)
+        assert read_source(data).test == (Row((*before, *turns), "", ("Well",)),)
+        own = [{"from": "system", "value": "Be long."}, *talk]
+        rows[0][column] = json.dumps(own) if is_text or suffix == ".csv" else own
+        data = instruction_files(
+            test=written(tmp_path / f"b{bool(system)}{suffix}", rows), template="chat", columns={"messages": column}
+        )
+        assert read_source(data).test == (Row((Turn("system", "Be long."), *turns), "", ("Well",)),)
+
+
+SPEAKER = st.sampled_from(["human", "gpt", "system", "tool", "function_call"]) | st.text(max_size=8) | st.none()
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+SAID = st.fixed_dictionaries(
+    {}, optional={"from": SPEAKER | ANYTHING, "value": st.text(max_size=20) | ANYTHING, "role": ANYTHING}
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(talk=st.lists(SAID, max_size=5) | ANYTHING, system=ANYTHING)
+def test_any_conversation_is_read_or_refused_in_one_line(talk: Any, system: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": talk, "system": system}) + "\n")
+    data = instruction_files(test=str(tmp_path / "a.jsonl"), template="chat", columns={"messages": "conversations"})
+    read._load.cache_clear()
+    refused = ""
+    try:
+        found = read_source(data)
+    except DataError as error:
+        refused = str(error)
+    if refused:
+        assert "a.jsonl" in refused and "\n" not in refused
+    else:  # a row without a prompt or a reply is counted
+        rows = found.test or ()
+        assert len(rows) + sum(found.dropped["test"].values()) == 1
+        assert {turn.role for row in rows for turn in row.turns} <= {"user", "assistant", "system", "tool"}
+
+
 def message(role: Any, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -151,7 +210,15 @@ def message(role: Any, content: Any) -> dict[str, Any]:
     [
         ([message("user", "a"), message("user", "b")], r"row 1: 'messages' ends with 'user'; expected a list of \{role, con"),
         ([message("assistant", "a")], "has 1 of the 2 messages that it needs; expected a list"),
-        ([{"from": "human", "value": "a"}], r"message 1 is dict .* no \{role, content\} of texts; expected"),
+        ([{"from": "human", "value": "a"}], "has 1 of the 2 messages that it needs; expected a list"),
+        ([{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}],
+         "row 1: 'messages': message 2: 'from' is str 'bing'; expected .* one of human, gpt, "),
+        ([{"from": "human", "value": "a"}, {"from": ["gpt"], "value": "b"}], "message 2: 'from' is list .*; expected"),
+        ([{"from": "human", "value": "a"}, {"from": "gpt", "content": "b"}], "message 2: has no 'value'; expected"),
+        ([{"from": "human", "value": "a"}, {"role": "assistant", "content": "b"}], "message 2: 'from' is empty; expected"),
+        ([{"from": "human", "value": 5}, {"from": "gpt", "value": "b"}], r"message 1 is dict .* no \{role, content\} of texts"),
+        ([{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(x)"}],
+         "message 2: 'value' of 'function_call' is str .*; expected JSON with name and arguments"),
         ([message("user", 5), message("assistant", 5)], r"message 1 is dict .* no \{role, content\} of texts; expected"),
         ("hello", "'messages' is str 'hello'; expected a list"),
         (None, "'messages' is empty; expected a list"),

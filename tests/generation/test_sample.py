@@ -23,7 +23,7 @@ from trainables.models.build import build
 
 VOCAB, PAD, END = 61, 0, 2
 FAMILIES = {"gpt2": {}, "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 4}, "bloom": {}}
-HOW: dict[str, Any] = {"end_id": END, "pad_id": PAD, "vocab_size": VOCAB, "seed": 5, "device": "cpu"}
+HOW: dict[str, Any] = {"end_ids": (END,), "pad_id": PAD, "vocab_size": VOCAB, "seed": 5, "device": "cpu"}
 
 
 def make(family: str, *, seed: int = 0, vocab_size: int = VOCAB, length: int = 64, dropout: float = 0.0) -> Any:
@@ -92,9 +92,9 @@ def test_a_greedy_reply_in_a_batch_equals_transformers_own_reply_to_the_prompt(f
 
 def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_computed() -> None:
     net = make("llama")
-    whole = sample(net, PROMPTS, Sampling(max_tokens=40), greedy=True, **{**HOW, "end_id": VOCAB})
+    whole = sample(net, PROMPTS, Sampling(max_tokens=40), greedy=True, **{**HOW, "end_ids": (VOCAB,)})
     end = max(range(VOCAB), key=lambda token: sum(token in reply for reply in lists(whole)))
-    ending = sample(net, PROMPTS, Sampling(max_tokens=40), greedy=True, **{**HOW, "end_id": end})
+    ending = sample(net, PROMPTS, Sampling(max_tokens=40), greedy=True, **{**HOW, "end_ids": (end,)})
     wanted = [reply[: reply.index(end) + 1] if end in reply else reply for reply in lists(whole)]
     assert lists(ending) == wanted
     assert 0 < sum(end not in reply for reply in wanted) < len(wanted)
@@ -106,7 +106,7 @@ def test_replies_end_with_the_end_token_and_rows_that_ended_are_no_longer_comput
 @torch.no_grad()
 def test_prompts_read_in_parts_leave_what_reading_them_at_once_leaves(family: str) -> None:
     net, prompts = make(family), sorted(PROMPTS, key=len)
-    context = GenerationContext(END, PAD, VOCAB, "cpu")
+    context = GenerationContext((END,), PAD, VOCAB, "cpu")
     reading, logits_BV = prefill(net, prompts, context)
     plain = CachedModel(net, VOCAB)
     ids_BT, mask_BT = left_padded(prompts, context)
@@ -156,7 +156,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(case: dict[str, An
     prompt = np.array([3, 7, 4], np.int32)
     with torch.no_grad():
         logits_V = net(torch.tensor(prompt, dtype=torch.long)[None]).logits[0, -1]
-    drawn = sample(net, [prompt] * 3000, how, **{**HOW, "vocab_size": 12, "end_id": 11})
+    drawn = sample(net, [prompt] * 3000, how, **{**HOW, "vocab_size": 12, "end_ids": (11,)})
     counts = np.bincount([reply[0] for reply in drawn.replies], minlength=12)
     fit = {str(other): distance(counts, expected(logits_V, Sampling(max_tokens=1, **other))) for other in CASES}
     assert fit[str(case)] < 2.5
@@ -208,9 +208,9 @@ def test_rows_of_padding_in_the_head_are_never_drawn() -> None:
 
 def test_a_reply_is_cut_where_the_models_positions_end() -> None:
     net = make("gpt2", length=16)
-    drawn = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), **{**HOW, "end_id": VOCAB})
+    drawn = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), **{**HOW, "end_ids": (VOCAB,)})
     assert [len(reply) for reply in drawn.replies] == [4, 10, 1]
-    shorter = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), length=13, **{**HOW, "end_id": VOCAB})
+    shorter = sample(net, some_prompts(12, 4, 16), Sampling(max_tokens=10), length=13, **{**HOW, "end_ids": (VOCAB,)})
     assert lists(shorter) == [reply[:num] for reply, num in zip(lists(drawn), (1, 9, 1), strict=True)]
     assert shorter.num_tokens < drawn.num_tokens
     with pytest.raises(
@@ -313,7 +313,7 @@ def test_a_teacher_that_accepts_all_leaves_the_drafts_own_replies() -> None:
     draft, teacher, how = make("gpt2"), make("llama", seed=1), mixed(top=VOCAB, max_tokens=10)
     both = interleave(draft, teacher, PROMPTS, how, **HOW)
     assert lists(both) == lists(sample(draft, PROMPTS, Sampling(max_tokens=10), **HOW))
-    never = interleave(draft, teacher, some_prompts(6, 6, 6), how, **{**HOW, "end_id": VOCAB})
+    never = interleave(draft, teacher, some_prompts(6, 6, 6), how, **{**HOW, "end_ids": (VOCAB,)})
     assert (never.num_tokens, never.teacher_tokens) == (3 * (6 + 9), 3 * (6 + 9))
 
 

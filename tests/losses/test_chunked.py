@@ -173,6 +173,19 @@ def test_more_than_two_sides() -> None:
     assert_equal_to_plain(sources, some_labels(5), terms, dict.fromkeys(terms, 0.5), chunk=2)
 
 
+@pytest.mark.parametrize(
+    "kind", ["forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "interpolated_kl"]
+)
+def test_tokens_that_the_teacher_excludes_leave_value_and_gradients_finite(kind: str) -> None:
+    sources = some_sides(5)
+    logits_NV = F.linear(*sources["big"]).detach()  # type: ignore[arg-type]
+    logits_NV[:, 3:6] = -torch.inf
+    sources["big"] = LogitSource(logits_NV)
+    assert_equal_to_plain(sources, some_labels(5), {"flow": term(kind)}, chunk=2)
+    found = chunked_terms(sources, some_labels(5), {"flow": term(kind)}, {"flow": 1.0}, chunk=2)
+    assert found.loss.isfinite() and all(g.isfinite().all() for g in gradients(found.loss, leaves(sources)))
+
+
 def test_no_position_gives_zero() -> None:
     assert_equal_to_plain(some_sides(0), some_labels(0), BOTH_WAYS, UNEVEN, chunk=4)
 

@@ -110,6 +110,38 @@ def test_a_divergence_is_its_definition_written_out(kind: str, temperature: floa
         assert divergence(term, source, to).item() == pytest.approx(expected, rel=1e-11, abs=1e-13)
 
 
+# a KL whose second side excludes what the first one says
+INFINITE_WHERE = {
+    ("from",): ("reverse_kl", "jeffreys", "adaptive_kl"),
+    ("to",): ("forward_kl", "jeffreys", "adaptive_kl"),
+}
+
+
+@pytest.mark.parametrize("excludes", [("from",), ("to",), ("from", "to")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_excluded_token_adds_what_one_of_probability_0_does(kind: str, excludes: tuple[str, ...]) -> None:
+    """A logit of -inf against one whose probability, 1e-152, no sum of doubles can tell from 0."""
+
+    def of(logit: float) -> tuple[torch.Tensor, torch.Tensor]:
+        source, to = some_logits(0), some_logits(1)
+        for name, side in (("from", source), ("to", to)):
+            side[:, [1, 4]] = logit if name in excludes else side[:, [1, 4]]
+        term = flow(kind, temperature=2.0, **PARAMETERS.get(kind, [{}])[-2:][0])
+        value = divergence(term, source, to.requires_grad_())
+        value.backward()
+        assert to.grad is not None
+        return value.detach(), to.grad
+
+    (value, slope), (expected, expected_slope) = of(-math.inf), of(-700.0)
+    if kind in INFINITE_WHERE.get(excludes, ()):
+        assert value == math.inf
+    elif kind == "rank_correlation":
+        assert value.isfinite() and slope.isfinite().all()
+    else:
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(slope, expected_slope, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_divergence_is_zero_where_both_agree_and_positive_elsewhere(kind: str) -> None:
     shift = 0.0 if kind == "total_variation" else 3.0  # logits have no fixed level, but |x| has a kink at 0

@@ -12,7 +12,7 @@ from tests.support.trials import Lab, distillation, model
 from trainables.config.errors import ModelError
 from trainables.config.models import Model
 from trainables.config.trial import TrialSpec, trial_id
-from trainables.models import build, configs, remap
+from trainables.models import build, configs, pretrained, remap
 
 IDS = {"pad_token_id": 0, "eos_token_id": 3}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
@@ -112,7 +112,7 @@ def test_what_a_family_lacks_or_transformers_rejects_is_one_line(shape: dict[str
 @pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5", "fuyu"])
 def test_of_a_family_with_several_kinds_of_input_the_text_part_has_the_shape(family: str) -> None:
     config = config_of({"family": family, "layers": 1, "width": 16, "heads": 2})
-    assert configs.text_part(config) is config and config.hidden_size == 16
+    assert pretrained.text_part(config) is config and config.hidden_size == 16
     assert build.num_parameters(build.from_config(config)) < 1_000_000
 
 

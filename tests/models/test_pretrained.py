@@ -23,6 +23,7 @@ from transformers import (
     ViTModel,
 )
 
+from tests.support.families import MULTIMODAL, multimodal_folder
 from trainables.config.errors import ModelError
 from trainables.config.models import Model, Random
 from trainables.models import build as build_
@@ -229,6 +230,28 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------- what a folder is
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+def test_weights_are_those_of_the_file_that_the_config_names(has_index: bool, tmp_path: Path) -> None:
+    """As transformers reads them, though `model.safetensors` lies beside them."""
+    net = loaded(saved(tmp_path / "other", seed=1))
+    saved(tmp_path / "m")
+    weights, name = load_file(tmp_path / "other" / "model.safetensors"), "best.safetensors"
+    save_file(weights, tmp_path / "m" / name)
+    if has_index:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (tmp_path / "m" / "best.safetensors.index.json").write_text(json.dumps(index))
+        name = "best.safetensors.index.json"
+    configured(tmp_path / "m", transformers_weights=name)
+    found = loaded(tmp_path / "m")
+    for wanted, tensor in net.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[wanted], tensor, rtol=0, atol=0)
+    for bad, says in ((7, "transformers_weights: 7; expected"), ("../other/model.safetensors", "expected a .*of the folder"),
+                      ("no.safetensors", "it has no no.safetensors, which config.json names"), ("a.gguf", "expected a")):  # fmt: skip
+        configured(tmp_path / "m", transformers_weights=bad)
+        with pytest.raises(ModelError, match=says):
+            loaded(tmp_path / "m")
+
+
 def quantised(method: str) -> Callable[[Path], Any]:
     return lambda path: configured(saved(path), quantization_config={"quant_method": method, "bits": 4})
 
@@ -294,6 +317,53 @@ def test_what_is_no_plain_language_model_is_refused_by_what_it_is(what: str, tmp
         with pytest.raises(ModelError, match=words) as error:
             door()
         assert "\n" not in str(error.value) and repr(str(tmp_path / "m")) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "says"),
+    [
+        (
+            "mllama",
+            {"cross_attention_layers": [1]},
+            r"also reads images or sound \(mllama: vision_config\), and has no text part",
+        ),
+        (
+            "llava",
+            {},
+            r"also reads images or sound \(llava: vision_config\), and has no text part of its own; expected plain",
+        ),
+        ("mistral3", {}, r"also reads images or sound \(mistral3: vision_config\)"),
+        ("paligemma", {}, r"also reads images or sound \(paligemma: vision_config\)"),
+    ],
+)
+def test_a_model_of_text_and_images_without_a_text_part_is_named(
+    family: str, text: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    multimodal_folder(family, tmp_path / "m", text)
+    with pytest.raises(ModelError, match=says) as caught:
+        Folder.read(str(tmp_path / "m"), None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_the_text_part_of_a_model_of_text_and_images_is_loaded_alone(family: str, tmp_path: Path, capsys: Any) -> None:
+    multimodal_folder(family, tmp_path / "m")
+    net = build_.build(
+        Model(pretrained=str(tmp_path / "m")), name="m", seed=0, vocab_size=300, special_ids={}, length=16
+    )
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    state, kept = net.state_dict(), 0
+    for name, tensor in state.items():
+        same = [own for own in stored if own.replace("language_model.", "").endswith(name)]
+        kept += any(stored[own].shape == tensor.shape and torch.equal(stored[own], tensor) for own in same)
+    assert kept > 0.8 * len(state) and not any("vision" in name for name in state)
+    again = build_.restore(build_.plain_config(net.config), build_.weights_of(net)).eval()
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(
+            again(input_ids=ids, use_cache=False).logits, net.eval()(input_ids=ids, use_cache=False).logits
+        )
+    assert "UNEXPECTED" not in "".join(capsys.readouterr())
 
 
 def test_only_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def largest(value: Study) -> MemoryEstimate:
 
 
 def lines(value: Study) -> list[str]:
-    return memory_lines(value, shapes(), list(reachable(value)))
+    return memory_lines(value, shapes(), list(reachable(value)), largest(value))
 
 
 def has_machine(monkeypatch: pytest.MonkeyPatch, cores: int, memory: float) -> None:
@@ -44,10 +44,9 @@ def has_gpu(monkeypatch: pytest.MonkeyPatch, memory: float) -> None:
 # ------------------------------------------------------------------------------------------------------ memory of a slot
 
 
-def test_a_slot_has_what_is_stated_or_a_share_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_has_what_is_stated_or_at_most_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     has_machine(monkeypatch, 8, slot_fit.DRIVER + 24e9)
-    assert slot_memory(Slot()) == 3e9 and slot_memory(Slot(cpus=4)) == 12e9 and slot_memory(Slot(workers=4)) == 3e9
-    assert slot_memory(Slot(workers=2, cpus=3)) == 12e9 and slot_memory(Slot(cpus=99)) == 24e9
+    assert slot_memory(Slot()) == 24e9 == slot_memory(Slot(cpus=99)) and slot_memory(Slot(workers=4)) == 6e9
     assert slot_memory(Slot(memory_gb=7)) == 7e9 == slot_memory(Slot(memory_gb=7, gpus=1))
 
 
@@ -62,6 +61,22 @@ def test_slots_are_as_many_as_cores_allow(monkeypatch: pytest.MonkeyPatch) -> No
     has_machine(monkeypatch, 4, 64e9)
     asked = [Slot(), Slot(cpus=0.5), Slot(cpus=3), Slot(workers=2), Slot(workers=3), Slot(cpus=8)]
     assert [slot_fit.num_slots(slot) for slot in asked] == [4, 8, 1, 2, 1, 1]
+
+
+def test_slots_are_as_many_as_memory_holds_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a container: `machine_memory` is its limit."""
+    value = study(trial=wide())
+    needed = largest(value).total
+    for room, expected in ((8.1, 8), (3.5, 3), (1.01, 1)):
+        has_machine(monkeypatch, 8, slot_fit.DRIVER + room * needed)
+        assert slot_fit.num_slots(value.slot, needed) == expected
+        said = [line for line in lines(value) if "slots at once" in line]
+        assert [line.split(", ")[0] for line in said] == ([] if expected == 8 else [f"{expected} of 8 slots at once"])
+        assert f"{expected} slots keep up to " in lines(value)[-1]
+    has_machine(monkeypatch, 8, slot_fit.DRIVER + 0.99 * needed)
+    with pytest.raises(StudyError, match=r"phase distil of the trial needs .* on this machine"):
+        lines(value)
+    assert slot_fit.num_slots(Slot(workers=2), needed) == 1 and slot_fit.num_slots(Slot(memory_gb=1), needed) == 8
 
 
 def test_an_unknown_memory_is_said_with_what_would_make_it_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +170,6 @@ def test_all_settings_are_weighed_one_at_a_time() -> None:
                     "optimizer.kind: adamw_8bit", "train.student: {kind: lora}", "batch: 32", "data.length: 64"):  # fmt: skip
         assert setting in text
     assert "slot.workers: 2 saves" in text
-
-
-def test_fewer_trials_at_a_time_give_each_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    value = study(trial=wide())
-    has_machine(monkeypatch, 4, slot_fit.DRIVER + 2 * 1.01 * largest(value).total)
-    with pytest.raises(StudyError, match=r"slot\.cpus: 2 gives a worker .* \(fits\)"):
-        lines(value)
-    assert lines(value.model_copy(update={"slot": Slot(cpus=2)}))
 
 
 def test_a_larger_part_of_a_gpu_gives_more(monkeypatch: pytest.MonkeyPatch) -> None:

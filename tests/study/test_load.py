@@ -822,7 +822,7 @@ def test_models_of_different_tokenizers_are_refused_by_their_token_to_id_map(
     text = changed("{family: bert, layers: 1, width: 16, heads: 2, dropout: 0}", f"{{pretrained: {pretrained}}}", with_files(corpus))  # fmt: skip
     said = refused(text)
     assert "models.teacher: the tokenizers of" in said and "in that of data corpus" in said
-    assert f"expected tokenizer: {{kind: pretrained, name: {pretrained}}}" in said
+    assert f"expected tokenizer: {{kind: pretrained, name: {str(pretrained)!r}}}" in said
     fixed = changed("{kind: wordpiece, size: 160}", f"{{kind: pretrained, name: {pretrained}}}", text)
     (corpus.parent / "fixed.yaml").write_text(fixed)
     assert sweep.main([str(corpus.parent / "fixed.yaml"), "--storage", str(corpus.parent / "runs"), "--dry-run"]) == 0

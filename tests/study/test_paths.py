@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 from orchestrator.study.paths import locate, sqlite_file, sqlite_uri
 from tests.study.test_load import TEXT
+from trainables.config.errors import DataError, ModelError
+from trainables.data.prepare import prepare
 from trainables.data.sources.files import find
+from trainables.models.pretrained import Folder
 
 NAMES = ["run [v2]", "a::b", "what?", "no#1", "c%20d", "50%", "~", "é 中文", "*", "{x}", "a@b", "x=1&y"]
 # names of folders: all that Linux takes, without what starts a pattern that another name could match
@@ -151,3 +155,29 @@ def test_uris_that_name_no_sqlite_file() -> None:
     for uri in ("sqlite://", "sqlite:///:memory:", "http://127.0.0.1:5000", "postgresql://x/y"):
         assert sqlite_file(uri) is None
     assert sqlite_file("sqlite:///runs/mlflow.db?timeout=5") == Path(os.getcwd(), "runs", "mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": {**FILES, "train": "no/file.txt"}}, "no file matches 'no/file.txt'"),
+        ({"data": {**FILES, "train": "./sub"}}, r"no file matches './sub': it is a folder; name its files, as \./sub/"),
+        ({"data": {**FILES, "train": "./broken.jsonl"}}, r"cannot read './broken\.jsonl' as its suffix says"),
+        ({"data": {**FILES, "train": "sub/other.jsonl"}}, "no column 'text' in 'sub/other.jsonl'"),
+        ({"data.tokenizer": {"kind": "pretrained", "name": "./no"}}, r"there is no folder './no'"),
+        ({"models.student": {"pretrained": "./no"}}, r"no weights at './no'"),
+        ({"models.student": {"pretrained": "sub"}}, "no weights at 'sub'"),
+    ],
+)
+def test_messages_show_a_path_as_the_user_wrote_it(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    texts(tmp_path / "sub")
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "sub" / "other.jsonl").write_text('{"words": "a"}\n')
+    small = {"kind": "python_docs", "length": 16, "tokenizer": {"kind": "wordpiece", "size": 64}}
+    found = study(tmp_path, {"data": small, **changes})
+    spec = found.spec(seed=0).pruned()
+    model = spec.models["student"].pretrained
+    read = partial(Folder.read, model, None) if model else partial(prepare, spec.data["corpus"], str(tmp_path / "data"))
+    with pytest.raises((DataError, ModelError), match=says) as caught:
+        read()
+    assert str(tmp_path) not in str(caught.value).partition("looked for at")[0]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from trainables.config.errors import ModelError
@@ -42,7 +45,7 @@ SMALL: dict[str, Any] = {  # sizes beyond those of a shape, where a family has t
     "decoder_attention_heads": 2,
     "feed_forward_size": 64,
     "moe_k": 2,
-    "unpadded_vocab_size": 100,
+    "unpadded_vocab_size": 160,
     "moe_topk": 2,
     "rotary_dim": 8,
     "mamba_d_ssm": 64,
@@ -57,6 +60,33 @@ SMALL: dict[str, Any] = {  # sizes beyond those of a shape, where a family has t
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+
+# Families with a text part that runs alone: fields of their text and vision configs beyond the usual sizes.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ({}, {}),
+    "llama4": (
+        {"intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1},
+        {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
+    "qwen3_5": (
+        {f"linear_{name}": size for name, size in (("num_key_heads", 2), ("num_value_heads", 2), ("key_head_dim", 16))}
+        | {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16},
+    ),
+    "gemma4": ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0}, {}),
+}
+
+
+def multimodal_folder(family: str, to: Path, text: Mapping[str, Any] | None = None) -> Path:
+    """Writes a small random model that reads text and images, as a folder; of `MULTIMODAL`, or with its own fields of text."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    own_text, own_vision = MULTIMODAL.get(family, (text or {}, {}))
+    text_config = {**sizes, "vocab_size": 300, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+    text_config |= {"max_position_embeddings": 64, "pad_token_id": 1, **own_text}
+    vision_config = {**sizes, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8, **own_vision}
+    config = AutoConfig.for_model(family, text_config=text_config, vision_config=vision_config)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(to)
+    return to
 
 
 def small(family: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def by_hand(net: Any, data: Any) -> dict[str, float]:
             net,
             batch.prompts,
             data.scoring,
-            GenerationContext(data.end_id, data.end_id, data.vocab_size, "cpu"),
+            GenerationContext(data.end_ids, data.end_id, data.vocab_size, "cpu"),
             seed=random_stream("scoring", seed or 0),
             greedy=seed is None,
         )

@@ -49,7 +49,7 @@ def at(
 ) -> on_policy.StepContext:
     return on_policy.StepContext(
         nets or {"m": None},
-        GenerationContext(END, PAD, VOCAB, "cpu", length=12),
+        GenerationContext((END,), PAD, VOCAB, "cpu", length=12),
         session or SingleProcess(),
         progress=step / of,
         seed_of=lambda purpose: random_stream(seed, purpose, phase, stream, step),

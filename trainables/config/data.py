@@ -314,7 +314,7 @@ class InstructionColumns(Value):
     """The columns of a data file that hold prompts and replies.
 
     `response`: a text, or a list of texts of which any is right where replies are scored. `messages`, instead of the other
-    three: lists of {role, content}, of which the last one, the assistant's, is the reply.
+    three: lists of {role, content}, or of ShareGPT's {from, value}, of which the last one, the assistant's, is the reply.
     """
 
     prompt: str = "instruction"

@@ -11,10 +11,23 @@ from typing import Annotated
 from pydantic import AfterValidator, ValidationInfo
 
 
+class Located(str):
+    """A path as every process finds it, which messages show (`!r`) as the user wrote it."""
+
+    written: str
+
+    def __repr__(self) -> str:
+        return repr(self.written)
+
+
 def _located(*, may_be_id: bool) -> AfterValidator:
     def located(text: str, info: ValidationInfo) -> str:
         locate = (info.context or {}).get("locate")
-        return text if locate is None else str(locate(text, may_be_id=may_be_id))
+        if locate is None:
+            return text
+        found = Located(locate(text, may_be_id=may_be_id))
+        found.written = getattr(text, "written", text)
+        return found
 
     return AfterValidator(located)
 

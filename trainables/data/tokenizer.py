@@ -66,7 +66,7 @@ def load_pretrained(spec: PretrainedTokenizer) -> Any:
     where = _folder_or_id(spec.name)
     if not Path(where).is_dir() and spec.name.startswith(("/", ".", "~")):
         raise DataError(
-            f"tokenizer: there is no folder {spec.name!r} ({looked_in()}); name a tokenizer's folder or a hub id"
+            f"tokenizer: there is no folder {spec.name!r} ({looked_in(spec.name)}); name a tokenizer's folder or a hub id"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=spec.revision, trust_remote_code=False)

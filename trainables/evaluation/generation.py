@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ from trainables.evaluation.per_example import (
 )
 from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
-from trainables.losses.logits import kl
+from trainables.losses.logits import INFINITE, kl, log_probs
 from trainables.metrics.rouge import rouge_l
 from trainables.models.output_head import logits_at
 
@@ -113,7 +114,8 @@ def agreements(
                 with other.context():
                     theirs_NV, _ = _reply_logits(other.net, batch, data.vocab_size, on)
                 sums[name][0] += (ours_NV.argmax(-1) == theirs_NV.argmax(-1)).sum().item()
-                sums[name][1] += kl(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1)).item()
+                apart = kl(log_probs(theirs_NV), log_probs(ours_NV)).item()
+                sums[name][1] += apart if apart < INFINITE else math.inf
     measured = {}
     for name, (same, divergence) in sums.items():
         same, divergence, tokens = on.ranks.total([same, divergence, num])

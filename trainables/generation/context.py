@@ -22,17 +22,13 @@ class GenerationError(ValueError):
 class GenerationContext:
     """Token ids, limits, and where and how the models run."""
 
-    end_id: int | tuple[int, ...]  # of several any ends a reply
+    end_ids: tuple[int, ...]  # any ends a reply
     pad_id: int
     vocab_size: int  # no token at or beyond this id is drawn
     device: str
     autocast: Autocast = nullcontext
     length: int | None = None  # most tokens of prompt and reply together
     rows: int | None = None  # prompts at a time; by default all
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        return self.end_id if isinstance(self.end_id, tuple) else (self.end_id,)
 
     def has_ended(self, reply: Tokens) -> bool:
         """Whether a reply was not cut."""

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EXCLUDED = -1e30  # a logit, and a log-probability, of a token that has none; finite after any scale
+INFINITE = 1e15  # nats: what no divergence reaches unless one side says what the other excludes
+
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Computes -sum_n log softmax(logits_n)[label_n], nats; sum_n (logit_n - label_n)^2 where labels are numbers."""
@@ -24,6 +27,18 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def wide(logits_NV: Tensor) -> Tensor:
     """Casts to at least fp32: sums over a vocabulary lose too much in half precision."""
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+def log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Computes log softmax(logits / temperature), finite everywhere: tokens that a model excludes have `EXCLUDED`."""
+    return F.log_softmax(softened(logits_NV, temperature), dim=-1)
+
+
+def softened(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Divides logits by a temperature. One of -inf (a suppressed token) becomes `EXCLUDED`: its probability stays 0, and 0 log 0 is
+    0 in every divergence, which takes it for NaN otherwise."""
+    logits_NV = wide(logits_NV) / temperature
+    return logits_NV.masked_fill_(logits_NV == -math.inf, EXCLUDED)  # in place, since [N, V] is large
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:

@@ -18,7 +18,18 @@ from trainables.config import terms
 from trainables.config.terms import Term
 from trainables.config.value import Value
 from trainables.losses.hidden import attention_mse, hidden_cosine, hidden_mse, relation_kl
-from trainables.losses.logits import cross_entropy, head_share, jsd, kl, kl_N, log_mixture, wide
+from trainables.losses.logits import (
+    INFINITE,
+    cross_entropy,
+    head_share,
+    jsd,
+    kl,
+    kl_N,
+    log_mixture,
+    log_probs,
+    softened,
+    wide,
+)
 from trainables.losses.soft_rank import correlation, soft_rank, union
 
 Divergence = Callable[[Any, Tensor, Tensor], Tensor]  # of a term, and of `from` and `to`
@@ -40,11 +51,14 @@ def divergence(term: Any, from_NV: Tensor, to_NV: Tensor) -> Tensor:
 
     Both sides are softened by `temperature`; with `tau_squared` the value is multiplied by its square, so that the
     gradient keeps its size as the temperature rises (Hinton et al. 2015, section 2). Numbers have no temperature.
+    A token that a side excludes (a logit of -inf) has the probability 0; a KL is infinite where its second side excludes what
+    the first one says.
     """
     from_NV = from_NV.detach()
     if to_NV.shape[-1] == 1:
         return F.mse_loss(wide(to_NV), wide(from_NV), reduction="sum")
     value = DIVERGENCES[type(term)](term, from_NV, to_NV)
+    value = value.masked_fill(value > INFINITE, torch.inf)
     return value * term.temperature**2 if term.tau_squared else value
 
 
@@ -52,8 +66,7 @@ def _of_log_probs(of_log_probs: Divergence) -> Divergence:
     """Turns a divergence of log-probabilities into one of logits at the term's temperature."""
 
     def of_logits(term: Any, from_NV: Tensor, to_NV: Tensor) -> Tensor:
-        log_p_NV, log_q_NV = (F.log_softmax(wide(side) / term.temperature, dim=-1) for side in (from_NV, to_NV))
-        return of_log_probs(term, log_p_NV, log_q_NV)
+        return of_log_probs(term, *(log_probs(side, term.temperature) for side in (from_NV, to_NV)))
 
     return of_logits
 
@@ -75,7 +88,7 @@ def _rank_correlation(term: terms.RankCorrelation, from_NV: Tensor, to_NV: Tenso
     """
     items_NK, is_item_NK = union(from_NV, to_NV, term.top)
     from_ranks_NK, to_ranks_NK = (
-        soft_rank(wide(side_NV.gather(-1, items_NK)) / term.temperature, is_item_NK, term.strength)
+        soft_rank(softened(side_NV.gather(-1, items_NK), term.temperature), is_item_NK, term.strength)
         for side_NV in (from_NV, to_NV)
     )
     return (1 - correlation(from_ranks_NK, to_ranks_NK, is_item_NK)).sum()

@@ -27,9 +27,9 @@ from trainables.config.models import Model, Random
 from trainables.config.phase import Masking
 from trainables.config.value import random_stream
 from trainables.models import shared_bert
-from trainables.models.configs import auto_class, dropouts, is_masked_lm, make_config, one_line, text_part
+from trainables.models.configs import auto_class, dropouts, is_masked_lm, make_config, one_line
 from trainables.models.initialise import initialise
-from trainables.models.pretrained import Folder, class_layer, refuse_code_of_the_hub
+from trainables.models.pretrained import Folder, class_layer, quiet, refuse_code_of_the_hub, text_part
 
 
 def build(
@@ -62,13 +62,13 @@ def build(
     config = make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
     net = from_config(config, num_labels, class_names, special_ids)
     initialise(net, initial(model), name=name, seed=seed)
-    return _cast(net, DTYPES[model.dtype])
+    return cast(net, DTYPES[model.dtype])
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _cast(net: Any, dtype: torch.dtype) -> Any:
+def cast(net: Any, dtype: torch.dtype) -> Any:
     """Casts weights. Buffers keep their type, as in transformers: frequencies of rotary positions need their digits."""
     for parameter in net.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -171,7 +171,8 @@ def _order_of_classes(folder: Folder, ours: Sequence[str]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _load(start: Start, dtype: torch.dtype, *, name: str, seed: int) -> Any:
-    net = start.kind.from_pretrained(str(start.folder.path), config=start.config, dtype=dtype, use_safetensors=True)
+    with quiet():  # tensors of parts for images, of heads that are not read: what matters was raised by `start_of`
+        net = start.kind.from_pretrained(str(start.folder.path), config=start.config, dtype=dtype, use_safetensors=True)
     _draw_again(net, {path.rpartition(".")[0] for path in start.fresh}, name=name, seed=seed)
     if start.order != tuple(range(len(start.order))):
         for tensor in net.get_submodule(class_layer(net)).parameters():
@@ -249,7 +250,7 @@ def with_head(
 
 def _typed(net: Any, weights: Mapping[str, Tensor]) -> Any:
     """Casts `net` to the type of stored weights."""
-    return _cast(net, next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32))
+    return cast(net, next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32))
 
 
 def _is_classifier(config: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from trainables.config.models import Model, Remap
 from trainables.models import shared_bert
 from trainables.models.initialise import position_table
 from trainables.models.layouts import INNER_SIZES
-from trainables.models.pretrained import Folder
+from trainables.models.pretrained import Folder, text_part
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: Mapping[str, int]
             )
             fields |= _own_names(config, {"max_position_embeddings": max(length, 8) + unused})
         fields |= ids | _changes(model, config)
-    config = _made(f"a {fields['model_type']} of this shape", lambda: AutoConfig.for_model(**fields))
+    config = by_transformers(f"make a {fields['model_type']} of this shape", lambda: AutoConfig.for_model(**fields))
     _read_back(model, config)
     if model.sharing is None:
         return config
@@ -76,7 +76,7 @@ def family_config(family: str) -> Any:
     """The default config of a family of language models; of one that also reads images or sound, that of its text part."""
     if not is_language_model(family):
         raise ModelError(f"transformers has no language model of family {family!r}; expected bert, modernbert, gpt2 …")
-    config = text_part(_made(f"a {family}", lambda: AutoConfig.for_model(family)))
+    config = text_part(by_transformers(f"make a {family}", lambda: AutoConfig.for_model(family)))
     if not is_language_model(config.model_type):
         raise ModelError(f"the text part of a {family} ({config.model_type}) is no language model of its own")
     if parts := [key for key in config.sub_configs if key.startswith(("vision", "audio"))]:
@@ -86,12 +86,6 @@ def family_config(family: str) -> Any:
             f"a {family} is an encoder-decoder; expected an encoder or a decoder: bert, modernbert, gpt2 …"
         )
     return config
-
-
-def text_part(config: Any) -> Any:
-    """The config of the text part, where a config has one for each kind of input (Gemma 3, Llama 4); else the config."""
-    part = config.get_text_config(decoder=True)
-    return config if part.model_type == config.model_type else part
 
 
 def is_language_model(family: str) -> bool:
@@ -120,6 +114,7 @@ def one_line(error: BaseException) -> str:
     plain = re.sub(r"^(Class v|V)alidation error for .*?: (\w+Error: )?", "", said)
     if plain == said and not isinstance(error, ValueError):
         plain = f"{type(error).__name__}: {said}"
+    plain = plain or type(error).__name__
     return plain if len(plain) <= 300 else plain[:300] + " …"
 
 
@@ -233,12 +228,12 @@ def _unused_positions(fields: Mapping[str, Any]) -> int:
     return 0
 
 
-def _made(what: str, make: Callable[[], T]) -> T:
-    """Calls transformers, which rejects a config by errors of many types. Raises ModelError with what it says."""
+def by_transformers(what: str, call: Callable[[], T]) -> T:
+    """Calls transformers' code, which rejects a config by errors of many types. Raises ModelError with what it says."""
     try:
-        return make()
+        return call()
     except Exception as error:
-        raise ModelError(f"transformers cannot make {what}: {one_line(error)}") from None
+        raise ModelError(f"transformers cannot {what}: {one_line(error)}") from None
 
 
 def _read_back(model: Model, config: Any) -> None:

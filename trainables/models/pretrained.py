@@ -6,6 +6,7 @@ What is no encoder or decoder in plain floating-point numbers is refused by its 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from trainables.config.errors import ModelError
 from trainables.storage.hub import model_folder, no_weights
 
 EXPECTED = "expected plain weights of an encoder (bert, roberta, modernbert …) or a decoder (llama, qwen2, gpt2 …)"
-FILES = ["config.json", "adapter_config.json", "model.safetensors.index.json", "*.safetensors"]
+LANGUAGE_MODELS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+FILES = ["config.json", "adapter_config.json", "*.safetensors.index.json", "*.safetensors"]
+ADAPTER = "adapter_model.safetensors"
 POINTER = b"version https://git-lfs"  # how a file begins whose content git has not fetched
 
 
@@ -46,7 +49,7 @@ class Folder:
         _refuse_adapter(name, path)
         fields = _fields(name, path)
         config, trunk = _config(name, path, fields)
-        return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path))
+        return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path, fields))
 
     def fresh(self, net: Any, language_model: Any, *, is_head_read: bool = True) -> frozenset[str]:
         """Returns the tensors of a head that the folder lacks: all of `net` that are drawn anew.
@@ -55,7 +58,7 @@ class Folder:
         the family's language model, whose head is drawn anew only if it is not read. Raises ModelError where tensors are missing, unexpected
         or of another shape.
         """
-        with _quiet():
+        with quiet():
             _, about = type(net).from_pretrained(
                 None,
                 config=net.config,
@@ -118,8 +121,20 @@ class Folder:
         return f"{self.name!r} ({what[0]}) has other tensors than {kind} with this config: {'; '.join(parts)}"
 
 
+def stored_dtype(name: str, revision: str | None) -> torch.dtype | None:
+    """Returns the type of pretrained weights, as their config says it, else as most of them have it; None where they are not there
+    any more."""
+    try:
+        folder = Folder.read(name, revision)
+    except ModelError:
+        return None
+    floats = Counter(t.dtype for t in folder.tensors.values() if t.is_floating_point())
+    found: torch.dtype = folder.config.dtype or floats.most_common(1)[0][0]
+    return found
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers from printing its table of tensors: what is in it that matters is raised."""
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -151,7 +166,11 @@ def refuse_code_of_the_hub(config: Any, where: str) -> None:
 
 def _refuse_adapter(name: str, path: Path) -> None:
     if (path / "adapter_config.json").is_file():
-        whole = "holds a LoRA adapter beside weights" if _files(path) else "is a LoRA adapter without its base model"
+        whole = (
+            "holds a LoRA adapter beside weights"
+            if any(file.name != ADAPTER for file in path.glob("*.safetensors"))
+            else "is a LoRA adapter without its base model"
+        )
         raise ModelError(
             f"{name!r} {whole} (adapter_config.json); expected the merged model, as peft's merge_and_unload gives it"
         )
@@ -198,12 +217,20 @@ def _config(name: str, path: Path, fields: Mapping[str, Any]) -> tuple[Any, PreT
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False) or getattr(type(config)(), "is_encoder_decoder", False):
         raise ModelError(f"{name!r} is an encoder-decoder ({family}), which is not supported; {EXPECTED}")
-    if family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{name!r} is no language model ({family}); {EXPECTED}")
+    if not {family, text_part(config).model_type} <= LANGUAGE_MODELS:
+        others = [key for key in config.sub_configs if key.startswith(("vision", "audio"))]
+        what = f"also reads images or sound ({family}: {', '.join(others)}), and has no text part of its own"
+        raise ModelError(f"{name!r} {what if others else f'is no language model ({family})'}; {EXPECTED}")
     try:
         return config, _without_weights(config)
     except Exception as error:
         raise no_weights(name, _fault(fields, error)) from None
+
+
+def text_part(config: Any) -> Any:
+    """Returns the config of the text part, where a config has one for each kind of input (Gemma 3, Llama 4); else the config."""
+    part = config.get_text_config(decoder=True)
+    return config if part.model_type == config.model_type else part
 
 
 def _without_weights(config: Any) -> PreTrainedModel:
@@ -224,17 +251,27 @@ def _fault(fields: Mapping[str, Any], error: Exception) -> str:
     return f"config.json: {why}"
 
 
-def _files(path: Path) -> list[Path]:
-    """Lists the files that transformers loads: one, or the shards that an index names."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file() or not index.is_file():
-        return [file for file in (path / "model.safetensors",) if file.is_file()]
-    return [path / shard for shard in sorted(set(_json(path.name, index)["weight_map"].values()))]
+def _files(name: str, path: Path, named: str | None) -> list[Path]:
+    """Lists the files that transformers loads: the one that config.json names, or the usual one, or the shards of an index."""
+    files = [path / file for file in ([named] if named else ["model.safetensors", "model.safetensors.index.json"])]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None or not found.name.endswith(".index.json"):
+        return [found] if found is not None else []
+    shards = _json(name, found)
+    if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
+        raise no_weights(name, f"{found.name} has no weight_map")
+    return [path / shard for shard in sorted(set(shards["weight_map"].values()))]
 
 
-def _tensors(name: str, path: Path) -> dict[str, Tensor]:
+def _tensors(name: str, path: Path, fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """Reads names, shapes and types of the stored tensors. Raises ModelError unless weights are floats of 16 bits or more."""
-    files = _files(path)
+    named = fields.get("transformers_weights")
+    is_plain_name = isinstance(named, str) and Path(named).name == named and ".safetensors" in named
+    if named is not None and not is_plain_name:
+        raise no_weights(name, f"config.json: transformers_weights: {named!r}; expected a *.safetensors of the folder")
+    files = _files(name, path, named)
+    if named is not None and not files:
+        raise no_weights(name, f"it has no {named}, which config.json names as transformers_weights")
     if not files:
         raise no_weights(name, "it holds no *.safetensors; pickled weights are refused")
     tensors: dict[str, Tensor] = {}

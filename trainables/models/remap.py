@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trainables.config.errors import RemapError
@@ -213,22 +214,29 @@ def measure(
     ids_BT = torch.randint(source.config.vocab_size, (num, length), generator=generator)  # type: ignore[union-attr,arg-type]
     with _Double():
         mask_BT = torch.ones_like(ids_BT)
-        before, after = (net(input_ids=ids_BT, attention_mask=mask_BT).logits for net in (source, target))
+        before, after = (_logits(net, ids_BT, mask_BT) for net in (source, target))
     before, after = (z - z.mean(-1, keepdim=True) for z in (before, after))
     difference = float((after - before).norm() / before.norm())
     return Measured("exact" if difference < 1e-9 else "approximate" if difference < 0.1 else "lossy", difference)
 
 
+def _logits(net: Any, ids_BT: Tensor, mask_BT: Tensor) -> Any:
+    what = f"compute a {net.config.model_type} of this size"
+    return configs.by_transformers(what, lambda: net(input_ids=ids_BT, attention_mask=mask_BT).logits)
+
+
 def preview_remap(init: Remap, source: Any, target: Any) -> tuple[Layers, Measured]:
     """The plan by which a model is remapped, and its effect on small models of the same configs and proportions, with gains
-    and biases that differ from their start as trained ones do. Raises RemapError.
+    and biases that differ from their start as trained ones do. Raises RemapError; ModelError for a family whose small models
+    transformers cannot compute.
 
     `source`, `target`: the transformers configs.
     """
     nets: list[Any] = []
     for name, config in zip(("source", "target"), _small(source, target), strict=True):
         net = build.from_config(config).float()
-        initialise.initialise(net, Random(std="width"), name=name, seed=0)
+        draw = partial(initialise.initialise, net, Random(std="width"), name=name, seed=0)
+        configs.by_transformers(f"draw a {config.model_type} of this size", draw)
         generator = torch.Generator().manual_seed(len(nets))
         for vector in (parameter for parameter in net.parameters() if parameter.ndim < 2):  # gains of 1, biases of 0
             vector.data.add_(0.3 * torch.randn(vector.shape, generator=generator))

@@ -30,7 +30,7 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
     except Exception as error:  # what a tokenizer's files make transformers raise is of any kind
         raise ModelError(f"the tokenizer of {model.pretrained!r} cannot be read: {one_line(error)}") from None
     if difference := difference_of({repr(model.pretrained): theirs, f"data {data_name!r}": data_tokenizer.get_vocab()}):
-        raise ModelError(f"{difference}; expected tokenizer: {{kind: pretrained, name: {model.pretrained}}}")
+        raise ModelError(f"{difference}; expected tokenizer: {{kind: pretrained, name: {model.pretrained!r}}}")
 
 
 def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:

@@ -43,7 +43,7 @@ def why_not(name: str, kind: Kind, error: BaseException) -> str:
     if Path(name).is_dir():
         return why  # the message names the fault of the folder
     if name.startswith(("/", ".", "~")):
-        return f"there is no such folder: {looked_in()}"
+        return f"there is no such folder: {looked_in(name)}"
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated dataset" in why:
         page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
         return f"it is gated; accept its terms at {page} and set HF_TOKEN to a token of that account"
@@ -59,9 +59,11 @@ def why_not(name: str, kind: Kind, error: BaseException) -> str:
     return why
 
 
-def looked_in() -> str:
-    """Says where a relative path that was not found was looked for; `locate` of a study made it absolute."""
-    return f"a relative path starts at the study's file, or at the working directory, {os.getcwd()}"
+def looked_in(path: str) -> str:
+    """Says where a path that was not found was looked for: as a study's `locate` made it absolute, or below the working directory."""
+    return (
+        f"looked for at {path}; a relative path starts at the study's file, or at the working directory, {os.getcwd()}"
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -55,7 +55,7 @@ def read_batch(phase: PhaseState, name: str) -> GlobalBatch:
     indices = stream.indices(*drawn)
     batch = stream.data.train.rows(indices)
     context = GenerationContext(
-        end_id=stream.data.end_ids,
+        end_ids=stream.data.end_ids,
         pad_id=batch.pad_id,
         vocab_size=stream.data.vocab_size,
         device=phase.context.device,

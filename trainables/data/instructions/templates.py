@@ -97,10 +97,25 @@ def _chat(row: Row, tok: Any) -> Rendered:
         answer = answer.rpartition(THOUGHT_END)[2].strip()
     if not found or answer not in whole[begun:]:
         raise DataError(f"template: {named} loses the reply {brief(reply.said)}; {expected}")
+    for number, turn in enumerate(row.turns, 1):
+        others = [*given[: number - 1], *given[number:], reply.message]
+        is_usual = turn.role in ("user", "assistant") and turn.said.strip() in whole
+        if not is_usual and _renders_alike(tok, others, whole, how):
+            raise DataError(
+                f"message {number}: {named} leaves out a message of {turn.role!r}; expected a template that reads that role, or "
+                f"rows without it"
+            )
     for turn in (*row.turns, reply):
         if isinstance(turn.content, list) and repr(turn.content) in whole:
             raise DataError(f"template: {named} takes no content in parts; expected texts")
     return Rendered(prompt, whole, answer, lead, tail)
+
+
+def _renders_alike(tok: Any, messages: Sequence[Any], text: str, how: dict[str, Any]) -> bool:
+    try:
+        return bool(tok.apply_chat_template(messages, **how) == text)
+    except Exception:  # it needs the message that these lack
+        return False
 
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:

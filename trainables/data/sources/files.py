@@ -77,12 +77,17 @@ def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Fil
         else:
             places = [path] if fs.isfile(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
             paths = {place: fs.unstrip_protocol(place) for place in places}
-        files = tuple(File(name, str(fs.ukey(place))) for place, name in paths.items() if not fs.isdir(place))
+        # the very path keeps how the user wrote it
+        files = tuple(
+            File(uri if name == uri else name, str(fs.ukey(place)))
+            for place, name in paths.items()
+            if not fs.isdir(place)
+        )
     except (ImportError, ValueError, OSError) as error:  # no such protocol, its package missing, no access
         raise DataError(f"{what}: cannot look into {uri!r}: {error}") from error
     if not files:
-        is_folder = f"it is a folder; name its files, as {uri.rstrip('/')}/*.parquet"
-        raise DataError(f"{what}: no file matches {uri!r}: {is_folder if fs.isdir(path) else looked_in()}")
+        is_folder = f"it is a folder; name its files, as {repr(uri)[1:-1].rstrip('/')}/*.parquet"
+        raise DataError(f"{what}: no file matches {uri!r}: {is_folder if fs.isdir(path) else looked_in(uri)}")
     for file in files:
         if not file.uri.endswith(suffixes):
             raise DataError(

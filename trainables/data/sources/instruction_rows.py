@@ -14,7 +14,14 @@ from trainables.data.sources.files import Places, Wanted, read
 from trainables.data.split import Sources, Table
 
 ROLES = "{role, content}"
-TOOLS = "tools"  # a column that conversations may have
+TOOLS, SYSTEM = (
+    "tools",
+    "system",
+)  # columns that conversations may have; the second only where they are of ShareGPT's form
+# who speaks in ShareGPT's form, {from, value}, as transformers calls the role; `CALL` is the assistant with a call of tools
+SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}
+SPEAKERS |= {role: role for role in ("system", "user", "assistant", "tool")}
+CALL = "function_call"
 CALLS = ("tool_calls", "function_call")  # keys of a message that call tools: its content may be empty
 NO_PROMPT, NO_REPLY = "an empty prompt", "an empty reply"  # reasons for which a row is dropped
 
@@ -34,7 +41,7 @@ def load(data: InstructionFiles | InstructionHub, places: Places) -> Sources[Row
     others = [column for column in fields if column not in texts]
     if data.split_by is not None:
         fields, others = {data.split_by: "split_by", **fields}, [*others, data.split_by]
-    optional = () if columns.messages is None or TOOLS in fields else (TOOLS,)
+    optional = tuple(c for c in (TOOLS, SYSTEM) if c not in fields) if columns.messages is not None else ()
     splits, dropped = dict[str, Rows](), dict[str, dict[str, int]]()
     for name, place in places:
         out = LeftOut(Counter(), [])
@@ -53,7 +60,8 @@ def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, out
         context, answer, tools = "", None, None
         if names.messages is not None:
             try:
-                *turns, answer = _conversation(columns[names.messages][i], f"{where}: {names.messages!r}")
+                system = columns[SYSTEM][i] if SYSTEM in columns else None
+                *turns, answer = _conversation(columns[names.messages][i], system, f"{where}: {names.messages!r}")
                 tools = _tools(columns[TOOLS][i], f"{where}: {TOOLS!r}") if TOOLS in columns else None
             except DataError as error:
                 out.refused.append(error)
@@ -93,12 +101,18 @@ def _replies(value: Any, where: str) -> tuple[str, ...]:
     return tuple(reply.strip() for reply in replies if reply and not reply.isspace())
 
 
-def _conversation(value: Any, where: str) -> list[Turn]:
-    """Returns the messages, of which the last one is the assistant's, its text without the spaces around it."""
+def _conversation(value: Any, system: Any, where: str) -> list[Turn]:
+    """Returns the messages, of which the last one is the assistant's, its text without the spaces around it. In ShareGPT's form
+    `system` is the row's own column: the first message, unless there is one."""
     expected = f"expected a list of {ROLES}, of which the last one has the role assistant and is the reply"
+    value = _from_json(value)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise DataError(f"{where} is {brief(value)}; {expected}")
-    turns = []
+    turns, is_sharegpt = [], any("from" in turn and "role" not in turn for turn in value)
+    if is_sharegpt:
+        value = [_of_sharegpt(turn, f"{where}: message {number}") for number, turn in enumerate(value, 1)]
+        if _text(system, f"{where}: {SYSTEM!r}").strip() and value[0]["role"] != "system":
+            value = [{"role": "system", "content": system}, *value]
     for number, message in enumerate(value, 1):
         more = {key: each for key, each in message.items() if each not in (None, "", [], {})}  # as tables fill up rows
         role, content = more.pop("role", None), more.pop("content", None)
@@ -118,6 +132,23 @@ def _conversation(value: Any, where: str) -> list[Turn]:
     return [*turns[:-1], last._replace(content=last.content.strip()) if isinstance(last.content, str) else last]
 
 
+def _of_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns a message {from, value} as {role, content}. Raises DataError where it is none, or for an unknown speaker."""
+    more = {key: each for key, each in message.items() if key not in ("from", "value")}
+    speaker, said = message.get("from"), message.get("value")
+    if speaker == CALL:
+        calls = _from_json(said)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) and "name" in call for call in calls):
+            raise DataError(f"{where}: 'value' of {CALL!r} is {brief(said)}; expected JSON with name and arguments")
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls], **more}
+    role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None or "value" not in message:
+        what = f"'from' is {brief(speaker)}" if role is None else "has no 'value'"
+        raise DataError(f"{where}: {what}; expected {{from, value}}, from one of {', '.join([*SPEAKERS, CALL])}")
+    return {"role": role, "content": said, **more}
+
+
 def _part(part: Any, where: str) -> dict[str, Any]:
     """Returns a part of a content, without the keys that a table has filled up. Raises DataError unless it is a text."""
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -127,11 +158,16 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _tools(value: Any, where: str) -> list[Any] | None:
-    """Returns schemas of tools; a text is read as JSON, since tables hold them so."""
-    try:
-        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
-    except ValueError:
-        tools = value
+    """Returns schemas of tools."""
+    tools = _from_json(value)
     if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"{where} is {brief(value)}; expected a list of objects that describe tools, or nothing")
     return tools or None
+
+
+def _from_json(value: Any) -> Any:
+    """Returns what a text of JSON holds, since tables hold nested values so; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
+        return value
