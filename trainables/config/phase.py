@@ -279,6 +279,11 @@ class Phase(Value):
         of_terms = {model for term in self.terms.values() for model in term.reads}
         return of_terms | {model for stream in self.streams.values() for model in stream.models}
 
+    def readers(self, stream: str) -> tuple[str, ...]:
+        """The models that a stream's terms read, those that learn first."""
+        terms = [term for term in self.terms.values() if term.on == stream]
+        return tuple(dict.fromkeys([*(term.target for term in terms), *(m for term in terms for m in term.reads)]))
+
     def pruned(self) -> Phase:
         """Drops terms of weight zero, and the models that then learn nothing."""
         terms = {name: term for name, term in self.terms.items() if not term.weight.is_off}
