@@ -75,7 +75,7 @@ class Shapes:
         share = max((_reply_share(each) for each in data.values() if isinstance(each, ExchangeSet)), default=1.0)
         by_tokenizer = {
             name.partition("/")[2]: cls(read.vocab_size, tokenizer_check.special_ids(read.tokenizer), share)
-            for name, read in data.items()
+            for name, read in [*data.items()][::-1]  # of several the first
         }
         return replace(by_tokenizer[""], others=by_tokenizer)
 

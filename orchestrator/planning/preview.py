@@ -216,8 +216,8 @@ def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
 
 def _data(base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     lines = [f"{name}: {corpus.summary()}" for name, corpus in corpora.items()]
-    for tokenizer, first in {name.partition("/")[2]: corpus for name, corpus in reversed(corpora.items())}.items():
-        # the same for all data, else `check` has said so
+    first_read = {name.partition("/")[2]: corpus for name, corpus in [*corpora.items()][::-1]}
+    for tokenizer, first in sorted(first_read.items()):  # the same for all data, else `check` has said so
         of = f"tokenizer {tokenizer}" if tokenizer else "tokenizer"
         lines.append(f"{of} of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
     shown = set[str]()

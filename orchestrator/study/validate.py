@@ -158,6 +158,7 @@ class _Checker:
             if claim.arm in claim.rivals:
                 raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
             self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
+            self.of_one_tokenizer(claim, where)
             if (other := said.setdefault(repr(claim.judged()), name)) != name:
                 raise StudyError(f"{where}: says the same as claim {other!r}; expected one of them")
 
@@ -187,6 +188,18 @@ class _Checker:
             of = f" of {', '.join(wanted)}" if wanted else ""
             close = nearest(what.metric, expected)
             raise StudyError(f"{where}: no metric {what.metric!r}{of}{close}; expected {', '.join(expected)}")
+
+    def of_one_tokenizer(self, claim: Claim, where: str) -> None:
+        """Checks that a mean over tokens is compared between models that have the same tokens."""
+        specs = [self.study.spec(arm=arm, seed=0) for arm in (claim.arm, *claim.rivals)]
+        models = [claim.model, *[claim.against_model or claim.model] * len(claim.rivals)]
+        names = [spec.models[model].tokenizer for spec, model in zip(specs, models, strict=True)]
+        if len(set(names)) > 1 and claim.metric in [metric.name for metric in OF_TOKENS]:
+            each = " and ".join(dict.fromkeys(f"{name or 'the data'}'s tokenizer" for name in names))
+            raise StudyError(
+                f"{where}: {claim.metric} is a mean over tokens, and what is compared has {each}; expected a metric of texts "
+                "or classes (rougeL, score)"
+            )
 
     def evaluated(self, phase: Phase, claim: Claim, where: str) -> None:
         """Checks that there is an evaluation at the progress that the claim compares."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ def read_batches(phase: PhaseState, name: str) -> dict[str, GlobalBatch]:
     if source is None:
         return stream.batches(*drawn)
     made_by = phase.context.read_by(source.models[0], stream.spec.data)
-    asked = stream.data if made_by.fingerprint == stream.data.fingerprint else made_by
-    assert isinstance(stream.data, ExchangeSet) and isinstance(asked, ExchangeSet)
+    assert isinstance(stream.data, ExchangeSet)
+    asked = stream.data if made_by.fingerprint == stream.data.fingerprint else cast(ExchangeSet, made_by)
     indices = stream.indices(*drawn)
     batch = asked.train.rows(indices)
     context = GenerationContext(

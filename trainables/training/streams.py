@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config.phase import PredictionQuality, Stream
 from trainables.config.value import random_stream
-from trainables.data.classification.tasks import Examples, Task, TaskBatch
+from trainables.data.classification.tasks import Examples, TaskBatch
 from trainables.data.corpus.masking import MaskedBatch
 from trainables.data.instructions.packing import ExchangeBatch
 from trainables.data.order import folds
@@ -81,7 +81,7 @@ class StreamLoader:
     def score(self, net: Any, model: str, split: Literal["dev", "test"], *, on: Placement) -> Scored:
         """Evaluates a model on its own encoding; examples that share a text are the same ones for all models."""
         scored = evaluate(net, self.read_by(model), split, Targets(self.spec.corruption, self.made.get(split)), on=on)
-        if model in self.others and isinstance(self.data, Task):
+        if model in self.others and scored.clusters_E is not None:
             return scored._replace(clusters_E=getattr(self.data, split).clusters())
         return scored
 
