@@ -74,10 +74,10 @@ def opened(lab: Lab, name: str) -> Any:
     return open_data(str(lab.root / "data"), lab.fingerprints[f"data:{name}"])
 
 
-def told(tokenizer: str | None = "bpe", **distil: Any) -> dict[str, Any]:
+def text_only(tokenizer: str | None = "bpe", **distil: Any) -> dict[str, Any]:
     """A teacher with another tokenizer answers; the student learns its texts."""
     trial = answering(streams=sampled("teacher", once=True))
-    trial["phases"]["distil"] |= {"terms": {"told": hard("student")}, **distil}
+    trial["phases"]["distil"] |= {"terms": {"learnt": hard("student")}, **distil}
     trial["models"]["teacher"] |= {"tokenizer": tokenizer} if tokenizer else {}
     return trial
 
@@ -94,7 +94,7 @@ def classified(tokenizer: str | None = "bpe", **models: Any) -> dict[str, Any]:
 
 
 def test_two_encodings_have_the_same_exchanges_in_the_same_order(build: Build) -> None:
-    lab, _ = build(told())
+    lab, _ = build(text_only())
     ours, theirs = opened(lab, "ask"), opened(lab, "ask/bpe")
     assert ours.tokenizer_identity != theirs.tokenizer_identity
     for split in ("train", "dev", "test"):
@@ -123,14 +123,14 @@ def test_two_encodings_have_the_same_labelled_examples_in_the_same_order(build: 
 
 
 def test_a_row_too_long_for_one_tokenizer_is_left_out_for_all_and_it_is_said(build: Build) -> None:
-    whole, _ = build(told())
+    whole, _ = build(text_only())
     most = int(
         max(len(opened(whole, "ask").train.prompt(i)) for i in range(40))
     )  # nothing is left out by our tokenizer
     most_of_theirs = sorted(len(opened(whole, "ask/bpe").train.prompt(i)) for i in range(40))
     limit = most_of_theirs[20]
     assert most <= limit, "the BPE's prompts are the longer ones"
-    lab, _ = build(told(), {"data.ask.prompt_length": limit})
+    lab, _ = build(text_only(), {"data.ask.prompt_length": limit})
     ours, theirs = opened(lab, "ask"), opened(lab, "ask/bpe")
     kept = [ours.train.references(i) for i in range(len(ours.train))]
     assert kept == [theirs.train.references(i) for i in range(len(theirs.train))]
@@ -140,7 +140,7 @@ def test_a_row_too_long_for_one_tokenizer_is_left_out_for_all_and_it_is_said(bui
 
 
 def test_a_reply_that_comes_as_text_is_encoded_as_if_it_stood_in_the_data(build: Build) -> None:
-    lab, _ = build(told())
+    lab, _ = build(text_only())
     for name in ("ask", "ask/bpe"):
         data, indices = opened(lab, name), [5, 0, 3]
         stored, texts = data.train.rows(indices), [data.train.references(i)[0] for i in indices]
@@ -159,7 +159,7 @@ def test_a_reply_that_comes_as_text_is_encoded_as_if_it_stood_in_the_data(build:
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "more"])
 def test_a_student_learns_the_texts_of_a_teacher_with_another_tokenizer(build: Build, tokenizer: str) -> None:
-    lab, spec = build(told(tokenizer))
+    lab, spec = build(text_only(tokenizer))
     ran = lab.run(spec)
     assert ran.of("distil", "student", "rougeL") and ran.of("distil", "teacher", "reply_tokens", "train")
     for phase, name, read in (("teach", "teacher", f"ask/{tokenizer}"), ("distil", "student", "ask")):
@@ -167,7 +167,7 @@ def test_a_student_learns_the_texts_of_a_teacher_with_another_tokenizer(build: B
 
 
 def test_a_teacher_that_says_what_the_data_say_changes_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab, spec = build(told())
+    lab, spec = build(text_only())
     theirs = opened(lab, "ask/bpe").train
     known = {theirs.prompt(i).tobytes(): theirs.reply(i) for i in range(len(theirs))}
 
@@ -176,9 +176,9 @@ def test_a_teacher_that_says_what_the_data_say_changes_nothing(build: Build, mon
 
     monkeypatch.setattr(on_policy, "sample", quote)
     quoted = lab.run(spec)
-    other_lab, other = build(told(streams={"main": {"data": "ask"}}))
+    other_lab, other = build(text_only(streams={"main": {"data": "ask"}}))
     plain = other_lab.run(other)
-    for metric, split in (("told", "train"), ("lm_loss", "dev"), ("rougeL", "test")):
+    for metric, split in (("learnt", "train"), ("lm_loss", "dev"), ("rougeL", "test")):
         ours, expected = (ran.of("distil", "student", metric, split) for ran in (quoted, plain))
         assert ours == expected and len(ours) == 2
     ours, expected = (ran.weights("distil", "student") for ran in (quoted, plain))
@@ -186,7 +186,7 @@ def test_a_teacher_that_says_what_the_data_say_changes_nothing(build: Build, mon
 
 
 def test_classes_are_compared_by_example(build: Build) -> None:
-    """Both learn, each from its own encoding; what is told of an example is told of the same one."""
+    """Both learn, each from its own encoding; what is recorded of an example is recorded of the same one."""
     trial = classified()
     trial["phases"]["distil"] |= {"train": {"student": "full", "teacher": "full"}}
     trial["phases"]["distil"]["terms"]["teacher_hard"] = hard("teacher")
@@ -211,7 +211,7 @@ def test_labels_pass_between_tokenizers(build: Build) -> None:
     assert ran.of("distil", "teacher", "labeller_accuracy", "train") and ran.of("distil", "student", "accuracy")
 
 
-@pytest.mark.parametrize("trial", [told, classified])
+@pytest.mark.parametrize("trial", [text_only, classified])
 def test_one_tokenizer_given_as_two_is_one(build: Build, trial: Any) -> None:
     """Ids, keys and numbers: what a study stored before it named a second tokenizer is found again."""
     lab, spec = build(trial(None))
@@ -224,7 +224,7 @@ def test_one_tokenizer_given_as_two_is_one(build: Build, trial: Any) -> None:
 
 
 def test_a_phase_has_the_fingerprints_of_what_it_reads_in_its_key(build: Build) -> None:
-    lab, spec = build(told())
+    lab, spec = build(text_only())
     keys = {name: lab.key(spec, name) for name in spec.phases}
     for changed, phases in (("ask", {"distil"}), ("ask/bpe", {"teach", "distil"})):
         other = replace(lab, fingerprints={**lab.fingerprints, f"data:{changed}": "0" * 16})
@@ -257,7 +257,7 @@ HELPER = interleaved(draft="helper")
     ],
 )  # fmt: skip
 def test_what_shares_tokens_is_refused(build: Build, distil: dict[str, Any], said: str) -> None:
-    trial = told(**distil)
+    trial = text_only(**distil)
     trial["models"]["helper"] = model("gpt2")
     lab, spec = build(trial)
     with pytest.raises(TermError) as error:  # also where nobody looked at the plan
@@ -302,14 +302,14 @@ def planned(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_plan_shows_each_tokenizer(planned: Any) -> None:
-    code, said = planned(told(), "rougeL")
+    code, said = planned(text_only(), "rougeL")
     assert code == 0, said
     assert "  tokenizer of " in said and "tokenizer bpe of 300 tokens, identity " in said
     assert said.count("ask, an example: ") == 2 and said.count("ask/bpe, an example: ") == 2
 
 
 def test_the_plan_refuses_in_one_line(planned: Any) -> None:
-    code, said = planned(told(terms=SOFT), "rougeL")
+    code, said = planned(text_only(terms=SOFT), "rougeL")
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1
     assert "phases: phase distil, term 'soft': forward_kl compares the tokens of teacher (bpe's" in lines[0]
@@ -322,7 +322,7 @@ def test_the_plan_refuses_in_one_line(planned: Any) -> None:
         planned(copied, "score")
     arms = {"one": {}, "two": {"models.student.tokenizer": "bpe"}}
     claims = {"c": {"arm": "one", "against": "two", "model": "student", "metric": "lm_loss"}}
-    code, said = planned(told(), "rougeL", arms=arms, claims=claims)
+    code, said = planned(text_only(), "rougeL", arms=arms, claims=claims)
     assert (
         code == 2
         and "claims.c: lm_loss is a mean over tokens, and what is compared has the data's tokenizer and bpe's" in said
