@@ -327,3 +327,10 @@ def test_the_plan_refuses_in_one_line(planned: Any) -> None:
         code == 2
         and "claims.c: lm_loss is a mean over tokens, and what is compared has the data's tokenizer and bpe's" in said
     )
+    search = {
+        "vary": {"models.student.tokenizer": {"choice": ["bpe"]}},
+        "search": {"sampler": "grid", "points": 1},
+        "arms": {},
+    }
+    code, said = planned(text_only(), "lm_loss", "min", **search)
+    assert code == 2 and "objective: lm_loss is a mean over tokens, and models.student.tokenizer varies" in said
