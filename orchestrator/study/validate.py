@@ -247,7 +247,7 @@ class _Checker:
         varied = [path for name in study.vary for path in study.paths(name)]
         if f"models.{objective.model}.tokenizer" in varied and _is_of_tokens(objective.metric):
             raise StudyError(
-                f"{self.place('objective')}: {objective.metric} is a mean over tokens, and models.{objective.model}.tokenizer "
+                f"{self.place('objective')}: objective: {objective.metric} is a mean over tokens, and models.{objective.model}.tokenizer "
                 "varies; expected a metric of texts or classes (rougeL, score)"
             )
         for path in varied if study.search and study.search.stop_early else ():
