@@ -188,12 +188,14 @@ def test_a_teacher_that_says_what_the_data_say_changes_nothing(build: Build, mon
 def test_classes_are_compared_by_example(build: Build) -> None:
     """Both learn, each from its own encoding; what is recorded of an example is recorded of the same one."""
     trial = classified()
-    trial["phases"]["distil"] |= {"train": {"student": "full", "teacher": "full"}}
+    rule = {"evaluate": [0.5, 1], "early_stopping": {"term": "teacher_to_student"}}
+    trial["phases"]["distil"] |= {"train": {"student": "full", "teacher": "full"}, **rule}
     trial["phases"]["distil"]["terms"]["teacher_hard"] = hard("teacher")
     lab, spec = build(trial)
     ran = lab.run(spec)
-    (ours,) = ran.of("distil", "student", "teacher_to_student", "train")
-    assert 0 < ours < 3
+    for split in ("train", "dev"):
+        half, whole = ran.of("distil", "student", "teacher_to_student", split)
+        assert 0 < half < 3 and 0 < whole < 3
     table = lab.store.examples(lab.key(spec, "distil"))
     assert table is not None
     student, teacher = (table[table["model"] == name] for name in ("student", "teacher"))
