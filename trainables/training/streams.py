@@ -60,18 +60,25 @@ class StreamLoader:
         """Returns the examples of a step: a pure function of (seed, phase, stream, step)."""
         return self.data.step_indices(self.rows, size, step, seed=seed, stream=f"{phase}/{self.name}")
 
+    def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        """Reads the global batch of a step, as the models read it that learn from it."""
+        masks = random_stream(seed, "mask", phase, self.name, step)
+        return self._read(self.data, self.indices(step, size, seed, phase), masks)
+
     def batches(
         self, step: int, size: int, seed: int, phase: str
     ) -> dict[str, MaskedBatch | TaskBatch | ExchangeBatch]:
-        """Reads the global batch of a step: by the name of the stream, and by `stream/model` for each of `others`."""
-        indices = self.indices(step, size, seed, phase)
-        masks = random_stream(seed, "mask", phase, self.name, step)
-        read = {self.name: self.data, **{f"{self.name}/{model}": data for model, data in self.others.items()}}
-        found = {name: data.batch(indices, self.spec.corruption, seed=masks) for name, data in read.items()}
-        for name, batch in found.items() if self.made else ():
-            if isinstance(batch, TaskBatch):
-                found[name] = batch._replace(labels_N=self.made["train"][indices])
+        """Reads `batch` by the name of the stream, and the same examples by `stream/model` for each of `others`."""
+        found = {self.name: self.batch(step, size, seed, phase)}
+        for model, data in self.others.items():  # of corpora, which draw masks, there are none
+            found[f"{self.name}/{model}"] = self._read(data, self.indices(step, size, seed, phase), 0)
         return found
+
+    def _read(self, data: Prepared, indices: Tensor, masks: int) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        batch = data.batch(indices, self.spec.corruption, seed=masks)
+        if self.made and isinstance(batch, TaskBatch):
+            return batch._replace(labels_N=self.made["train"][indices])
+        return batch
 
     def unpacked(self) -> StreamLoader:
         """Gives each exchange a row of its own."""
