@@ -29,7 +29,6 @@ from trainables.config.phase_run import PhaseRun
 from trainables.config.session import Record, SingleProcess
 from trainables.config.trial import TrialSpec
 from trainables.data.prepare import prepare
-from trainables.data.prepared import open_data
 from trainables.runtime.trial import run_trial
 from trainables.storage.files import Storage, bytes_text
 from trainables.training.state import Environment, peak_memory
@@ -117,9 +116,7 @@ def main() -> None:
         print(json.dumps(measure(TrialSpec.model_validate(CASES[name]), home, int(attempt), stops == "stops")))
         return
     with tempfile.TemporaryDirectory() as home:
-        shapes = Shapes.of(
-            open_data(f"{home}/data", prepare(PythonDocs.model_validate(DATA), f"{home}/data").fingerprint)
-        )
+        shapes = Shapes.of({"corpus": prepare(PythonDocs.model_validate(DATA), f"{home}/data")})
         print("| case | said | seen, median | said / seen, each round |\n|---|---|---|---|")
         for number, (name, value) in enumerate(CASES.items()):
             seen = []

@@ -78,7 +78,7 @@ def export(
             net = shared_bert.unrolled(net)
         spec, run = TrialSpec.model_validate(row["spec"]), PhaseRun.parse(phase)
         stream = streams_of(spec, run)[spec.phases[run.phase].pace]
-        data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{stream.data}"])
+        data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{spec.reading(stream.data, model)}"])
         named = spec.models[model]
     except ValidationError:  # of the spec
         raise StudyError(f"trial {row['trial']} was run by another version of codistill; {rebuild}") from None

@@ -22,6 +22,7 @@ from trainables.generation.context import GenerationError
 from trainables.models import build, initialise, remap, tokenizer_check
 from trainables.training import forward, optimizers
 from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, reads_head, streams_of
+from trainables.training.readings import check_readings
 
 
 def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> None:
@@ -32,7 +33,7 @@ def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], 
     if study.slot.gpus and torch.cuda.is_available():  # else another machine trains, and reports this itself
         with _named(f"{study.file}: trial.", ""):
             build.check_types(spec.precision, spec.models, "cuda")
-    data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.data}
+    data = {name: corpora.get(name) or next(iter(corpora.values())) for name in spec.readings()}
     for name, model in spec.models.items():
         with _named(f"{study.file}: ", f"models.{name}: "):
             if model.pretrained is not None:
@@ -42,13 +43,15 @@ def check_trial(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared], 
     with _named(f"{study.file}: ", "models: "):
         configs = {name: shapes.config(model, longest(spec)) for name, model in spec.models.items()}
         for name, model in spec.models.items():
-            _check_pretrained(study, spec, name, net=nets(name), vocab_size=next(iter(corpora.values())).vocab_size)
+            _check_pretrained(study, spec, name, net=nets(name), vocab_size=shapes.vocabulary(model)[0])
             if isinstance(model.init, Remap):
+                _check_rows(spec, name, model.init.from_, data)
                 remap.check(model.init.depth, configs[model.init.from_], configs[name], model.init.width)
         for name in spec.phases:
             _check_phase(study, spec, name, shapes)
         for run in phase_runs(spec):
             _check_reads(spec, run, configs, nets)
+            check_readings(spec, run, data)
     with _named(f"{study.file}: ", "models."):
         for run in phase_runs(spec):
             fresh_heads(spec, run, corpora, shapes)
@@ -66,17 +69,31 @@ def _named(file: str, path: str) -> Iterator[None]:
 
 
 def _check_tokenizers(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared]) -> None:
-    """All data of a trial have one tokenizer, which is that of its pretrained models."""
-    (first_name, first), *others = corpora.items()
-    for name, corpus in others:
+    """A model reads all data of a trial with one tokenizer, which is that of its pretrained weights."""
+    first_item = next(iter(spec.data))
+    for name, (item, tokenizer) in spec.readings().items():
+        first_name = name.replace(item, first_item, 1)
+        corpus, first = corpora[name], corpora[first_name]
         if corpus.tokenizer_identity == first.tokenizer_identity:
             continue
         vocabularies = {f"data {n!r}": c.tokenizer.get_vocab() for n, c in ((name, corpus), (first_name, first))}
         if difference := tokenizer_check.difference_of(vocabularies):
-            raise StudyError(f"{study.file}: data.{name}: {difference}; expected one tokenizer for all data of a trial")
+            one = f"tokenizers.{tokenizer}" if tokenizer else "tokenizer"
+            raise StudyError(f"{study.file}: data.{item}: {difference}; expected one {one} for all data of a trial")
     for name, model in spec.models.items():
         with _named(f"{study.file}: ", f"models.{name}: "):
-            tokenizer_check.check_tokenizer(model, first.tokenizer, first_name)
+            tokenizer_check.check_tokenizer(model, corpora[spec.reading(first_item, name)].tokenizer, first_item)
+
+
+def _check_rows(spec: TrialSpec, name: str, source: str, corpora: Mapping[str, Prepared]) -> None:
+    """Copied rows of embeddings need tokens that mean the same."""
+    item = next(iter(spec.data))
+    ours, theirs = (corpora[spec.reading(item, model)] for model in (name, source))
+    if ours.tokenizer_identity != theirs.tokenizer_identity:
+        raise ModelError(
+            f"{name}: a remap copies rows of embeddings, and the tokenizers of {name} ({ours.vocab_size:,} tokens) and of "
+            f"{source} ({theirs.vocab_size:,}) differ; expected one tokenizer, or init: {{kind: random}}"
+        )
 
 
 def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, net: Any, vocab_size: int) -> None:

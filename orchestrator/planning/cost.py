@@ -30,7 +30,7 @@ from trainables.models import build, configs, output_head
 from trainables.models.initialise import initialise
 from trainables.storage.files import Storage, bytes_text
 from trainables.storage.phase_store import PhaseStore
-from trainables.training.phase_graph import head_of, longest, num_steps, streams_of
+from trainables.training.phase_graph import head_of, longest, num_steps, pace_reading, streams_of
 
 PROBE_FLOPS = 2e11  # a step beyond these is not timed here: another machine will run the study
 TIMED_TOKENS = 9  # tokens of a reply that are timed
@@ -77,7 +77,7 @@ def _phase_cost(spec: TrialSpec, which: str, timer: StepTimer) -> PhaseCost:
     phase = spec.phases[run.phase]
     sizes = [timer.shapes.num_bytes(spec.models[model], longest(spec)) for model in phase.train]
     streams = streams_of(spec, run)
-    read = timer.read(streams[phase.pace].data).train
+    read = timer.read(pace_reading(spec, run)).train
     steps, seconds = num_steps(phase, length=read.length, num_sequences=len(read)), timer.step_seconds(spec, run)
     replied = [stream for stream in streams.values() if stream.replies is not None]
     if seconds is not None:
@@ -119,7 +119,7 @@ class StepTimer:
     def step_seconds(self, spec: TrialSpec, run: PhaseRun) -> float | None:
         """Seconds of one step, with fresh weights; None where a step is too large to try."""
         phase = spec.phases[run.phase]
-        tokens = _tokens(self.read(streams_of(spec, run)[phase.pace].data).train)
+        tokens = _tokens(self.read(pace_reading(spec, run)).train)
         # phases of one kind take nearly equally long for a step: tasks of about the same length do
         models = {m: spec.models[m].model_dump(mode="json", exclude={"init"}) for m in spec.models_of(run.phase)}
         own = phase.model_dump(mode="json", include={"train", "batch", "streams"})
@@ -131,14 +131,14 @@ class StepTimer:
     def _time_step(self, spec: TrialSpec, run: PhaseRun, tokens: int) -> float | None:
         phase, streams = spec.phases[run.phase], streams_of(spec, run)
         stream = streams[phase.pace]
-        read = self.read(stream.data)
+        num = len(self.read(pace_reading(spec, run)).train)
         used = dict.fromkeys(model for term in phase.terms.values() for model in term.reads)
         makers = {name for own in streams.values() for name in own.reply_models}
         passes = [*((model, 3 if model in phase.train else 1) for model in used), *((maker, 1) for maker in makers)]
         flops = sum(2 * num * self.shapes.num_parameters(spec.models[model], longest(spec)) for model, num in passes)
         if flops * phase.batch * tokens > PROBE_FLOPS:
             return None
-        rows = torch.arange(min(phase.batch, len(read.train)))
+        rows = torch.arange(min(phase.batch, num))
         nets = {}
         for model in used:
             head = head_of(spec, run, model)
@@ -154,6 +154,7 @@ class StepTimer:
 
         def step() -> None:
             for model, net in nets.items():
+                read = self.read(spec.reading(stream.data, model))
                 try:
                     with torch.set_grad_enabled(model in phase.train):
                         loss = _loss(
@@ -173,7 +174,7 @@ class StepTimer:
     def reply_seconds(self, spec: TrialSpec, phase: Phase, stream: Stream) -> float:
         """Seconds of the replies of a step, each as long as it may be: for each maker a pass over the prompts, and a pass
         for each further token, timed on a few. (A teacher that verifies a draft's blocks takes less.)"""
-        made, read = stream.replies, self.read(stream.data)
+        made = stream.replies
         assert made is not None
         seconds = 0.0
         for maker in made.models:
@@ -181,7 +182,7 @@ class StepTimer:
             kind = digest([shape, made.model_dump(mode="json"), phase.batch, stream.data])
             if kind not in self._replies:
                 net = build.from_config(self.shapes.config(spec.models[maker], longest(spec)))
-                self._replies[kind] = _time_replies(net, made, read, phase.batch)
+                self._replies[kind] = _time_replies(net, made, self.read(spec.reading(stream.data, maker)), phase.batch)
             seconds += self._replies[kind]
         return seconds
 

@@ -140,7 +140,7 @@ class PhaseMemory:
         for name, stream, row in self._read():
             if stream != on or name not in names:
                 continue
-            columns, positions, how = row.num_labels or self.shapes.vocab_size, rows * row.positions, self._phase.train.get(name)  # fmt: skip
+            columns, positions, how = row.num_labels or self._num_tokens(name), rows * row.positions, self._phase.train.get(name)  # fmt: skip
             at_once = chunk({name: LogitSource(torch.empty(1, columns, device="meta"))}, self.device)
             total += FP32 * TERM_LOGITS * min(positions, at_once) * columns
             if row.num_labels is None:
@@ -164,10 +164,10 @@ class PhaseMemory:
         for name, data, row in batches:
             rows, logits = min(ROWS, data.evaluate or ROWS), SCORED_LOGITS
             if data.scoring is not None:
-                row, rows = self._packed(data), min(rows, exchange_rows(self.shapes.vocab_size, data.length))
+                row, rows = self._packed(data), min(rows, exchange_rows(self._num_tokens(name), data.length))
                 if any(term.inputs == "logits" and term.target == name for term in terms):
                     logits = COMPARED_LOGITS
-            columns = row.num_labels or self.shapes.vocab_size
+            columns = row.num_labels or self._num_tokens(name)
             peaks.append(FP32 * logits * rows * row.positions * columns + self._activations(name, row).one_layer(rows))
         for name, data in self._answered():
             peaks.append(sum(self._answers(name, min(ROWS, data.evaluate or ROWS), data, data.scoring).values()))
@@ -183,7 +183,7 @@ class PhaseMemory:
             each = [self._answers(name, self.share, data, made) for name in made.models]
             parts = max(each, key=lambda parts: sum(parts.values())) | {"cache": sum(parts["cache"] for parts in each)}
             if isinstance(made, Interleaved):  # the teacher's logits of a block
-                parts["logits"] += FP32 * self.share * made.block * self.shapes.vocab_size
+                parts["logits"] += FP32 * self.share * made.block * self._num_tokens(made.teacher)
             found[" and ".join(made.models)] = self._parts(optimizer=self.trained().optimizer, **parts)
         return found
 
@@ -197,7 +197,7 @@ class PhaseMemory:
         return {
             "cache": float(token * prompts * (tokens + tokens // 4 + 32)),
             "activations": float(self._activations(name, RowShape(data.prompt_length, 1)).one_layer(prompts)),
-            "logits": float(FP32 * DRAWN_LOGITS * prompts * self.shapes.vocab_size),
+            "logits": float(FP32 * DRAWN_LOGITS * prompts * self._num_tokens(name)),
         }
 
     def _parts(self, **parts: float) -> dict[str, float]:
@@ -215,6 +215,9 @@ class PhaseMemory:
     @property
     def _streams(self) -> Mapping[str, Stream]:
         return streams_of(self.spec, self.run)
+
+    def _num_tokens(self, name: str) -> int:
+        return self.shapes.vocabulary(self.spec.models[name])[0]
 
     def _net(self, name: str, *, trained: bool = False) -> Any:
         how = self._phase.train[name] if trained else "full"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -66,13 +66,23 @@ class Shapes:
     vocab_size: int
     special_ids: Mapping[str, int]
     reply_share: float = 1.0  # largest share of an exchange's tokens that are its reply
+    others: Mapping[str, Shapes] = field(default_factory=dict)  # by tokenizer that models name
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, data: Prepared, *more: Prepared) -> Shapes:
-        """Reads the vocabulary from prepared data. `more`: further data with the same tokenizer."""
-        shares = [_reply_share(data) for data in (data, *more) if isinstance(data, ExchangeSet)]
-        return cls(data.vocab_size, tokenizer_check.special_ids(data.tokenizer), max(shares, default=1.0))
+    def of(cls, data: Mapping[str, Prepared]) -> Shapes:
+        """Reads the vocabularies from prepared data, by `TrialSpec.readings`."""
+        share = max((_reply_share(each) for each in data.values() if isinstance(each, ExchangeSet)), default=1.0)
+        by_tokenizer = {
+            name.partition("/")[2]: cls(read.vocab_size, tokenizer_check.special_ids(read.tokenizer), share)
+            for name, read in [*data.items()][::-1]  # of several the first
+        }
+        return replace(by_tokenizer[""], others=by_tokenizer)
+
+    def vocabulary(self, model: Model) -> tuple[int, Mapping[str, int]]:
+        """The number of tokens and the special ids of the tokenizer with which a model reads."""
+        of = self.others.get(model.tokenizer or "", self)
+        return of.vocab_size, of.special_ids
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self._known:
@@ -84,11 +94,12 @@ class Shapes:
         return self._once(("config", *_key(model, length)), lambda: self._config(model, length))
 
     def _config(self, model: Model, length: int) -> Any:
+        vocab_size, special_ids = self.vocabulary(model)
         if model.pretrained is None:
-            return configs.config_of(model, vocab_size=self.vocab_size, special_ids=self.special_ids, length=length)
+            return configs.config_of(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
         config = copy.deepcopy(text_part(self.folder(model).config))
         if not configs.is_masked_lm(config.model_type):  # as where a decoder classifies
-            config.pad_token_id = self.special_ids.get("pad_token_id", config.pad_token_id)
+            config.pad_token_id = special_ids.get("pad_token_id", config.pad_token_id)
         return config
 
     def folder(self, model: Model) -> Folder:
@@ -101,8 +112,8 @@ class Shapes:
         self, model: Model, num_labels: int | None, class_names: tuple[str, ...], *, is_head_read: bool
     ) -> build.Start:
         """How a model starts from its pretrained weights. Raises ModelError where they do not fit."""
-        key, ids = ("start", model.pretrained, model.revision, num_labels, class_names, is_head_read), self.special_ids
-        folder = self.folder(model)
+        _, ids = self.vocabulary(model)
+        key, folder = ("start", *_key(model, 0), num_labels, class_names, is_head_read), self.folder(model)
         return self._once(key, lambda: build.start_of(folder, num_labels, class_names, ids, is_head_read=is_head_read))
 
     def net(self, model: Model, length: int, *, how: How = "full", num_labels: int | None = None) -> Any:

@@ -31,7 +31,7 @@ from trainables.models import remap, tokenizer_check
 from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
-from trainables.training.phase_graph import longest, num_steps, phase_runs, streams_of
+from trainables.training.phase_graph import longest, num_steps, pace_reading, phase_runs, streams_of
 
 
 def print_plan(scheduler: Scheduler) -> int:
@@ -41,9 +41,9 @@ def print_plan(scheduler: Scheduler) -> int:
     """
     study = scheduler.study
     base = study.spec(seed=0)
-    with _prepared(base, scheduler.storage) as corpora:
-        shapes = Shapes.of(*corpora.values())
-        reached = list(reachable(study))
+    reached = list(reachable(study))
+    with _prepared([base, *(trial.spec for trial in reached)], scheduler.storage) as corpora:
+        shapes = Shapes.of(corpora)
         for spec in (base.pruned(), *(trial.spec for trial in reached)):
             check_trial(study, spec, corpora, shapes)
         trials, rows = scheduler.known(), scheduler.ledger.rows
@@ -74,18 +74,24 @@ def print_plan(scheduler: Scheduler) -> int:
 
 
 @contextmanager
-def _prepared(spec: TrialSpec, storage: Storage) -> Iterator[dict[str, Prepared]]:
-    """The prepared data: from the storage, or prepared now in a temporary folder."""
+def _prepared(specs: Sequence[TrialSpec], storage: Storage) -> Iterator[dict[str, Prepared]]:
+    """The prepared data of the first trial, as the models of all trials read them: from the storage, or prepared now in a
+    temporary folder."""
     with tempfile.TemporaryDirectory(prefix="codistill-") as scratch:
-        found = dict[str, Prepared]()
-        for name, data in spec.data.items():
-            try:
+        found, base = dict[str, Prepared](), specs[0].data
+        for spec in specs:
+            for name, (item, tokenizer) in spec.readings().items():
+                if name in found or item not in base:
+                    continue
+                data = spec.data[item]
                 try:
-                    found[name] = open_data(storage.sub("data").uri, fingerprint(data, spec.data))
-                except DataError:
-                    found[name] = prepare(data, scratch, spec.data)
-            except DataError as error:
-                raise StudyError(f"data.{name}: {error}") from None
+                    try:
+                        key = fingerprint(data, spec.data, by=tokenizer)
+                        found[name] = open_data(storage.sub("data").uri, key)
+                    except DataError:
+                        found[name] = prepare(data, scratch, spec.data, by=tokenizer)
+                except DataError as error:
+                    raise StudyError(f"data.{name}: {error}") from None
         yield found
 
 
@@ -153,7 +159,7 @@ def _phases(
             keys.setdefault(name, set()).add(key)
     for run in phase_runs(base):
         name, phase = str(run), base.phases[run.phase]
-        train = corpora[streams_of(base, run)[phase.pace].data].train
+        train = corpora[pace_reading(base, run)].train
         steps = num_steps(phase, length=train.length, num_sequences=len(train))
         stored = sum(store.find(key) is not None for key in keys.get(name, ()))
         after = sorted(base.upto(run.phase).phases.keys() - {run.phase})
@@ -173,7 +179,7 @@ def _phases(
 
 
 def _models(study: Study, base: TrialSpec, corpora: Mapping[str, Prepared], shapes: Shapes) -> list[str]:
-    lines, tokenizer = [], next(iter(corpora.values())).tokenizer
+    lines, item = [], next(iter(base.data))
     for name, model in base.models.items():
         net = shapes.net(model, longest(base))
         config, total = net.config, shapes.num_parameters(model, longest(base))
@@ -183,6 +189,7 @@ def _models(study: Study, base: TrialSpec, corpora: Mapping[str, Prepared], shap
             shape += f", {runs} layers run"
         lines.append(f"{name:12} {shape}: {total:,} parameters, {total - embeddings:,} without embeddings")
         if model.pretrained is not None:
+            tokenizer = corpora[base.reading(item, name)].tokenizer
             differ = tokenizer_check.other_special_ids(shapes.folder(model).config, tokenizer)
             lines += [f"{name:12} {difference}" for difference in differ]
     pruned = base.pruned()
@@ -239,12 +246,20 @@ def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
 
 def _data(base: TrialSpec, corpora: Mapping[str, Prepared]) -> list[str]:
     lines = [f"{name}: {corpus.summary()}" for name, corpus in corpora.items()]
-    first = next(iter(corpora.values()))  # the same for all, else `check` has said so
-    lines.append(f"tokenizer of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
+    first_read = {name.partition("/")[2]: corpus for name, corpus in [*corpora.items()][::-1]}
+    for tokenizer, first in sorted(first_read.items()):  # the same for all data, else `check` has said so
+        of = f"tokenizer {tokenizer}" if tokenizer else "tokenizer"
+        lines.append(f"{of} of {first.vocab_size:,} tokens, identity {first.tokenizer_identity[:12]}")
     shown = set[str]()
     for instance in phase_runs(base):
-        read = [(stream.data, stream.corruption) for stream in streams_of(base, instance).values()]
-        for name, corruption in [*read, *((item, None) for item in base.phases[instance.phase].eval_only)]:
+        phase = base.phases[instance.phase]
+        read = [
+            (base.reading(stream.data, model), stream.corruption)
+            for name, stream in streams_of(base, instance).items()
+            for model in (*phase.readers(name), *stream.models)
+        ]
+        read += [(base.reading(item, model), None) for item in phase.eval_only for model in phase.train]
+        for name, corruption in read:
             if name in corpora and name not in shown:
                 shown.add(name)
                 width = 500 if corpora[name].scoring is not None else 150  # the reply stands at the end

@@ -33,7 +33,7 @@ from orchestrator.reporting.notes import note_text
 from orchestrator.study.schema import Study
 from trainables.config.phase_run import Start
 from trainables.config.trial import TrialSpec
-from trainables.metrics.known import metric_named
+from trainables.metrics.known import OF_TOKENS, metric_named
 
 STATUSES = ("ended", "stopped", "failed", "running")
 
@@ -44,7 +44,8 @@ def teachers(study: Study, tables: Tables) -> Section:
     metric, rows = metric_named(query.metric), []
     for arm in study.arms:
         base = baseline_of(study, arm)
-        sources = _teachers(study.spec(arm=arm, seed=0).pruned(), study)
+        spec = study.spec(arm=arm, seed=0).pruned()
+        sources = _teachers(spec, study)
         if not sources:
             rows.append((arm, "none", "–", "learns without a teacher", "–", "–"))
         for teacher, (phase, progress) in sources.items():
@@ -52,6 +53,10 @@ def teachers(study: Study, tables: Tables) -> Section:
             mine = by_seed(tables, quality, ended(tables, "trial", arm))
             theirs = by_seed(tables, query, ended(tables, "trial", base)) if base else {}
             c = compare(mine, theirs, lower_is_better=metric.lower_is_better)
+            tokenizers = {spec.models[model].tokenizer for model in (teacher, query.model)}
+            if len(tokenizers) > 1 and metric in OF_TOKENS:
+                rows.append((arm, teacher, base or "–", f"{query.metric} is by token, and tokenizers differ", "–", "–"))
+                continue
             if c is None:
                 missing = "not measured at the same seeds" if base else "no arm to compare with"
                 rows.append((arm, teacher, base or "–", missing, "–", "–"))

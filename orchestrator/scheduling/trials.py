@@ -58,15 +58,15 @@ class Fingerprints:
     """Fingerprints of data and pretrained weights, each computed once; prepares the data if it has a folder."""
 
     data_folder: str | None  # None: nothing is written
-    _data: dict[tuple[Data, Data | None], str] = field(default_factory=dict)  # key: data, data with its tokenizer
+    _data: dict[str, str] = field(default_factory=dict)  # by data, data with its tokenizers, and tokenizer
     _weights: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def of(self, spec: TrialSpec) -> dict[str, str]:
         """`data:<name>` and `model:<name>` -> fingerprint. Raises StudyError naming the data or the model."""
         prints = {}
-        for name, data in spec.data.items():
+        for name, (item, tokenizer) in spec.readings().items():
             try:
-                prints[f"data:{name}"] = self._of_data(data, spec.data)
+                prints[f"data:{name}"] = self._of_data(spec.data[item], spec.data, tokenizer)
             except DataError as error:
                 raise StudyError(f"data.{name}: {error}") from None
         for name, model in spec.models.items():
@@ -79,12 +79,12 @@ class Fingerprints:
                 prints[f"model:{name}"] = self._weights[source]
         return prints
 
-    def _of_data(self, data: Data, others: Mapping[str, Data]) -> str:
-        source = (data, lender(data, others))
+    def _of_data(self, data: Data, others: Mapping[str, Data], by: str | None) -> str:
+        source = repr((data, lender(data, others), by))
         if source not in self._data:
             folder = self.data_folder
             self._data[source] = (
-                fingerprint(data, others) if folder is None else prepare(data, folder, others).fingerprint
+                fingerprint(data, others, by=by) if folder is None else prepare(data, folder, others, by=by).fingerprint
             )
         return self._data[source]
 

@@ -162,6 +162,7 @@ class _Checker:
                 if claim.arm in claim.rivals:
                     raise StudyError(f"{where}: arm {claim.arm!r} is compared with itself")
                 self.evaluated(base.phases[claim.phase or study.objective.phase], claim, where)
+                self.of_one_tokenizer(claim, where)
             else:
                 self.scaling(base, claim, where)
             if (other := said.setdefault(repr(claim.judged()), name)) != name:
@@ -250,6 +251,18 @@ class _Checker:
             close = nearest(what.metric, expected)
             raise StudyError(f"{where}: no metric {what.metric!r}{of}{close}; expected {', '.join(expected)}")
 
+    def of_one_tokenizer(self, claim: Claim, where: str) -> None:
+        """Checks that a mean over tokens is compared between models that have the same tokens."""
+        specs = [self.study.spec(arm=arm, seed=0) for arm in (claim.arm, *claim.rivals)]
+        models = [claim.model, *[claim.against_model or claim.model] * len(claim.rivals)]
+        names = [spec.models[model].tokenizer for spec, model in zip(specs, models, strict=True)]
+        if len(set(names)) > 1 and _is_of_tokens(claim.metric):
+            each = " and ".join(dict.fromkeys(f"{name or 'the data'}'s tokenizer" for name in names))
+            raise StudyError(
+                f"{where}: {claim.metric} is a mean over tokens, and what is compared has {each}; expected a metric of texts "
+                "or classes (rougeL, score)"
+            )
+
     def evaluated(self, phase: Phase, claim: Claim, where: str) -> None:
         """Checks that there is an evaluation at the progress that the claim compares."""
         if claim.at == 1:
@@ -310,6 +323,11 @@ class _Checker:
             )
         harmless = (f"phases.{objective.phase}.optimizer.", f"phases.{objective.phase}.batch")
         varied = [path for name in study.vary for path in study.paths(name)]
+        if f"models.{objective.model}.tokenizer" in varied and _is_of_tokens(objective.metric):
+            raise StudyError(
+                f"{self.place('objective')}: objective: {objective.metric} is a mean over tokens, and models.{objective.model}.tokenizer "
+                "varies; expected a metric of texts or classes (rougeL, score)"
+            )
         for path in varied if study.search and study.search.stop_early else ():
             if not path.startswith(harmless) and not (path.startswith("models.") and path.endswith(".dropout")):
                 raise StudyError(
@@ -331,6 +349,10 @@ def _samplings(spec: TrialSpec) -> Iterator[tuple[str, Sampling, int]]:
             if stream.replies is not None:
                 length = min(spec.data[item].length for item in phase.for_each_dataset or (stream.data,))
                 yield f"phases.{name}.streams.{on}.replies", stream.replies, length
+
+
+def _is_of_tokens(metric: str) -> bool:
+    return metric in [known.name for known in OF_TOKENS]
 
 
 def _check_early_stopping(spec: TrialSpec, where: str = "") -> None:

@@ -63,10 +63,16 @@ class _Data(Value):
     format: ClassVar[Format]
     preparation: ClassVar[tuple[str, ...]]  # fields that say how text becomes tokens; the others say where the text is
 
+    # further ones, by the names by which models choose them; those of a data set that lends its tokenizer are lent, too
+    tokenizers: dict[Name, Tokenizer] = Field({}, exclude_if=lambda value: not value)
+
+    def __hash__(self) -> int:  # a mapping has none
+        return hash(repr(self))
+
     @property
     def unprepared(self) -> Self:
         """The data set without its preparation: equal for two data sets that read the same text."""
-        return self.model_copy(update=dict.fromkeys(self.preparation))
+        return self.model_copy(update=dict.fromkeys((*self.preparation, "tokenizers")))
 
     @property
     def num_labels(self) -> int | None:

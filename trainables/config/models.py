@@ -80,6 +80,8 @@ class Model(Value):
     config: dict[str, JsonValue] = {}  # further fields of the transformers config; nested ones are merged
     pretrained: FolderOrId | None = None
     revision: str | None = None
+    # one of the data's `tokenizers`, with which this model reads them; by default the data's own `tokenizer`
+    tokenizer: Name | None = Field(None, exclude_if=lambda value: value is None)
     init: Init = Random()
     sharing: Sharing | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
@@ -135,8 +137,10 @@ class Model(Value):
         return None if self.pretrained is None else (self.pretrained, self.revision)
 
     def by_content(self, fingerprint: str | None, **dump: Any) -> dict[str, Any]:
-        """The fields as JSON, with the fingerprint of a folder that gives the shape in place of its path."""
+        """The fields as JSON, with the fingerprint of a folder that gives the shape in place of its path; without the name of
+        a tokenizer."""
         value = self.model_dump(mode="json", **dump)
+        value.pop("tokenizer", None)
         if isinstance(self.like, Model) and fingerprint is not None:
             value["like"] = self.like.by_content(fingerprint) | {"revision": None}
             if self.like.pretrained is not None:

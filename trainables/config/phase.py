@@ -326,6 +326,11 @@ class Phase(Value):
         of_terms = {model for term in self.terms.values() for model in term.reads}
         return of_terms | {model for stream in self.streams.values() for model in stream.models}
 
+    def readers(self, stream: str) -> tuple[str, ...]:
+        """The models that a stream's terms read, those that learn first."""
+        terms = [term for term in self.terms.values() if term.on == stream]
+        return tuple(dict.fromkeys([*(term.target for term in terms), *(m for term in terms for m in term.reads)]))
+
     @model_serializer(mode="wrap")
     def _as_before_early_stopping(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves the field out where it is not used, so that phases keep the keys under which they are stored."""

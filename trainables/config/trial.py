@@ -55,6 +55,15 @@ class TrialSpec(Value):
             same = data.tokenizer
             if isinstance(same, SameTokenizer) and isinstance(self.data[same.as_].tokenizer, SameTokenizer):
                 raise ValueError(f"data.{name}.tokenizer.as: {same.as_!r} has no tokenizer of its own")
+            if isinstance(same, SameTokenizer) and data.tokenizers:
+                raise ValueError(f"data.{name}.tokenizers: these are lent as well; name them in data.{same.as_}")
+        for name, model in self.models.items():
+            for item, data in self.data.items() if model.tokenizer is not None else ():
+                if model.tokenizer not in data.tokenizers and not isinstance(data.tokenizer, SameTokenizer):
+                    there = ", ".join(data.tokenizers) or "none"
+                    raise ValueError(
+                        f"models.{name}.tokenizer: there is no {model.tokenizer!r} in data.{item}.tokenizers; there is {there}"
+                    )
         if all(term.weight.is_off for phase in self.phases.values() for term in phase.terms.values()):
             raise ValueError("phases: every term has weight 0, so that no model is trained")
         _check_start(self)
@@ -80,7 +89,7 @@ class TrialSpec(Value):
         model = self.models[name]
         if not isinstance(model.like, str):
             return model
-        unset = {"init": Random(), "dtype": "fp32"}
+        unset = {"init": Random(), "dtype": "fp32", "tokenizer": None}
         return model.model_copy(update={"like": self._self_contained(model.like).model_copy(update=unset)})
 
     def origin(self, phase: str, model: str) -> str | None:
@@ -101,6 +110,17 @@ class TrialSpec(Value):
     def models_of(self, phase: str) -> tuple[str, ...]:
         """The models that a phase trains or reads, in the order of the file."""
         return tuple(name for name in self.models if name in self.phases[phase].models)
+
+    def reading(self, item: str, model: str) -> str:
+        """Names a data set as a model reads it: `data`, or `data/tokenizer` where the model has another tokenizer."""
+        tokenizer = self.models[model].tokenizer
+        return item if tokenizer is None else f"{item}/{tokenizer}"
+
+    def readings(self) -> dict[str, tuple[str, str | None]]:
+        """Maps each `reading` that there is, beside every data set with its own tokenizer, to (data set, tokenizer)."""
+        named = sorted({model.tokenizer for model in self.models.values() if model.tokenizer is not None})
+        own: dict[str, tuple[str, str | None]] = {item: (item, None) for item in self.data}
+        return own | {f"{item}/{tokenizer}": (item, tokenizer) for item in self.data for tokenizer in named}
 
     def _needed(self, phase: str) -> dict[str, str | None]:
         """Maps each model that `phase` uses, sources of remaps included, to its origin."""
@@ -346,4 +366,7 @@ def trial_id(spec: TrialSpec, fingerprints: Mapping[str, str]) -> str:
             value["models"][name] = {"weights": fingerprints[f"model:{name}"], "dropout": model.dropout}
         elif model.like is not None:
             value["models"][name] = model.by_content(fingerprints.get(f"model:{name}"))
+        if model.tokenizer is not None:
+            read = {item: fingerprints[f"data:{lean.reading(item, name)}"] for item in lean.data}
+            value["models"][name] = {**value["models"][name], "tokenizer": read}
     return digest(value, 12)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from trainables.config.data import Data, PretrainedTokenizer, SameTokenizer, WordPiece
+from trainables.config.data import Data, Instructions, PretrainedTokenizer, SameTokenizer, TokenizerOrSame, WordPiece
 from trainables.config.errors import DataError
 from trainables.config.value import digest
 from trainables.data import tokenizer
@@ -42,17 +42,18 @@ class Encoder(Protocol):
 ENCODERS: Mapping[str, Encoder] = {"corpus": corpora, "task": tasks, "instructions": instructions}  # by format
 
 
-def fingerprint(data: Data, others: Mapping[str, Data] = NONE) -> str:
+def fingerprint(data: Data, others: Mapping[str, Data] = NONE, *, by: str | None = None) -> str:
     """Returns 16 hex digits over the text and all else that changes a number; the place of the data does not count.
 
-    `others`: the trial's data by name, of which one may lend its tokenizer.
+    `others`: the trial's data by name, of which one may lend its tokenizers. `by`: the name of that of `tokenizers` with which
+    the data are read; None: their own.
     """
     fields = ENCODERS[data.format.name].fields(data)
-    return digest({"tokenizer": _fields_of_tokenizer(data, others), **fields}, 16)
+    return digest({**_fields_of_tokenizers(data, others, by), **fields}, 16)
 
 
 def lender(data: Data, others: Mapping[str, Data]) -> Data | None:
-    """Returns the data set whose tokenizer `data` shares, or None if `data` has a tokenizer of its own."""
+    """Returns the data set whose tokenizers `data` shares, or None if `data` has tokenizers of its own."""
     if not isinstance(data.tokenizer, SameTokenizer):
         return None
     if data.tokenizer.as_ not in others:
@@ -61,10 +62,36 @@ def lender(data: Data, others: Mapping[str, Data]) -> Data | None:
     return others[data.tokenizer.as_]
 
 
-def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, Any]:
-    """Returns what determines the tokenizer. If it is trained on this very data set, the text counts anyway."""
+def _named(data: Data, others: Mapping[str, Data], by: str | None) -> TokenizerOrSame:
+    owner = lender(data, others) or data
+    if by is not None and by not in owner.tokenizers:
+        raise DataError(f"tokenizers: there is no {by!r}; there is {', '.join(owner.tokenizers) or 'none'}")
+    return owner.tokenizer if by is None else owner.tokenizers[by]
+
+
+def _beside(data: Data, others: Mapping[str, Data], by: str | None) -> dict[str | None, dict[str, Any]]:
+    """Returns the other tokenizers, by name, and what determines each; two that read alike are one.
+
+    Only of instructions, whose rows are left out where a prompt is too long: all tokenizers are to read the same rows.
+    """
+    names = (lender(data, others) or data).tokenizers if "replies" in data.format.supports else {}
+    if not names:
+        return {}
+    own = _fields_of_tokenizer(data, others, by)
+    found = {name: _fields_of_tokenizer(data, others, name) for name in (None, *names)}
+    return {name: fields for name, fields in found.items() if fields != own}
+
+
+def _fields_of_tokenizers(data: Data, others: Mapping[str, Data], by: str | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"tokenizer": _fields_of_tokenizer(data, others, by)}
+    beside = sorted({digest(each) for each in _beside(data, others, by).values()})
+    return {**fields, "beside": beside} if beside else fields
+
+
+def _fields_of_tokenizer(data: Data, others: Mapping[str, Data], by: str | None) -> dict[str, Any]:
+    """Returns what determines a tokenizer. If it is trained on this very data set, the text counts anyway."""
     source, fields = lender(data, others), dict[str, Any]()
-    match (source or data).tokenizer:
+    match _named(data, others, by):
         case PretrainedTokenizer() as named:
             tok = tokenizer.load_pretrained(named)
             fields = {"kind": "pretrained", "behaviour": tokenizer.behaviour(tok)}
@@ -81,24 +108,31 @@ def _fields_of_tokenizer(data: Data, others: Mapping[str, Data]) -> dict[str, An
             raise DataError("tokenizer: the data set that lends it has none of its own; name the one that has it")
 
 
-def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Prepared:
+def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE, *, by: str | None = None) -> Prepared:
     """Makes `<folder>/<fingerprint>/` unless it is there and whole, and opens it. `folder`: a path or any URI.
 
-    A data set whose tokenizer is trained and lent is prepared first.
+    `others`, `by`: as of `fingerprint`. A data set whose tokenizer is trained and lent is prepared first.
     """
-    key, encoder = fingerprint(data, others), ENCODERS[data.format.name]
+    key, encoder = fingerprint(data, others, by=by), ENCODERS[data.format.name]
 
     def write(home: Path) -> dict[str, Any]:
-        splits, source, stops = encoder.split(data), lender(data, others), tuple[int, ...]()
-        match (source or data).tokenizer:
-            case PretrainedTokenizer() as named:
-                tok = tokenizer.load_pretrained(named)
-                stops = tokenizer.stops(named, tok)
-            case WordPiece(size=size) if source is None:
-                tok = tokenizer.train_wordpiece(encoder.training_texts(data, splits), size)
-            case _:
-                assert source is not None
-                tok = prepare(source, folder, others).tokenizer
+        splits, source = encoder.split(data), lender(data, others)
+
+        def opened(by: str | None) -> tuple[Any, tuple[int, ...]]:
+            """Returns a tokenizer, and the ids that end a reply whatever the template."""
+            match _named(data, others, by):
+                case PretrainedTokenizer() as named:
+                    tok = tokenizer.load_pretrained(named)
+                    return tok, tokenizer.stops(named, tok)
+                case WordPiece(size=size) if source is None:
+                    return tokenizer.train_wordpiece(encoder.training_texts(data, splits), size), ()
+                case _:
+                    assert source is not None
+                    return prepare(source, folder, others, by=by).tokenizer, ()
+
+        (tok, stops), kept = opened(by), splits
+        for other in _beside(data, others, by):
+            kept = instructions.fitting(cast(Instructions, data), kept, opened(other)[0])
         tok.save_pretrained(str(home / "tokenizer"))
         return {
             "length": data.length,
@@ -106,7 +140,7 @@ def prepare(data: Data, folder: str, others: Mapping[str, Data] = NONE) -> Prepa
             "tokenizer_identity": tokenizer.identity(tok),
             "vocab_size": tokenizer.num_ids(tok),
             "stops": stops,
-            **encoder.write(data, splits, tok, home),
+            **encoder.write(data, kept, tok, home),
         }
 
     prepared_folders.publish(folder, key, write)

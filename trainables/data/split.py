@@ -46,6 +46,7 @@ class Split(Generic[T]):
     test: T
     removed: dict[str, int]  # split -> examples left out because another split has the same text
     dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    is_shared: bool = False  # whether other tokenizers read the same examples
 
 
 def sha256_hex(text: str) -> str:

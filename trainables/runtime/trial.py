@@ -61,7 +61,7 @@ def run_trial(spec: TrialSpec, fingerprints: Mapping[str, str], at: Environment,
         session.report(records)
 
     data = at.storage.sub("data").uri
-    opened = {name: open_data(data, fingerprints[f"data:{name}"]) for name in spec.data}
+    opened = {name: open_data(data, fingerprints[f"data:{name}"]) for name in spec.readings()}
     run = TrialContext(spec, fingerprints, opened, PhaseStore(at.storage), at, session, emit)
     done: dict[PhaseRun, StoredPhase] = {}
     for instance in phase_runs(spec):

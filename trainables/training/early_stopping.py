@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from trainables.config.schedules import START
 from trainables.config.session import Record
 from trainables.evaluation.per_example import Placement, in_eval_mode
 from trainables.metrics.known import metric_named
-from trainables.training.forward import ForwardContext, GlobalBatch, normaliser, run_terms
+from trainables.training.forward import ForwardContext, GlobalBatch, batch_of, normaliser, run_terms
 from trainables.training.setup import learning_states, load_learning_states
 from trainables.training.state import PhaseState
 from trainables.training.streams import StreamLoader
@@ -84,15 +85,20 @@ def loss_on_dev(phase: PhaseState, name: str) -> float:
     with ExitStack() as stack:
         for model in term.reads:
             stack.enter_context(in_eval_mode(phase.nets[model]))
-        for i, batch in enumerate(_dev_batches(phase.streams[term.on], on.rows)):
-            num += normaliser(term, batch)
+        for i, batches in enumerate(_dev_batches(phase.streams[term.on], on.rows)):
+            num += normaliser(term, batch_of(batches, term.on, term.target))
             if on.is_mine(i):
-                _, sums = run_terms(models, {name: term}, {term.on: batch.to(on.device)}, {name: 1.0}, context=context)
+                parts = {read: batch.to(on.device) for read, batch in batches.items()}
+                _, sums = run_terms(models, {name: term}, parts, {name: 1.0}, context=context)
                 total += float(sums[name])
     return session.total([total])[0] / num
 
 
-def _dev_batches(stream: StreamLoader, rows: int) -> Iterator[GlobalBatch]:
-    """Yields dev in batches, with the labels that the stream's evaluations have."""
+def _dev_batches(stream: StreamLoader, rows: int) -> Iterator[dict[str, GlobalBatch]]:
+    """Yields dev in batches, as `StreamLoader.batches`, with the labels that the stream's evaluations have."""
     for indices, batch in stream.data.dev_batches(stream.spec.corruption, rows):
-        yield batch._replace(labels_N=stream.made["dev"][indices]) if stream.made else batch
+        others = {f"{stream.name}/{model}": data.dev.rows(indices) for model, data in stream.others.items()}
+        batches: dict[str, Any] = {stream.name: batch, **others}
+        if stream.made:
+            batches = {name: each._replace(labels_N=stream.made["dev"][indices]) for name, each in batches.items()}
+        yield batches

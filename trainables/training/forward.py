@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from trainables.training import layer_outputs
 
 GlobalBatch = MaskedBatch | TaskBatch | ExchangeBatch  # of a step
 Batch = MaskedBatch | TaskBatch | PackedBatch  # rows of a global batch, as models read them
+B = TypeVar("B")
 
 
 class TermError(ValueError):
@@ -52,7 +54,7 @@ class Models:
     nets: Mapping[str, Any]
     trained: frozenset[str]
     heads: Mapping[str, output_head.Head | None]  # of language models whose logits are a linear layer of hidden states
-    vocab_size: int | None = None  # of the tokenizer; rows beyond are padding
+    vocab_sizes: Mapping[str, int] = field(default_factory=dict)  # of the tokenizers; rows beyond are padding
     wrapped: Mapping[str, Any] = field(default_factory=dict)  # `learning`, as called: by several ranks, wrapped in DDP
     projectors: Mapping[str, Projector] = field(default_factory=dict)  # by term
 
@@ -72,6 +74,11 @@ class ForwardContext:
     dropout: Callable[[str, str], int]
 
 
+def batch_of(batches: Mapping[str, B], stream: str, model: str) -> B:
+    """Returns the batch of a stream as a model reads it."""
+    return batches.get(f"{stream}/{model}", batches[stream])
+
+
 def run_terms(
     models: Models,
     active: Mapping[str, Term],
@@ -82,29 +89,32 @@ def run_terms(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Computes the weighted sum of all terms, whose backward fills every gradient, and each term's own sum, detached.
 
-    `scale`: the factor of each term's sum.
+    `batches`: by stream, and by `stream/model` for each model with another tokenizer. `scale`: the factor of each term's sum.
     """
     loss, sums = torch.zeros((), device=context.device), dict[str, Tensor]()
-    for stream, batch in batches.items():
+    for stream in batches:
         terms = {name: term for name, term in active.items() if term.on == stream}
-        outputs = {}
+        outputs, read = {}, partial(batch_of, batches, stream)
         for model in dict.fromkeys(model for term in terms.values() for model in term.reads):
             if model in models.trained:  # its dropout has a random stream of its own, whatever else runs
                 torch.manual_seed(context.dropout(model, stream))
             inputs = {term.inputs for term in terms.values() if model in term.reads}
             with torch.set_grad_enabled(model in models.trained), context.autocast():
-                outputs[model] = _run_model(models, model, batch, inputs)
+                outputs[model] = _run_model(models, model, read(model), inputs)
         at_logits = {name: term for name, term in terms.items() if term.inputs == "logits"}
-        if at_logits:
-            sources = {model: outputs[model].logits for term in at_logits.values() for model in term.reads}
-            rows = None if isinstance(batch, TaskBatch) else models.vocab_size
+        for batch in {id(own): own for own in (read(term.target) for term in at_logits.values())}.values():
+            alike = {name: term for name, term in at_logits.items() if read(term.target) is batch}
+            sources = {model: outputs[model].logits for term in alike.values() for model in term.reads}
+            sizes = [models.vocab_sizes.get(term.target) for term in alike.values()]
+            rows = None if isinstance(batch, TaskBatch) else sizes[0]
             with context.autocast():
                 size = chunk(sources, context.device)
-                fused = chunked_terms(sources, batch.labels_N, at_logits, scale, chunk=size, vocab_size=rows)
+                fused = chunked_terms(sources, batch.labels_N, alike, scale, chunk=size, vocab_size=rows)
             loss, sums = loss + fused.loss, sums | {name: value.detach() for name, value in fused.values.items()}
-        mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
         for name, term in terms.items():
             if name not in at_logits:
+                batch = read(term.target)
+                mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
                 project = models.wrapped.get(projector_name(name), models.projectors.get(name))
                 with context.autocast():
                     value = _inner_loss(term, models.nets, outputs, mask_BT, project=project)

@@ -15,7 +15,7 @@ from trainables.config.terms import Term
 from trainables.config.value import random_stream
 from trainables.evaluation.model_size import FLOPS
 from trainables.storage.files import log
-from trainables.training.forward import Batch, ForwardContext, GlobalBatch, normaliser, run_terms
+from trainables.training.forward import Batch, ForwardContext, GlobalBatch, batch_of, normaliser, run_terms
 from trainables.training.state import PhaseState, Progress
 
 
@@ -46,7 +46,9 @@ def backward(
     share = phase.spec.batch // session.world
     first, last = session.rank * share, (session.rank + 1) * share
     active = {name: term for name, term in terms.items() if weights[name]}
-    scale = {name: weights[name] / normaliser(term, batches[term.on]) for name, term in active.items()}
+    scale = {
+        name: weights[name] / normaliser(term, batch_of(batches, term.on, term.target)) for name, term in active.items()
+    }
     sums: dict[str, Tensor] = {}
     for low in range(first, last, phase.micro):
         high = min(low + phase.micro, last)
@@ -80,7 +82,7 @@ def fit_micro_batch(phase: PhaseState) -> None:
     """
     session, spec, device = phase.context.session, phase.spec, phase.context.device
     drawn = (phase.progress.step, spec.batch, phase.seed, str(phase.instance))
-    batches = {name: stream.batch(*drawn) for name, stream in phase.streams.items()}
+    batches = {name: batch for stream in phase.streams.values() for name, batch in stream.batches(*drawn).items()}
     local = replace(phase, models=replace(phase.models, wrapped={}))
     while True:
         failed: BaseException | None = None

@@ -21,7 +21,7 @@ from trainables.storage.checkpoints import drop_checkpoints, save_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import StoredPhase
 from trainables.training import early_stopping, gradients, on_policy
-from trainables.training.forward import normaliser
+from trainables.training.forward import batch_of, normaliser
 from trainables.training.records import examples_of, loss_of, records_of, score
 from trainables.training.setup import begin, learning_states, parameters_of
 from trainables.training.state import Diverged, PhaseState, Progress, Suspended, TrialContext
@@ -78,7 +78,8 @@ def step(phase: PhaseState) -> None:
         group["lr"] = rule.lr * rule.lr_factor(progress.step, phase.total)
     weights = {name: term.weight.value_at(done, progress.weights.get(name, START)) for name, term in spec.terms.items()}
     used = {term.on for name, term in spec.terms.items() if weights[name]}
-    batches = {name: on_policy.read_batch(phase, name) for name in phase.streams if name in used}
+    read = {name: on_policy.read_batches(phase, name) for name in phase.streams if name in used}
+    batches = {name: batch for of_stream in read.values() for name, batch in of_stream.items()}
     terms = {name: term.at_state(progress.terms.get(name, START)) for name, term in spec.terms.items()}
     sums = gradients.backward_within_memory(phase, terms, weights, batches)
     for name in spec.train:
@@ -91,12 +92,12 @@ def step(phase: PhaseState) -> None:
         # in double precision sums of floats are exact, so that the order of adding them up changes nothing
         phase.local[name] = phase.local[name] + value if name in phase.local else value
         term = spec.terms[name]
-        num = normaliser(term, batches[term.on])
+        num = normaliser(term, batch_of(batches, term.on, term.target))
         progress.counts[name] = progress.counts.get(name, 0) + num
         if term.has_state:  # over all ranks, else their states would differ
             (total,) = phase.context.session.total([float(value)])
             progress.terms[name] = term.next_state(progress.terms.get(name, START), total / num, done)
-    progress.tokens += sum(batch.num_tokens for batch in batches.values())
+    progress.tokens += sum(batches[name].num_tokens for name in read)
     progress.step += 1
 
 

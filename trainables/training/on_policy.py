@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from trainables.config.errors import is_out_of_memory
 from trainables.config.phase import Interleaved, ReplySource, Sampled
 from trainables.config.session import Session
 from trainables.config.value import random_stream
+from trainables.data.encode.instructions import encode_replies
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.instructions.packing import ExchangeBatch
 from trainables.generation.context import Generation, GenerationContext, Tokens
@@ -45,19 +46,24 @@ def new_state() -> ReplyState:
     return {"share": {}, "kept": [], "answered": {}, **COUNTS}
 
 
-def read_batch(phase: PhaseState, name: str) -> GlobalBatch:
-    """Reads the global batch of a stream at this step."""
+def read_batches(phase: PhaseState, name: str) -> dict[str, GlobalBatch]:
+    """Reads the global batch of a stream at this step, as `StreamLoader.batches`.
+
+    Replies of a model with another tokenizer pass as text.
+    """
     stream, step, instance = phase.streams[name], phase.progress.step, str(phase.instance)
     drawn, source = (step, phase.spec.batch, phase.seed, instance), stream.spec.replies
     if source is None:
-        return stream.batch(*drawn)
+        return stream.batches(*drawn)
+    made_by = phase.context.read_by(source.models[0], stream.spec.data)
     assert isinstance(stream.data, ExchangeSet)
+    asked = stream.data if made_by.fingerprint == stream.data.fingerprint else cast(ExchangeSet, made_by)
     indices = stream.indices(*drawn)
-    batch = stream.data.train.rows(indices)
+    batch = asked.train.rows(indices)
     context = GenerationContext(
-        end_ids=stream.data.end_ids,
+        end_ids=asked.end_ids,
         pad_id=batch.pad_id,
-        vocab_size=stream.data.vocab_size,
+        vocab_size=asked.vocab_size,
         device=phase.context.device,
         autocast=phase.context.autocast,
         length=stream.length,
@@ -73,7 +79,13 @@ def read_batch(phase: PhaseState, name: str) -> GlobalBatch:
     state = phase.progress.replies[name]
     generated, computed = replace_replies(source, state, batch, indices.tolist(), context=at_step)
     phase.progress.flops += sum(phase.token_flops[model] * num for model, num in computed.items())
-    return generated
+    if asked is not stream.data:
+        if generated is batch:  # at this step the replies are those of the data
+            return stream.batches(*drawn)
+        ended = [context.has_ended(reply) for reply in generated.replies]
+        texts = [asked.text(reply.tolist()) for reply in generated.replies]
+        generated = encode_replies(stream.data, indices.tolist(), texts, ended)
+    return {name: generated}
 
 
 def replace_replies(

@@ -7,7 +7,7 @@ Commit, versions and device are provenance, and no part of the key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,13 @@ def seed_of(spec: TrialSpec, phase: str) -> int:
     return spec.seed if spec.phases[phase].seed == "trial" else SHARED_SEED
 
 
+def pace_reading(spec: TrialSpec, instance: PhaseRun) -> str:
+    """Names the data of the stream that sets the pace, as a model reads them that learns from it."""
+    phase = spec.phases[instance.phase]
+    item = streams_of(spec, instance)[phase.pace].data
+    return next((spec.reading(item, model) for model in phase.readers(phase.pace)), item)
+
+
 def num_steps(phase: Phase, *, length: int, num_sequences: int) -> int:
     """Returns the optimizer steps of the budget. `length`, `num_sequences`: of train of the stream that sets the pace."""
     match phase.budget:
@@ -121,13 +128,24 @@ def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, st
         "precision": spec.precision,
         "seed": seed_of(spec, instance.phase),
         "streams": {
-            name: {**stream.model_dump(mode="json", exclude={"data"}), "data": fingerprints[f"data:{stream.data}"]}
+            name: {
+                **stream.model_dump(mode="json", exclude={"data"}),
+                "data": _as_read(spec, stream.data, (*phase.readers(name), *stream.models), fingerprints),
+            }
             for name, stream in streams_of(spec, instance).items()
         },
         "models": {model: _weights(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
-        "eval_only": {item: fingerprints[f"data:{item}"] for item in phase.eval_only},
+        "eval_only": {item: _as_read(spec, item, phase.train, fingerprints) for item in phase.eval_only},
     }
     return digest(value, 32)
+
+
+def _as_read(
+    spec: TrialSpec, item: str, models: Iterable[str], fingerprints: Mapping[str, str]
+) -> str | dict[str, str]:
+    """Returns the fingerprint of a data set as these models read it: of each where their tokenizers differ."""
+    prints = {model: fingerprints[f"data:{spec.reading(item, model)}"] for model in models}
+    return prints if len(set(prints.values())) > 1 else next(iter(prints.values()), fingerprints[f"data:{item}"])
 
 
 def _weights(spec: TrialSpec, instance: PhaseRun, name: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:

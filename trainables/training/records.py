@@ -109,12 +109,13 @@ def _agreements(phase: PhaseState) -> Iterator[Measured]:
     original weights, where these are known: if the teacher is frozen, or learns by an adapter."""
     trial, nets = phase.context, phase.nets
     others: dict[tuple[str, str], dict[str, ComparedModel]] = {}  # of a model, on a data set
-    sets: dict[str, ExchangeSet] = {}
+    sets: dict[tuple[str, str], ExchangeSet] = {}
     for term in phase.spec.terms.values():
         stream = phase.streams[term.on]
-        if term.source is None or term.inputs != "logits" or not isinstance(stream.data, ExchangeSet):
+        read = stream.read_by(term.target)
+        if term.source is None or term.inputs != "logits" or not isinstance(read, ExchangeSet):
             continue
-        sets[stream.spec.data] = stream.data
+        sets[term.target, stream.spec.data] = read
         rivals, rival = others.setdefault((term.target, stream.spec.data), {}), nets[term.source]
         rivals[term.source] = ComparedModel(rival)
         if lora.is_attached(rival):
@@ -123,7 +124,7 @@ def _agreements(phase: PhaseState) -> Iterator[Measured]:
     for (model, data), rivals in others.items():
         for split in SPLITS:
             metrics: dict[str, float] = {}
-            for other, agreed in agreements(nets[model], rivals, sets[data], split, on=on).items():
+            for other, agreed in agreements(nets[model], rivals, sets[model, data], split, on=on).items():
                 is_frozen = other in nets and other not in phase.spec.train
                 for name in (other, f"{other}_original") if is_frozen else (other,):
                     metrics |= {f"{name}_{metric}": value for metric, value in agreed.items()}
@@ -145,7 +146,9 @@ def _term_on_dev(phase: PhaseState) -> Iterator[Measured]:
 def score(phase: PhaseState, model: str, stream: StreamLoader, split: Split) -> Scored:
     trial, environment = phase.context, phase.context.environment
     environment.notice.look()
-    return stream.score(phase.nets[model], split, on=Placement(environment.device, trial.autocast, trial.session))
+    return stream.score(
+        phase.nets[model], model, split, on=Placement(environment.device, trial.autocast, trial.session)
+    )
 
 
 def examples_of(phase: PhaseState) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from trainables.training.phase_graph import (
     seed_of,
     streams_of,
 )
+from trainables.training.readings import check_readings
 from trainables.training.state import LearningStates, PhaseState, Progress, TrialContext
 from trainables.training.streams import StreamLoader, open_reader
 
@@ -60,13 +61,12 @@ def begin(trial: TrialContext, instance: PhaseRun) -> PhaseState:
     replies = {name: on_policy.new_state() for name, stream in streams.items() if stream.spec.replies is not None}
     restored = restore(inputs, models, optimizer)
     progress, best_weights = restored or (Progress(flops=label_flops, replies=replies), {})
-    eval_only = {
-        f"scored on {item}": StreamLoader(item, Stream(data=item, corruption=None), trial.data[item])
-        for item in spec.eval_only
-    }
+    eval_only = {f"scored on {item}": _open_scored(trial, item, spec.train) for item in spec.eval_only}
     if one_per_row := _without_packing(inputs, nets):
         log.info("one exchange per row: %s cannot separate packed exchanges", ", ".join(one_per_row))
-        streams, eval_only = _unpacked(streams), _unpacked(eval_only)
+        streams, eval_only = (
+            {name: loader.unpacked() for name, loader in loaders.items()} for loaders in (streams, eval_only)
+        )
     total = num_steps(spec, length=streams[spec.pace].length, num_sequences=streams[spec.pace].num)
     log.info("phase %s: from step %d of %d (%s)", instance, progress.step, total, trial.key(instance))
     share = spec.batch // trial.session.world
@@ -100,7 +100,7 @@ def load_model(trial: TrialContext, instance: PhaseRun, name: str, head: TaskHea
     """
     spec, model = trial.spec, trial.spec.models[name]
     origin, seed = origin_of(spec, instance, name), seed_of(spec, instance.phase)
-    data = next(iter(trial.data.values()))
+    data = trial.read_by(name)
     how: dict[str, Any] = {
         "name": name,
         "seed": seed,
@@ -161,6 +161,7 @@ def check_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> None:
             else:
                 build.check_task(net.config, name)
     forward.check_layers(spec.terms, nets)
+    check_readings(inputs.trial.spec, inputs.instance, inputs.trial.data)
     world = inputs.trial.session.world
     if spec.batch % world:
         raise ValueError(f"{where}: a batch of {spec.batch} cannot be shared by {world} workers")
@@ -175,8 +176,8 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
     with trial.autocast():
         heads = {name: output_head.head_of(nets[name]) for name in _language_models(inputs, nets)}
     projectors = forward.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
-    vocab_size = next(iter(trial.data.values())).vocab_size
-    models = forward.Models(nets, frozenset(spec.train), heads, vocab_size, projectors=projectors)
+    vocab_sizes = {name: trial.read_by(name).vocab_size for name in nets}
+    models = forward.Models(nets, frozenset(spec.train), heads, vocab_sizes, projectors=projectors)
     learning = {name: module.to(trial.device) for name, module in models.learning.items()}
     models = replace(models, wrapped=learning)
     if _reads_below_logits(spec):
@@ -235,8 +236,8 @@ def _freeze_unreached(inputs: PhaseInputs, models: forward.Models) -> None:
     Several ranks would wait for their gradients in vain. One backward over one sequence shows which they are.
     """
     trial, instance, spec, seed, streams = inputs
-    batches = {name: stream.batch(0, spec.batch, seed, str(instance)) for name, stream in streams.items()}
-    parts = {name: batch.rows(0, 1).to(trial.device) for name, batch in batches.items()}
+    batches = (stream.batches(0, spec.batch, seed, str(instance)) for stream in streams.values())
+    parts = {name: batch.rows(0, 1).to(trial.device) for read in batches for name, batch in read.items()}
     context = forward.ForwardContext(trial.device, trial.autocast, dropout=lambda *_: 0)
     loss, _ = forward.run_terms(models, spec.terms, parts, dict.fromkeys(spec.terms, 1.0), context=context)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -254,11 +255,6 @@ def _without_packing(inputs: PhaseInputs, nets: Mapping[str, Any]) -> list[str]:
     if spec.eval_only:
         readers |= set(spec.train) & set(_language_models(inputs, nets))
     return [name for name in sorted(readers) if not supports_packing(nets[name], inputs.trial.autocast)]
-
-
-def _unpacked(loaders: Loaders) -> dict[str, StreamLoader]:
-    """Gives each exchange a row of its own."""
-    return {name: replace(loader, data=loader.data.unpacked()) for name, loader in loaders.items()}
 
 
 def supports_packing(net: Any, autocast: Autocast) -> bool:
@@ -282,21 +278,30 @@ def supports_packing(net: Any, autocast: Autocast) -> bool:
 
 def _open_streams(trial: TrialContext, instance: PhaseRun, seed: int) -> tuple[dict[str, StreamLoader], float]:
     """Opens the streams of an instance, and counts the FLOPs of computing their labels."""
-    loaders, flops = dict[str, StreamLoader](), 0.0
+    loaders, flops, phase = dict[str, StreamLoader](), 0.0, trial.spec.phases[instance.phase]
     for name, stream in streams_of(trial.spec, instance).items():
         num_labels = trial.spec.data[stream.data].num_labels
         head = TaskHead(stream.data, num_labels, False) if num_labels is not None else None
         loaders[name], spent = open_reader(
             name,
             stream,
-            trial.data[stream.data],
-            lambda model, head=head: load_model(trial, instance, model, head),  # type: ignore[misc]
+            {model: trial.read_by(model, stream.data) for model in phase.readers(name)},
+            lambda model, head=head, item=stream.data: (  # type: ignore[misc]
+                load_model(trial, instance, model, head),
+                trial.read_by(model, item),
+            ),
             seed=seed,
             phase=str(instance),
             on=Placement(trial.device, trial.autocast),
         )
         flops += spent
     return loaders, flops
+
+
+def _open_scored(trial: TrialContext, item: str, models: Iterable[str]) -> StreamLoader:
+    """Opens a data set that models are only evaluated on."""
+    read_by = {model: trial.read_by(model, item) for model in models}
+    return StreamLoader(item, Stream(data=item, corruption=None), next(iter(read_by.values())), others=read_by)
 
 
 def parameters_of(spec: Phase, learning: Mapping[str, Any], model: str) -> list[Any]:

@@ -70,7 +70,7 @@ class TrialContext:
 
     spec: TrialSpec  # pruned
     fingerprints: Mapping[str, str]
-    data: Mapping[str, Prepared]
+    data: Mapping[str, Prepared]  # by `TrialSpec.readings`
     store: PhaseStore
     environment: Environment
     session: Session
@@ -78,6 +78,10 @@ class TrialContext:
 
     def key(self, instance: PhaseRun) -> str:
         return phase_key(self.spec, instance, self.fingerprints)
+
+    def read_by(self, model: str, item: str | None = None) -> Prepared:
+        """Returns a data set, by default the first one, as a model reads it."""
+        return self.data[self.spec.reading(item or next(iter(self.spec.data)), model)]
 
     @property
     def device(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ from trainables.training import pseudo_labels
 
 @dataclass(frozen=True)
 class StreamLoader:
-    """A stream with its data. `made`: labels by split, where models make them; `rows`: the examples of train to read."""
+    """A stream with its data, as the models read them that learn from it. `others`: the same examples as models with another
+    tokenizer read them. `made`: labels by split, where models make them; `rows`: the examples of train to read."""
 
     name: str
     spec: Stream
@@ -35,6 +36,7 @@ class StreamLoader:
     made: Mapping[str, Tensor] = field(default_factory=dict)
     about: Mapping[str, float] = field(default_factory=dict)  # of made labels: metrics on train
     rows: Tensor | None = None
+    others: Mapping[str, Prepared] = field(default_factory=dict)  # by model
 
     @property
     def num(self) -> int:
@@ -51,47 +53,74 @@ class StreamLoader:
         """Outputs of a model's head on the stream; None for a language model."""
         return PredictionQuality.NUM if self.spec.labels else self.data.num_labels
 
+    def read_by(self, model: str) -> Prepared:
+        return self.others.get(model, self.data)
+
     def indices(self, step: int, size: int, seed: int, phase: str) -> Tensor:
         """Returns the examples of a step: a pure function of (seed, phase, stream, step)."""
         return self.data.step_indices(self.rows, size, step, seed=seed, stream=f"{phase}/{self.name}")
 
     def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch | TaskBatch | ExchangeBatch:
-        """Reads the global batch of a step."""
-        indices = self.indices(step, size, seed, phase)
+        """Reads the global batch of a step, as the models read it that learn from it."""
         masks = random_stream(seed, "mask", phase, self.name, step)
-        batch = self.data.batch(indices, self.spec.corruption, seed=masks)
+        return self._read(self.data, self.indices(step, size, seed, phase), masks)
+
+    def batches(
+        self, step: int, size: int, seed: int, phase: str
+    ) -> dict[str, MaskedBatch | TaskBatch | ExchangeBatch]:
+        """Reads `batch` by the name of the stream, and the same examples by `stream/model` for each of `others`."""
+        found = {self.name: self.batch(step, size, seed, phase)}
+        for model, data in self.others.items():  # of corpora, which draw masks, there are none
+            found[f"{self.name}/{model}"] = self._read(data, self.indices(step, size, seed, phase), 0)
+        return found
+
+    def _read(self, data: Prepared, indices: Tensor, masks: int) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        batch = data.batch(indices, self.spec.corruption, seed=masks)
         if self.made and isinstance(batch, TaskBatch):
             return batch._replace(labels_N=self.made["train"][indices])
         return batch
 
-    def score(self, net: Any, split: Literal["dev", "test"], *, on: Placement) -> Scored:
-        return evaluate(net, self.data, split, Targets(self.spec.corruption, self.made.get(split)), on=on)
+    def unpacked(self) -> StreamLoader:
+        """Gives each exchange a row of its own."""
+        others = {model: data.unpacked() for model, data in self.others.items()}
+        return replace(self, data=self.data.unpacked(), others=others)
+
+    def score(self, net: Any, model: str, split: Literal["dev", "test"], *, on: Placement) -> Scored:
+        """Evaluates a model on its own encoding; examples that share a text are the same ones for all models."""
+        scored = evaluate(net, self.read_by(model), split, Targets(self.spec.corruption, self.made.get(split)), on=on)
+        if model in self.others and scored.clusters_E is not None:
+            return scored._replace(clusters_E=getattr(self.data, split).clusters())
+        return scored
 
 
 def open_reader(
     name: str,
     spec: Stream,
-    data: Prepared,
-    make: Callable[[str], Any],
+    read_by: Mapping[str, Prepared],
+    make: Callable[[str], tuple[Any, Prepared]],
     *,
     seed: int,
     phase: str,
     on: Placement,
 ) -> tuple[StreamLoader, float]:
-    """Returns the stream, and the FLOPs of making its labels. `make`: builds a labeller as it is when the phase starts."""
-    rows = None
+    """Returns the stream, and the FLOPs of making its labels. `read_by`: its data as each model of its terms reads them, first
+    one that learns. `make`: builds a labeller as it is when the phase starts, and opens the data as it reads them."""
+    data, rows = next(iter(read_by.values())), None
+    others = {model: own for model, own in read_by.items() if own.fingerprint != data.fingerprint}
     if spec.fold is not None:
         rows = torch.as_tensor(folds(len(data.train), spec.fold.num) != spec.fold.held_out).nonzero().flatten()
     if spec.labels is None:
-        return StreamLoader(name, spec, data, rows=rows), 0.0
+        return StreamLoader(name, spec, data, rows=rows, others=others), 0.0
     made, flops, thresholds, about = dict[str, Tensor](), 0.0, None, dict[str, float]()
-    nets = [make(model).to(on.device).eval() for model in spec.labels.of]
+    labellers = [(net.to(on.device).eval(), own) for net, own in map(make, spec.labels.of)]
     for split in SPLITS:
         examples = getattr(data, split)
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            logits = [_logits(net, examples, on) for net in nets]
+            logits = [_logits(net, getattr(own, split), on) for net, own in labellers]
         flops += counter.get_total_flops()
-        fold_of = torch.as_tensor(folds(len(examples), len(nets))) if split == "train" and len(nets) > 1 else None
+        fold_of = (
+            torch.as_tensor(folds(len(examples), len(labellers))) if split == "train" and len(labellers) > 1 else None
+        )
         permutation = random_stream(seed, "labels", phase, name, split)
         labelled = pseudo_labels.prediction_quality(
             spec.labels,
@@ -103,7 +132,7 @@ def open_reader(
         made[split] = labelled.labels_E
         if split == "train":
             thresholds, about = labelled.thresholds, pseudo_labels.describe(labelled, f"phase {phase}, stream {name}")
-    return StreamLoader(name, spec, data, made, about, rows), flops
+    return StreamLoader(name, spec, data, made, about, rows, others), flops
 
 
 def _logits(net: Any, examples: Examples, on: Placement) -> Tensor:

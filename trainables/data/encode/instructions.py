@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from trainables.config.data import Instructions
 from trainables.config.errors import DataError
 from trainables.data import tokenizer
 from trainables.data.arrow import write_table
-from trainables.data.instructions.exchanges import end_of
+from trainables.data.instructions.exchanges import Around, ExchangeSet, end_of
+from trainables.data.instructions.packing import ExchangeBatch, Ids
 from trainables.data.instructions.rows import Row, Rows, divide, leave_out, nothing_left
 from trainables.data.instructions.templates import Rendered, render, shared
 from trainables.data.order import sample_rows
@@ -33,6 +36,7 @@ SCHEMA = pa.schema(
     [("prompt", pa.list_(pa.int32())), ("reply", pa.list_(pa.int32())), ("references", pa.list_(pa.string())),
      ("cluster", pa.int64())]
 )  # fmt: skip
+AROUND = pa.field("around", pa.list_(pa.string()))  # an `Around` of each row, where other tokenizers read the same rows
 
 
 def text_fields(data: Instructions) -> dict[str, Any]:
@@ -74,12 +78,23 @@ class Encoded(NamedTuple):
     reply: list[int]  # the token that ends it included
     references: list[str]
     cluster: int
+    around: Around
     lead: str
-    tail: str
+    row: Row
 
 
-def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict[str, Any]:
-    counts, leads, tails, ends = {}, set[str](), set[str](), Counter[int]()
+def fitting(data: Instructions, splits: Split[Rows], tok: Any) -> Split[Rows]:
+    """Leaves out the rows that another tokenizer, too, would leave out, so that both read the same ones."""
+    kept, dropped = dict[str, Rows](), dict[str, Counter[str]]()
+    for name, encoded, dropped[name] in _usable(data, splits, tok, whose=" of another tokenizer"):
+        kept[name] = tuple(each.row for each in encoded)
+    return Split(kept["train"], kept["dev"], kept["test"], splits.removed, dropped, is_shared=True)
+
+
+def _usable(
+    data: Instructions, splits: Split[Rows], tok: Any, *, whose: str = ""
+) -> Iterator[tuple[str, list[Encoded], Counter[str]]]:
+    """Yields, for each split, the rows that the template takes and whose prompts are short, and counts the others by reason."""
     num_rows, refused = sum(len(getattr(splits, name)) for name in SPLITS), list[DataError]()
     for name in SPLITS:
         rows: Rows = getattr(splits, name)
@@ -89,14 +104,21 @@ def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict
         leave_out(refused[before:], num_rows, dropped)
         short = [each for each in encoded if len(each.prompt) <= data.prompt_length]
         if len(short) < len(encoded):
-            dropped[f"a prompt over {data.prompt_length} tokens"] = len(encoded) - len(short)
+            dropped[f"a prompt over {data.prompt_length} tokens{whose}"] += len(encoded) - len(short)
         if rows and not short:
             raise nothing_left(name, dropped, hint=f"raise prompt_length {data.prompt_length}, or shorten the prompts")
+        yield name, short, dropped
+
+
+def write(data: Instructions, splits: Split[Rows], tok: Any, home: Path) -> dict[str, Any]:
+    counts, leads, tails, ends = {}, set[str](), set[str](), Counter[int]()
+    schema = SCHEMA.append(AROUND) if splits.is_shared else SCHEMA
+    for name, short, dropped in _usable(data, splits, tok):
         chosen = [short[i] for i in sample_rows(len(short), data.examples if name == "train" else data.evaluate)]
         leads |= {each.lead for each in chosen}
-        tails |= {each.tail for each in chosen}
+        tails |= {each.around.tail for each in chosen}
         ends.update(each.reply[-1] for each in chosen)
-        counts[name] = {**_write(chosen, data.length, home / f"{name}.arrow"), "dropped": dict(dropped)}
+        counts[name] = {**_write(chosen, data.length, home / f"{name}.arrow", schema), "dropped": dict(dropped)}
     facts = {
         "template": data.template,
         "scoring": data.scoring.model_dump(mode="json"),
@@ -116,7 +138,7 @@ def _decoded(leads: Sequence[str], tok: Any) -> list[str]:
 
 def _encode(rows: Rows, data: Instructions, tok: Any, refused: list[DataError]) -> list[Encoded]:
     """Encodes the rows that the template takes; adds the errors of the others to `refused`."""
-    done, parts = list[Encoded](), _turn_parts(tok) if data.reads_chats else _text_parts(tok)
+    done = list[Encoded]()
     for first in range(0, len(rows), CHUNK):
         taken = list[tuple[Row, Rendered]]()
         for row in rows[first : first + CHUNK]:
@@ -124,16 +146,35 @@ def _encode(rows: Rows, data: Instructions, tok: Any, refused: list[DataError]) 
                 taken.append((row, render(row, data.template, tok)))
             except DataError as error:
                 refused.append(error)
-        encoded = (
-            tokenizer.encode(tok, [getattr(text, part) for _, text in taken], is_template=data.reads_chats)
-            for part in ("prompt", "whole", "tail")
-            if taken
-        )
-        for (row, text), *ids in zip(taken, *encoded, strict=True):
-            prompt, reply = parts(*ids)
+        texts = [(text.prompt, text.whole, text.tail) for _, text in taken]
+        for (row, text), (prompt, reply) in zip(taken, _parted(texts, tok, is_chat=data.reads_chats), strict=True):
             learnt = text.reply or tok.decode(reply[:-1], skip_special_tokens=True).strip()
-            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], row.cluster, text.lead, text.tail))
+            around = Around(text.prompt, text.before, text.tail)
+            done.append(Encoded(prompt, reply, [learnt, *row.replies[1:]], row.cluster, around, text.lead, row))
     return done
+
+
+def encode_replies(
+    data: ExchangeSet, indices: Sequence[int], replies: Sequence[str], has_ended: Sequence[bool]
+) -> ExchangeBatch:
+    """Puts texts in place of the replies of these exchanges of train, as if they were the data's own; a text that was cut has
+    no end."""
+    batch, around = data.train.rows(indices), [data.train.around(index) for index in indices]
+    texts = [(row.prompt, row.before + reply + row.tail, row.tail) for row, reply in zip(around, replies, strict=True)]
+    prompts, encoded = list[Ids](), list[Ids]()
+    for (prompt, reply), is_whole in zip(_parted(texts, data.tokenizer, is_chat=data.is_chat), has_ended, strict=True):
+        kept = (reply if is_whole else reply[:-1] or reply)[: max(1, data.length - len(prompt))]
+        prompts.append(np.array(prompt, np.int32))
+        encoded.append(np.array(kept, np.int32))
+    return replace(batch, prompts=tuple(prompts), replies=tuple(encoded))
+
+
+def _parted(texts: Sequence[tuple[str, str, str]], tok: Any, *, is_chat: bool) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the (prompt, reply) of texts (prompt, whole, tail)."""
+    parts = _turn_parts(tok) if is_chat else _text_parts(tok)
+    columns = zip(*texts, strict=True)
+    encoded = (tokenizer.encode(tok, column, is_template=is_chat) for column in columns)
+    yield from (parts(*ids) for ids in zip(*encoded, strict=True))
 
 
 Parts = Callable[[list[int], list[int], list[int]], tuple[list[int], list[int]]]  # of prompt, whole and tail
@@ -170,10 +211,10 @@ def _turn_parts(tok: Any) -> Parts:
     return parts
 
 
-def _write(rows: Sequence[Encoded], length: int, path: Path) -> dict[str, Any]:
+def _write(rows: Sequence[Encoded], length: int, path: Path, schema: pa.Schema) -> dict[str, Any]:
     cut = [row._replace(reply=row.reply[: length - len(row.prompt)]) for row in rows]
-    blocks = (list(zip(*cut[start : start + CHUNK], strict=True))[: len(SCHEMA)] for start in range(0, len(cut), CHUNK))
-    write_table(path, SCHEMA, blocks)
+    blocks = (list(zip(*cut[start : start + CHUNK], strict=True)) for start in range(0, len(cut), CHUNK))
+    write_table(path, schema, (block[: len(schema)] for block in blocks))
     num_prompt, num_reply = sum(len(row.prompt) for row in cut), sum(len(row.reply) for row in cut)
     num_cut = sum(len(kept.reply) < len(row.reply) for kept, row in zip(cut, rows, strict=True))
     return {

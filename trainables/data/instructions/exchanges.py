@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ from trainables.data.arrow import Ids, Lists, MappedTable
 from trainables.data.instructions.packing import ExchangeBatch
 from trainables.data.prepared_data import PreparedData
 from trainables.data.split import SPLITS
+
+
+class Around(NamedTuple):
+    """The texts between which a template writes a reply."""
+
+    prompt: str  # as a model reads it that is to reply
+    before: str
+    tail: str
 
 
 class Exchanges:
@@ -49,6 +57,10 @@ class Exchanges:
     def references(self, index: int) -> tuple[str, ...]:
         """The replies as they were written, of which any is right."""
         return tuple(self._table.value("references", index))
+
+    def around(self, index: int) -> Around:
+        """The texts around a reply; they are stored where other tokenizers read the same exchanges."""
+        return Around(*self._table.value("around", index))
 
     def rows(self, indices: Tensor | Sequence[int]) -> ExchangeBatch:
         """Reads these exchanges, and no others."""

@@ -38,6 +38,7 @@ class Rendered(NamedTuple):
         ""  # what the template writes between a prompt and a reply (an empty thought, a space); learnt, not compared
     )
     tail: str = ""  # what the template writes after a reply
+    before: str = ""  # all that stands before a reply, `lead` included
 
 
 def alpaca(prompt: str, context: str = "") -> str:
@@ -58,7 +59,7 @@ def render(row: Row, template: str, tok: Any) -> Rendered:
     """
     if template == "alpaca":
         prompt = alpaca(row.turns[-1].content, row.context)
-        return Rendered(prompt, prompt + row.replies[0], row.replies[0])
+        return Rendered(prompt, prompt + row.replies[0], row.replies[0], before=prompt)
     try:
         return _chat(row, tok)
     except DataError as error:
@@ -108,7 +109,7 @@ def _chat(row: Row, tok: Any) -> Rendered:
     for turn in (*row.turns, reply):
         if isinstance(turn.content, list) and repr(turn.content) in whole:
             raise DataError(f"template: {named} takes no content in parts; expected texts")
-    return Rendered(prompt, whole, answer, lead, tail)
+    return Rendered(prompt, whole, answer, lead, tail, marked.partition(MARK)[0])
 
 
 def _renders_alike(tok: Any, messages: Sequence[Any], text: str, how: dict[str, Any]) -> bool:
