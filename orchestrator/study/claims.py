@@ -33,7 +33,8 @@ class Figure(Value):
     """A paper's effect in our units: an average over these tasks of GLUE, comparable with an average over the same tasks
     only. `glue`: the 8 tasks, or 9 with WNLI."""
 
-    figure: float
+    figure: float  # effect that the paper reports
+    # the tasks over which the effect is a mean
     over: Annotated[tuple[GlueTask, ...], Field(min_length=1), AfterValidator(_differ)] | Literal["glue"]
 
 
@@ -60,22 +61,24 @@ class Claim(Value):
     axis, phases that both arms share left out.
     """
 
-    says: str | None = None
+    says: str | None = None  # the claim in words, for the report
     arm: Name
-    against: Annotated[Name | tuple[Name, ...], BeforeValidator(_one_or_several)]
+    against: Annotated[
+        Name | tuple[Name, ...], BeforeValidator(_one_or_several, json_schema_input_type=Name | list[Name])
+    ]
     phase: Name | None = None  # by default the objective's
-    model: Name
+    model: Name  # the model that is compared
     against_model: Name | None = None  # in `against`; by default the same
-    metric: str
-    task: Task | None = None
-    split: Literal["test", "dev"] = "test"
+    metric: str  # e.g. mlm_loss, score, rougeL
+    task: Task | None = None  # data sets over which the metric is a mean
+    split: Literal["test", "dev"] = "test"  # that the metric is of
     at: float | Literal["equal"] = 1.0  # of the phase's budget
     margin: float = 0.0  # a gain: positive where the arm is better
     within: Positive | None = None  # equivalent, where the difference is shown to be smaller than this either way
-    axis: CostAxis = "student_tokens"
-    less: CostAxis | None = None
-    family: str = "main"
-    paper: Paper | None = None
+    axis: CostAxis = "student_tokens"  # the cost that `at: equal` makes equal
+    less: CostAxis | None = None  # a cost that must be lower, too
+    family: str = "main"  # claims of one family share the error rate
+    paper: Paper | None = None  # what the paper says
 
     @field_validator("at", mode="before")
     @classmethod

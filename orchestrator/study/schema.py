@@ -23,32 +23,35 @@ from trainables.metrics.known import OF_SCORES, metric_named
 class Objective(Value):
     """The score of a search: on dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
 
-    phase: Name
-    model: Name
-    metric: str
-    mode: Literal["min", "max"]
-    task: Task | None = None
-    minus: Name | None = None
+    phase: Name  # at whose end the score is taken
+    model: Name  # the model that is scored
+    metric: str  # e.g. mlm_loss, score, rougeL
+    mode: Literal["min", "max"]  # whether less or more is better
+    task: Task | None = None  # data sets over which the score is a mean
+    minus: Name | None = None  # arm whose score is subtracted, seed by seed
 
 
 class StopEarly(Value):
     """ASHA: from the fraction `first` of the budget on, the best 1/`reduction` of the points at a rung continue."""
 
     kind: Literal["asha"]
-    first: float = Field(0.5, ge=0.5, lt=1)
-    reduction: int = Field(2, ge=2)
+    first: float = Field(0.5, ge=0.5, lt=1)  # fraction of the budget at the first rung
+    reduction: int = Field(2, ge=2)  # one point in so many continues
 
 
 class Search(Value):
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    points: PositiveInt
-    stop_early: StopEarly | None = None
-    seed: int = Field(0, ge=0)
+    """Tries points of `vary`; the winner is the point with the best objective."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"  # tpe is Optuna's
+    points: PositiveInt  # trials, in total
+    stop_early: StopEarly | None = None  # by default no point stops early
+    seed: int = Field(0, ge=0)  # of the sampler
 
 
 class Tune(Value):
     """One grid for all arms: each takes the value that is best on dev, at seeds that no claim uses."""
 
+    # a dotted path of the trial -> the values that are tried
     grid: dict[str, Annotated[tuple[Positive, ...], Field(min_length=3)]] = Field(min_length=1, max_length=1)
     extend: int = Field(2, ge=0)  # how often a winner at an edge may extend the grid by one step
 
@@ -56,8 +59,8 @@ class Tune(Value):
 class Confirm(Value):
     """Compares the winner of the search with an arm of the same student, on fresh seeds, on test."""
 
-    against: Name
-    seeds: int = Field(5, ge=2)
+    against: Name  # an arm with the winner's student
+    seeds: int = Field(5, ge=2)  # fresh seeds of both
 
 
 def tasks_of(what: Objective | Claim, each: Sequence[str]) -> tuple[str, ...]:
@@ -84,10 +87,10 @@ class Slot(Value):
     another machine trains.
     """
 
-    workers: PositiveInt = 1
-    cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
-    memory_gb: float | None = Field(None, gt=0)
+    workers: PositiveInt = 1  # processes that share each batch
+    cpus: float = Field(1, gt=0)  # of each worker
+    gpus: float = Field(0, ge=0)  # of each worker; below 1: trials share a GPU
+    memory_gb: float | None = Field(None, gt=0)  # of each worker; by default this machine's
 
     @model_validator(mode="after")
     def _a_worker_uses_one_device(self) -> Slot:
@@ -99,7 +102,16 @@ class Slot(Value):
 
 
 class Study(Value):
-    """A question, and the experiments that answer it. `trial` is the raw trial, with the profile applied."""
+    """A question, and the experiments that answer it.
+
+    `question`: what the report answers. `trial`: data, models and phases of the base trial, which arms and points change; raw,
+    with the profile applied. `vary`: what the search may change, as dotted path of the trial -> choice or range; a name without
+    a dot changes several paths at once. `exclude`: combinations of labels that the search leaves out. `search`: how points are
+    chosen. `tune`: a grid of learning rates for each arm. `arms`: name -> {dotted path of the trial: value}, the recipes that
+    are compared. `seeds`: seeds of each arm. `objective`: the number that tuning and search improve. `claims`: name -> a
+    statement about arms that the report judges. `confirm`: repeats the search's winner on fresh seeds. `limits`: of time and
+    disk. `slot`: the devices of one trial.
+    """
 
     name: str
     file: str
