@@ -29,6 +29,7 @@ from trainables.config.value import Value
 
 FILE = Path(__file__).with_name("study.schema.json")
 PROFILES = {
+    "default": {},
     "type": ["object", "null"],
     "additionalProperties": {"type": "object"},
     "description": "name -> {dotted path from the top of the file: value}; the first profile is the default",

@@ -14,7 +14,7 @@ from tests.support.source_tree import ROOT
 
 SCHEMA = Draft202012Validator(study_schema())
 STUDIES = sorted((ROOT / "search_spaces").glob("*.yaml"))
-README = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PRINTED = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "study.md").read_text(), re.DOTALL)
 
 
 def faults(text: str) -> list[str]:
@@ -35,8 +35,8 @@ def test_every_study_fits_the_schema_that_its_first_line_names(file: Any) -> Non
     assert not faults(text)
 
 
-def test_the_readmes_studies_fit() -> None:
-    assert README and not any(faults(text) for text in README if text.startswith("question"))
+def test_the_studies_that_the_documents_print_fit() -> None:
+    assert PRINTED and not any(faults(text) for text in PRINTED if text.startswith("question"))
 
 
 @pytest.mark.parametrize(
