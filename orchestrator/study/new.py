@@ -95,7 +95,7 @@ class NewStudy:
             self._check_layers(teacher.config.num_hidden_layers)
             remap = "{kind: remap, from: teacher, depth: spread}"
             student, tokenizer = f"{{like: teacher, layers: {self.layers}, init: {remap}}}", self.teacher
-        if "messages" in columns:
+        if task == "instructions" and ("messages" in columns or _has_chat_template(Path(tokenizer).expanduser())):
             more["template"] = "chat"
         data = {"train": self._path(self.data, folder), "columns": flow(columns), **more}
         data["tokenizer"] = f"{{kind: pretrained, name: {self._path(tokenizer, folder)}}}"
@@ -154,6 +154,13 @@ class NewStudy:
         path = os.path.expanduser(text)
         is_id = "://" in text or (not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", text))
         return flow(text if is_id or os.path.isabs(path) else f"./{os.path.relpath(path, folder)}")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a local folder's tokenizer brings a chat template."""
+    config = folder / "tokenizer_config.json"
+    is_in_config = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return (folder / "chat_template.jinja").is_file() or is_in_config
 
 
 def flow(value: Any) -> str:

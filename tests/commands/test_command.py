@@ -8,8 +8,10 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,12 @@ def test_it_is_the_module_form_with_the_same_arguments(name: str, monkeypatch: p
     monkeypatch.setattr(module, "main", lambda words: said.append(words) or 7)
     words = shlex.split(known.example)[1:]
     assert command.main([name, *words]) == 7 and said == [[*words, *known.extra]]
+
+
+def test_the_console_script_is_the_command() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["codistill"].partition(":")
+    assert module == command.__name__ and callable(getattr(command, name))
 
 
 def test_an_unknown_command_is_named_with_those_that_are_known(capsys: Any) -> None:
@@ -147,6 +155,15 @@ def test_what_makes_no_study_is_refused_and_leaves_no_file(
     monkeypatch.setattr("orchestrator.study.new.MOST_CLASSES", 20)
     assert command.main(["new", str(file), "--teacher", "big", *words]) == 2
     assert said in (text := capsys.readouterr().err) and text.count("\n") == 1 and not file.exists()
+
+
+def test_a_model_that_chats_gets_its_own_template(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    words = ["--teacher", "big", "--student", "chatty", "--data", "mine.jsonl"]
+    shutil.copytree("small", "chatty")
+    Path("chatty/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert command.main(["new", str(tmp_path / "mine.yaml"), *words]) == 0
+    assert load_study(tmp_path / "mine.yaml").trial["data"]["mine"]["template"] == "chat"
 
 
 def test_columns_of_other_names_are_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
