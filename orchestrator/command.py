@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -121,7 +122,8 @@ def new(words: Sequence[str]) -> int:
         task = study.write(given.file)
     except StudyError as error:
         return _refused(error)
-    print(f"{given.file}: a study of {task}\nnext: {PROG} plan {given.file}\nthen: {PROG} run {given.file}")
+    file = shlex.quote(given.file)
+    print(f"{given.file}: a study of {task}\nnext: {PROG} plan {file}\nthen: {PROG} run {file}")
     return 0
 
 

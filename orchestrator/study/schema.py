@@ -131,6 +131,7 @@ class Study(Value):
     limits: Limits = Limits()
     slot: Slot = Slot()
     fixed: dict[str, Any] = {}  # paths of the trial given by --set
+    overrides: tuple[str, ...] = ()  # path=value of what else --set, --seeds and --points gave
 
     @property
     def folder(self) -> str:

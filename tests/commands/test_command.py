@@ -97,10 +97,13 @@ def test_a_new_study_loads_and_names_its_next_commands(
     task: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(home)
-    file = str(tmp_path / "mine.yaml")  # in another folder: paths in a study start at its file
+    file = str(tmp_path / "it's mine.yaml")  # in another folder: paths in a study start at its file
     assert command.main(["new", file, "--teacher", "big", *CASES[task]]) == 0
     said = capsys.readouterr().out
-    assert f"a study of {task}" in said and f"codistill plan {file}" in said
+    assert f"a study of {task}" in said
+    assert [shlex.split(line)[1:] for line in said.splitlines()[1:]] == [
+        [command.PROG, c, file] for c in ("plan", "run")
+    ]
     study = load_study(file)
     spec = study.spec(arm="taught", seed=0)
     assert spec.models["teacher"].pretrained == str(home / "big")
