@@ -76,6 +76,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tok.pad_token = tok.eos_token  # tasks pad
     save(home / "big", tok, width=32, layers=3)
     save(home / "small", tok)
+    about = json.loads((home / "big" / "config.json").read_text())
+    (home / "big" / "config.json").write_text(json.dumps({**about, "pad_token_id": tok.pad_token_id}))
     with (home / "task.csv").open("w") as file:
         table = csv.writer(file)
         table.writerow(["review", "sentiment"])
