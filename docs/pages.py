@@ -67,8 +67,7 @@ class Reference:
                     nested = {key: nested}
                 self.collect(nested, self.parts["TrialSpec"], "TrialSpec")
         for part, keys in YAML(typ="safe").load(RARE).items():
-            for key, value in keys.items():
-                self.found[part, key].append(flow(value))
+            self.collect(keys, self.parts[part], part)
 
     def collect(self, value: Any, schema: Schema, part: str) -> None:
         """Collects the values of all keys in a part of a file."""

@@ -122,6 +122,7 @@ class _Checker:
         for arm in study.arms:
             with self.blamed_on(f"{self.place('arms', arm)}: arm {arm!r}"):
                 spec = self.trains_objective(arm=arm)
+                _check_early_stopping(spec)
                 if study.tune and objective.model not in spec.pruned().phases[objective.phase].train:
                     raise StudyError(
                         f"does not train {objective.model!r} in phase {objective.phase!r}, by which `tune` chooses"
@@ -148,6 +149,7 @@ class _Checker:
 
     def objective_and_claims(self) -> None:
         study, base = self.study, TrialSpec.model_validate({**self.study.trial, "seed": 0})
+        _check_early_stopping(base, f"{self.place('trial', 'phases')}: trial.")
         self.measured(base, study.objective, f"{self.place('objective')}: objective")
         said = dict[str, str]()
         for name, claim in study.claims.items():
@@ -253,6 +255,19 @@ def _samplings(spec: TrialSpec) -> Iterator[tuple[str, Sampling, int]]:
             if stream.replies is not None:
                 length = min(spec.data[item].length for item in phase.for_each_dataset or (stream.data,))
                 yield f"phases.{name}.streams.{on}.replies", stream.replies, length
+
+
+def _check_early_stopping(spec: TrialSpec, where: str = "") -> None:
+    """Raises StudyError where the metric by which a phase stops is not measured."""
+    for name, phase in spec.phases.items():
+        rule = phase.early_stopping
+        if rule is not None and rule.metric is not None:
+            expected = metrics_of(spec, name, (rule.data,) if rule.data else _trained_on(phase))
+            if rule.metric not in expected:
+                close = nearest(rule.metric, expected)
+                raise StudyError(
+                    f"{where}phases.{name}.early_stopping: no metric {rule.metric!r}{close}; expected {', '.join(expected)}"
+                )
 
 
 def _as_tuple(task: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from trainables.config.phase import Lora
 from trainables.evaluation.model_size import size_and_speed
 from trainables.models import build as build_
 from trainables.models import lora, output_head
-from trainables.models.layouts import projections_of
+from trainables.models.layouts import is_linear, projections_of
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
 VOCABULARY, LENGTH = 60, 12
@@ -61,7 +61,8 @@ def build(which: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int
 
 
 def adapted(net: Any, *targets: str, seed: int = 0, name: str = "m", **more: Any) -> Any:
-    return lora.attach(net, Lora(kind="lora", targets=targets or ("query", "value"), **{"rank": 3, **more}), name=name, seed=seed)  # type: ignore[arg-type]  # fmt: skip
+    wanted: Any = "all_linear" if targets == ("all_linear",) else targets or ("query", "value")
+    return lora.attach(net, Lora(kind="lora", targets=wanted, **{"rank": 3, **more}), name=name, seed=seed)
 
 
 def fill(net: Any, seed: int = 0) -> None:
@@ -93,7 +94,7 @@ def plain(net: Any, like: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), ALL, ("output",)], ids="+".join)
+@pytest.mark.parametrize("targets", [("query", "value"), ALL, ("output",), ("all_linear",)], ids="+".join)
 @pytest.mark.parametrize("which", SHAPES)
 def test_at_first_nothing_changes_then_merged_and_original_are_exact(which: str, targets: tuple[str, ...]) -> None:
     base = build(which)
@@ -371,7 +372,28 @@ def test_a_family_whose_projections_are_not_known_is_refused_with_its_linear_lay
     with pytest.raises(ModelError) as error:
         adapted(build_.from_config(config))
     assert "model 'm' (mpt): no projection is known as query" in str(error.value)
-    assert "transformer.blocks.*.attn.Wqkv" in str(error.value) and "expected targets: none" in str(error.value)
+    assert "transformer.blocks.*.attn.Wqkv" in str(error.value) and "expected targets: all_linear" in str(error.value)
+
+
+@pytest.mark.parametrize("which", SHAPES)
+def test_all_linear_is_every_linear_layer_below_the_head(which: str) -> None:
+    base = build(which)
+    below = [path for path, module in base.base_model.named_modules() if is_linear(module)]
+    pairs = {name.rpartition(".")[0] for name in lora.adapter_state(adapted(copy.deepcopy(base), "all_linear"))}
+    prefix = f"{base.base_model_prefix}."
+    for path in below:
+        assert any(pair == prefix + path or pair.startswith(f"{prefix}{path}.") for pair in pairs), path
+    assert all(pair.startswith(prefix) for pair in pairs)  # none in the head
+
+
+def test_a_family_without_known_projections_can_be_adapted_in_all_linear_layers() -> None:
+    config = AutoConfig.for_model("mpt", vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
+    base = build_.from_config(config).double().eval()
+    net = adapted(copy.deepcopy(base), "all_linear")
+    assert len(lora.adapter_state(net)) == 2 * 2 * 4  # A and B of four linear layers in each of two layers
+    close(logits(net), logits(base))
+    fill(net)
+    close(logits(plain(net, base)), logits(net))
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen3", "gemma2", "phi", "mistral"])

@@ -678,6 +678,15 @@ def test_objective_and_confirmation_speak_of_what_is_there(refused: Refused, old
         assert want in said, said
 
 
+def test_early_stopping_goes_by_a_number_that_is_measured(refused: Refused) -> None:
+    stops = "train: {student: full}\n      early_stopping: {metric: mlm_los, patience: 2}"
+    assert "phases.distil.early_stopping: no metric 'mlm_los' (did you mean 'mlm_loss'?)" in refused(
+        changed("train: {student: full}", stops)
+    )
+    arm = "taught: {phases.distil.early_stopping: {metric: bleu, patience: 2}}"
+    assert "arm 'taught'" in refused(changed("taught: {}", arm))
+
+
 def test_search_and_vary_need_each_other(refused: Refused) -> None:
     assert "`search` and `vary` need each other" in refused(changed("search: {sampler: random, points: 4}\n", ""))
     without = TEXT[: TEXT.index("vary:")] + TEXT[TEXT.index("search:") :]

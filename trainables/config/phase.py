@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from trainables.config.data import Sampling
 from trainables.config.schedules import Constant, Share
@@ -201,13 +210,16 @@ Budget = Annotated[
 class Lora(Value):
     """Trains only low-rank changes of projections (Hu et al. 2022): alpha / rank times B A, B zero at the start.
 
-    `targets` are logical: where a family keeps several projections in one matrix, each has its own pair.
+    `targets` are logical: where a family keeps several projections in one matrix, each has its own pair. `all_linear`: every
+    linear layer below the head, as in peft (QLoRA's choice: Dettmers et al. 2023).
     """
 
     kind: Literal["lora"]
     rank: int = Field(32, ge=1)  # rank of each change
     alpha: Positive | None = None  # by default the rank: a scale of 1
-    targets: tuple[Literal["query", "key", "value", "output"], ...] = Field(("query", "value"), min_length=1)
+    targets: (
+        Literal["all_linear"] | Annotated[tuple[Literal["query", "key", "value", "output"], ...], Field(min_length=1)]
+    ) = ("query", "value")
     dropout: float = Field(0.0, ge=0, lt=1)  # of the input of each change
 
 
@@ -245,6 +257,31 @@ class Optimizer(Value):
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
 
 
+class EarlyStopping(Value):
+    """Keeps the weights that were best on dev, and ends a phase after `patience` evaluations in a row without a better one.
+
+    Judged by a `metric` of a model, or by the loss of a `term`, both on dev. Without `patience` the phase runs to its end.
+    The phase's last evaluation, and `test`, are of the weights that are kept.
+    """
+
+    metric: str | None = None  # on dev, e.g. mlm_loss
+    model: Name | None = None  # whose metric; by default the only model that is trained
+    data: Name | None = None  # on which the metric is measured; by default the only data set that the phase reads
+    term: Name | None = None  # its loss on dev
+    patience: PositiveInt | None = None  # evaluations without a better one
+    restore: Literal["best", "last"] = "best"  # the weights that are kept
+
+    @model_validator(mode="after")
+    def _one_number_decides(self) -> EarlyStopping:
+        if (self.metric is None) == (self.term is None):
+            raise ValueError("expected either `metric` or `term`")
+        if self.term is not None and (self.model or self.data):
+            raise ValueError("a term has its own model and data; remove `model` and `data`")
+        if self.patience is None and self.restore == "last":
+            raise ValueError("changes nothing: give `patience`, or `restore: best`")
+        return self
+
+
 class Phase(Value):
     """One stage of training."""
 
@@ -265,6 +302,7 @@ class Phase(Value):
     eval_only: tuple[Name, ...] = ()  # further data, on whose test split each trained model is evaluated
     gradient_checkpointing: bool = False  # less memory, more time
     for_each_dataset: tuple[Name, ...] = ()  # run once for each of these data sets, as phase[data], never chained
+    early_stopping: EarlyStopping | None = None  # by default the phase runs to its end
 
     @property
     def pace(self) -> str:
@@ -284,6 +322,14 @@ class Phase(Value):
         """The models that the phase trains or reads."""
         of_terms = {model for term in self.terms.values() for model in term.reads}
         return of_terms | {model for stream in self.streams.values() for model in stream.models}
+
+    @model_serializer(mode="wrap")
+    def _as_before_early_stopping(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves the field out where it is not used, so that phases keep the keys under which they are stored."""
+        value: dict[str, Any] = dump(self)
+        if self.early_stopping is None:
+            value.pop("early_stopping", None)
+        return value
 
     def pruned(self) -> Phase:
         """Drops terms of weight zero, and the models that then learn nothing."""
@@ -316,4 +362,28 @@ class Phase(Value):
                 raise ValueError(f"term {name!r} teaches {term.target!r}, which this phase does not train")
         if not self.evaluate or self.evaluate[-1] != 1.0 or list(self.evaluate) != sorted(set(self.evaluate)):
             raise ValueError("evaluate must rise and end in 1")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_has_one_number(self) -> Phase:
+        if (rule := self.early_stopping) is None:
+            return self
+        if len(self.evaluate) == 1:
+            raise ValueError("early_stopping: give `evaluate` fractions before the end, e.g. [0.25, 0.5, 0.75, 1]")
+        if rule.term is not None:
+            if rule.term not in self.terms:
+                raise ValueError(f"early_stopping.term: no term {rule.term!r}; expected {', '.join(self.terms)}")
+            if self.terms[rule.term].weight.is_off:
+                raise ValueError(f"early_stopping.term: {rule.term!r} has weight 0; expected null or a metric")
+            return self
+        if rule.model is None and len(self.train) > 1:
+            raise ValueError(f"early_stopping.model: expected one of {', '.join(self.train)}")
+        if rule.model is not None and rule.model not in self.train:
+            raise ValueError(f"early_stopping.model: {rule.model!r} is not trained; expected {', '.join(self.train)}")
+        read = {stream.data for stream in self.streams.values()}
+        if rule.data is None and len(read) > 1 and not self.for_each_dataset:
+            raise ValueError(f"early_stopping.data: expected one of {', '.join(sorted(read))}")
+        if rule.data is not None and (self.for_each_dataset or rule.data not in read):
+            expected = "none, as each branch has its own" if self.for_each_dataset else ", ".join(sorted(read))
+            raise ValueError(f"early_stopping.data: {rule.data!r}; expected {expected}")
         return self

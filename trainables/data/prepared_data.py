@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from trainables.config.data import Format, Scoring
+from trainables.config.phase import Masking
 from trainables.data import tokenizer as tokenizers
-from trainables.data.order import bucketed_indices, shuffled_indices
+from trainables.data.order import bucketed_indices, by_length, shuffled_indices
 from trainables.data.split import SPLITS
 
 
@@ -86,6 +88,10 @@ class PreparedData:
     def scoring(self) -> Scoring | None:
         """How replies are drawn to be scored; None where there are no prompts."""
         return None
+
+    def dev_batches(self, corruption: Masking | None, rows: int) -> Iterator[tuple[Tensor, Any]]:
+        """Yields (indices, examples) of dev by rising length, as evaluations read them."""
+        return by_length(self.dev, rows)
 
     def step_indices(self, rows: Tensor | None, batch: int, step: int, *, seed: int, stream: str) -> Tensor:
         """Returns the examples of a step, of `rows` of train (None: of all); of similar length, where lengths differ."""

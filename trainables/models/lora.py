@@ -24,6 +24,7 @@ from trainables.config.value import random_stream
 from trainables.models.build import weights_of
 from trainables.models.configs import dropouts
 from trainables.models.layouts import Outputs, is_linear, is_transposed, projections_of
+from trainables.models.output_head import trunk_of
 
 ADAPTER = "default"  # peft's name of a single adapter
 
@@ -69,12 +70,16 @@ def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
 
     assert not is_attached(net)
     paths = []
-    found = projections_of(net)
-    _check_targets(net, how, {target for targets in found.values() for target in targets}, name)
+    found: Mapping[str, Mapping[str, Outputs]] = projections_of(net)
+    if how.targets == "all_linear":
+        found = _linear_layers(net, found)
+    else:
+        _check_targets(net, how.targets, {target for targets in found.values() for target in targets}, name)
     for path, targets in found.items():
-        if len(targets) > 1 and set(targets) & set(how.targets):
+        wanted = [target for target in targets if how.targets == "all_linear" or target in how.targets]
+        if len(targets) > 1 and wanted:
             net.set_submodule(path, Split(net.get_submodule(path), targets))
-        paths += [f"{path}.{t}" if len(targets) > 1 else path for t in targets if t in how.targets]
+        paths += [f"{path}.{target}" if len(targets) > 1 else path for target in wanted]
     _without_dropout(net)
     config = peft.LoraConfig(
         r=how.rank,
@@ -164,14 +169,23 @@ def _layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def _check_targets(net: nn.Module, how: Lora, known: set[str], name: str) -> None:
-    absent = [target for target in how.targets if target not in known]
+def _linear_layers(
+    net: nn.Module, projections: Mapping[str, Mapping[str, Outputs]]
+) -> dict[str, Mapping[str, Outputs]]:
+    """The linear layers below the head (peft's `all-linear`): those of attention by projection, others whole."""
+    below = {id(module) for module in trunk_of(net).modules()}
+    paths = (path for path, module in net.named_modules() if id(module) in below and is_linear(module))
+    return {path: projections.get(path, {"": np.empty(0, np.int64)}) for path in paths}
+
+
+def _check_targets(net: nn.Module, targets: Sequence[str], known: set[str], name: str) -> None:
+    absent = [target for target in targets if target not in known]
     if absent:
         linear = (path for path, module in net.named_modules() if is_linear(module))
         kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", path) for path in linear)
         raise ModelError(
             f"model {name!r} ({net.config.model_type}): no projection is known as {absent[0]}; "  # type: ignore[union-attr]
-            f"linear layers: {', '.join(kinds)}; expected targets: {', '.join(sorted(known)) or 'none'}"
+            f"linear layers: {', '.join(kinds)}; expected targets: {', '.join([*sorted(known), 'all_linear'])}"
         )
 
 

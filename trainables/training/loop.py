@@ -20,10 +20,10 @@ from trainables.models import build, lora
 from trainables.storage.checkpoints import drop_checkpoints, save_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import StoredPhase
-from trainables.training import gradients, on_policy
+from trainables.training import early_stopping, gradients, on_policy
 from trainables.training.forward import normaliser
 from trainables.training.records import examples_of, loss_of, records_of, score
-from trainables.training.setup import begin, parameters_of
+from trainables.training.setup import begin, learning_states, parameters_of
 from trainables.training.state import Diverged, PhaseState, Progress, Suspended, TrialContext
 from trainables.training.stop_signals import StopReason
 
@@ -43,7 +43,7 @@ def train_phase(trial: TrialContext, instance: PhaseRun) -> StoredPhase:
     elif 0 in evaluate_at and progress.step == 0:
         evaluate(phase, evaluate_at[0])
     started = time.monotonic()
-    while progress.step < total:
+    while not early_stopping.is_over(phase):
         step(phase)
         if progress.step % CHECK_EVERY == 0:
             _add_up(phase)
@@ -61,6 +61,8 @@ def train_phase(trial: TrialContext, instance: PhaseRun) -> StoredPhase:
                 log.info("phase %s: left at step %d of %d (%s)", instance, progress.step, total, asked)
                 raise Suspended(asked)
             started = time.monotonic()
+    if early_stopping.choose(phase):
+        evaluate(phase, 1.0)
     for model, stream in phase.evaluated:  # where the trial was killed between the last evaluation and this line
         if (model, stream) not in phase.scored:
             phase.scored[model, stream] = score(phase, model, phase.loader(stream), "test")
@@ -102,6 +104,7 @@ def evaluate(phase: PhaseState, fraction: float) -> None:
     """Evaluates the models, moves schedules that depend on dev losses, and reports."""
     records, losses = records_of(phase, fraction)
     progress, spec = phase.progress, phase.spec
+    early_stopping.observe(phase, records)
 
     def dev_loss(model: str, stream: str) -> float:
         if (model, stream) not in losses:
@@ -200,10 +203,7 @@ def _checkpoint(phase: PhaseState) -> None:
     if phase.context.session.rank == 0:
         state = {name: getattr(phase.progress, name) for name in Progress.__dataclass_fields__}
         state |= {"key": phase.context.key(phase.instance), "optimizer": phase.optimizer.state_dict()}
-        state["models"] = {
-            name: lora.adapter_state(net) if lora.is_attached(net) else net.state_dict()
-            for name, net in phase.models.learning.items()
-        }
+        state |= {"models": learning_states(phase.models), "best_weights": phase.best_weights}
         save_checkpoint(environment.storage, environment.folder, state, room=environment.checkpoint_bytes)
     environment.notice.look()
 
@@ -219,7 +219,7 @@ def _publish(phase: PhaseState) -> StoredPhase:
         configs={name: build.plain_config(phase.nets[name].config) for name in phase.spec.train},
         records=tuple(progress.records),
         cost={
-            "steps": phase.total,
+            "steps": progress.step,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "device_seconds": progress.seconds * trial.session.world,

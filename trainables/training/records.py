@@ -17,7 +17,7 @@ from trainables.evaluation.per_example import Placement, Scored
 from trainables.metrics.known import LOSSES
 from trainables.models import lora
 from trainables.storage.phase_store import EXAMPLES
-from trainables.training import on_policy
+from trainables.training import early_stopping, on_policy
 from trainables.training.state import Diverged, PhaseState, peak_memory
 from trainables.training.streams import StreamLoader
 
@@ -43,7 +43,11 @@ def records_of(phase: PhaseState, fraction: float) -> tuple[list[Record], DevLos
     }
     losses = DevLosses()
     measured = chain(
-        _training(phase, is_end), _evaluation(phase, is_end, losses), _agreements(phase), _system(phase, is_end)
+        _training(phase, is_end),
+        _evaluation(phase, is_end, losses),
+        _agreements(phase),
+        _term_on_dev(phase),
+        _system(phase, is_end),
     )
     return [
         {**common, "model": model, "task": data, "split": split, "metric": metric, "value": value}
@@ -124,6 +128,18 @@ def _agreements(phase: PhaseState) -> Iterator[Measured]:
                 for name in (other, f"{other}_original") if is_frozen else (other,):
                     metrics |= {f"{name}_{metric}": value for metric, value in agreed.items()}
             yield model, data, split, metrics
+
+
+def _term_on_dev(phase: PhaseState) -> Iterator[Measured]:
+    """Measures the loss of the term that early stopping goes by."""
+    if (rule := phase.spec.early_stopping) is not None and rule.term is not None:
+        term = phase.spec.terms[rule.term]
+        yield (
+            term.target,
+            phase.streams[term.on].spec.data,
+            "dev",
+            {rule.term: early_stopping.loss_on_dev(phase, rule.term)},
+        )
 
 
 def score(phase: PhaseState, model: str, stream: StreamLoader, split: Split) -> Scored:

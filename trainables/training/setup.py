@@ -34,7 +34,7 @@ from trainables.training.phase_graph import (
     seed_of,
     streams_of,
 )
-from trainables.training.state import PhaseState, Progress, TrialContext
+from trainables.training.state import LearningStates, PhaseState, Progress, TrialContext
 from trainables.training.streams import StreamLoader, open_reader
 
 Loaders = Mapping[str, StreamLoader]
@@ -58,7 +58,8 @@ def begin(trial: TrialContext, instance: PhaseRun) -> PhaseState:
     models = call_models(inputs, nets)
     optimizer = make_optimizer(spec, {name: parameters_of(spec, models.learning, name) for name in spec.train})
     replies = {name: on_policy.new_state() for name, stream in streams.items() if stream.spec.replies is not None}
-    progress = restore(inputs, models, optimizer) or Progress(flops=label_flops, replies=replies)
+    restored = restore(inputs, models, optimizer)
+    progress, best_weights = restored or (Progress(flops=label_flops, replies=replies), {})
     eval_only = {
         f"scored on {item}": StreamLoader(item, Stream(data=item, corruption=None), trial.data[item])
         for item in spec.eval_only
@@ -71,7 +72,19 @@ def begin(trial: TrialContext, instance: PhaseRun) -> PhaseState:
     share = spec.batch // trial.session.world
     micro = min(share, trial.environment.micro_batch or share)
     phase = PhaseState(
-        trial, instance, spec, seed, streams, models, optimizer, total, progress, micro, share, eval_only=eval_only
+        trial,
+        instance,
+        spec,
+        seed,
+        streams,
+        models,
+        optimizer,
+        total,
+        progress,
+        micro,
+        share,
+        eval_only=eval_only,
+        best_weights=best_weights,
     )
     for stream in streams.values():
         for name in stream.spec.reply_models:
@@ -175,18 +188,37 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
     return models
 
 
-def restore(inputs: PhaseInputs, models: forward.Models, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Loads the furthest checkpoint of the phase, if there is one, into models and optimizer."""
+def learning_states(models: forward.Models, *, is_copy: bool = False) -> LearningStates:
+    """Returns the tensors of the modules that learn, of LoRA the pairs alone; with `is_copy` on the CPU."""
+    states = {
+        name: lora.adapter_state(module) if lora.is_attached(module) else module.state_dict()
+        for name, module in models.learning.items()
+    }
+    if not is_copy:
+        return states
+    return {name: {key: t.detach().cpu().clone() for key, t in state.items()} for name, state in states.items()}
+
+
+def load_learning_states(models: forward.Models, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for name, state in states.items():
+        module = models.learning[name]
+        (lora.load_adapter_state if lora.is_attached(module) else nn.Module.load_state_dict)(module, state)
+
+
+def restore(
+    inputs: PhaseInputs, models: forward.Models, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, LearningStates] | None:
+    """Loads the furthest checkpoint of the phase, if there is one, into models and optimizer. Returns the progress, and
+    the weights that early stopping keeps."""
     trial, environment = inputs.trial, inputs.trial.environment
     folders = (*environment.earlier, environment.folder)
     saved = load_checkpoint(environment.storage, folders, trial.key(inputs.instance))
     if saved is None:
         return None
-    for name, state in saved.pop("models").items():
-        module = models.learning[name]
-        (lora.load_adapter_state if lora.is_attached(module) else nn.Module.load_state_dict)(module, state)
+    load_learning_states(models, saved.pop("models"))
     optimizer.load_state_dict(saved.pop("optimizer"))
-    return Progress(**{key: value for key, value in saved.items() if key != "key"})
+    best_weights = saved.pop("best_weights", {})
+    return Progress(**{key: value for key, value in saved.items() if key != "key"}), best_weights
 
 
 def _reads_below_logits(spec: Phase) -> bool:

@@ -27,6 +27,8 @@ from trainables.training.phase_graph import phase_key
 from trainables.training.stop_signals import Notice, StopReason
 from trainables.training.streams import StreamLoader
 
+LearningStates = dict[str, dict[str, Tensor]]  # by learning module
+
 
 class Diverged(Exception):
     """The loss is not finite. An outcome of the trial, not a fault of the machine."""
@@ -104,6 +106,7 @@ class Progress:
     flops_of: dict[str, float] = field(default_factory=dict)  # per padded token, by active terms and lengths
     sums: dict[str, float] = field(default_factory=dict)  # of each term since the last record, over all ranks
     counts: dict[str, int] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)  # of the evaluations on dev, for early stopping
 
 
 @dataclass
@@ -125,6 +128,7 @@ class PhaseState:
     token_flops: dict[str, float] = field(default_factory=dict)  # of a forward, by model that generates replies
     local: dict[str, Tensor] = field(default_factory=dict)  # sums of each term on this rank since the last total
     scored: dict[tuple[str, str], Scored] = field(default_factory=dict)  # on test at the end, by model and stream
+    best_weights: LearningStates = field(default_factory=dict)  # for early stopping
 
     @property
     def nets(self) -> Mapping[str, Any]:

@@ -84,6 +84,11 @@ class Corpus(PreparedData):
         for start in range(0, len(sequences), batch):
             yield whole.rows(start, min(start + batch, len(sequences)))
 
+    def dev_batches(self, corruption: Masking | None, rows: int) -> Iterator[tuple[Tensor, MaskedBatch]]:
+        """Yields (indices, sequences) of dev in order, masked as evaluations mask them."""
+        for i, batch in enumerate(self.evaluation_batches("dev", corruption, batch=rows)):
+            yield torch.arange(i * rows, i * rows + len(batch.ids_BT)), batch
+
     def examples(self, masking: Masking | None, *, num: int = 2, num_tokens: int = 60) -> list[str]:
         """Decodes the beginnings of training sequences; a masked token is shown as «word→[MASK]»."""
         ids_BT = self.train.rows(range(min(num, len(self.train))))
