@@ -19,11 +19,14 @@ import pytest
 
 from orchestrator import command, sweep
 from orchestrator.scheduling import trial_files
+from orchestrator.scheduling.scheduler import Scheduler
+from orchestrator.scheduling.trials import Fingerprints
 from orchestrator.scheduling.watch import progress
 from orchestrator.study.load import load_study
 from tests.commands.test_notebook import folder  # noqa: F401
-from tests.commands.test_user_path import rows, save, tokenizer_of, write
+from tests.commands.test_user_path import QUICK, rows, save, tokenizer_of, write
 from tests.support.source_tree import ROOT
+from tests.support.studies import run_trials
 from trainables.data.instructions.templates import alpaca
 from trainables.storage.files import Storage
 
@@ -138,6 +141,23 @@ def test_a_new_study_plans(task: str, home: Path, tmp_path: Path, monkeypatch: p
     assert command.main(["new", file, "--teacher", "big", *CASES[task]]) == 0
     assert command.main(["plan", file, "--storage", str(tmp_path / "runs")]) == 0, capsys.readouterr().err
     assert "teacher_helps: taught is better than alone" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_new_study_runs_to_its_end(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    file = tmp_path / "mine.yaml"
+    assert command.main(["new", str(file), "--teacher", "big", "--layers", "2", "--data", "mine.jsonl"]) == 0
+    short = [*QUICK, *(f"trial.phases.{phase}.budget={{steps: 2}}" for phase in ("teach", "distil"))]
+    storage = Storage(str(tmp_path / "runs"))
+    scheduler = Scheduler(load_study(file, overrides=short, seeds=1), Fingerprints(storage.sub("data").uri), storage)
+    run_trials(scheduler)
+    rows_ = scheduler.ledger.all_rows()
+    assert [row["status"] for row in rows_] == ["ended"] * len(rows_) and {row["arm"] for row in rows_} >= {
+        "alone",
+        "taught",
+    }
+    assert "arms 2/2" in progress(scheduler.study, scheduler.ledger.home)
 
 
 @pytest.mark.parametrize(
