@@ -12,7 +12,6 @@ import argparse
 import importlib
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -230,7 +229,9 @@ def ui(words: Sequence[str]) -> int:
         return 2
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", sqlite_uri(database), "--host", "127.0.0.1"]
     print(f"MLflow on http://127.0.0.1:{given.port}; Ctrl-C ends it", flush=True)
-    return subprocess.run([*command, "--port", str(given.port)], check=False).returncode
+    os.execv(
+        sys.executable, [*command, "--port", str(given.port)]
+    )  # MLflow takes this process's place, and its signals
 
 
 OWN: dict[str, Callable[[Sequence[str]], int]] = {

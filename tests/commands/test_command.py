@@ -6,6 +6,7 @@ import builtins
 import csv
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -265,9 +266,7 @@ def test_ui_opens_the_database_of_the_storage_on_loopback(
     assert "no MLflow database" in capsys.readouterr().err
     (tmp_path / "mlflow.db").touch()
     said = list[list[str]]()
-    monkeypatch.setattr(
-        subprocess, "run", lambda words, check: said.append(words) or subprocess.CompletedProcess(words, 0)
-    )
-    assert command.main(["ui", "--storage", str(tmp_path), "--port", "5999"]) == 0
+    monkeypatch.setattr(os, "execv", lambda _, words: said.append(words))
+    command.main(["ui", "--storage", str(tmp_path), "--port", "5999"])
     assert said[0][1:5] == ["-m", "mlflow", "ui", "--backend-store-uri"] and f"{tmp_path}/mlflow.db" in said[0][5]
     assert said[0][6:] == ["--host", "127.0.0.1", "--port", "5999"]
