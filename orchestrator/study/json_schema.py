@@ -71,9 +71,10 @@ def field_texts(cls: type[BaseModel]) -> dict[str, str]:
 
 def _sentences(docstring: str, key: str) -> str:
     """The sentences that have the field's name in backticks; where one starts with the name and a colon, what follows it."""
+    name = key.rstrip("_")  # of a field whose alias is a word of Python
     sentences = re.split(r"(?<=[.;])(?<!al\.)\s+", " ".join(docstring.split()))
-    named = [sentence for sentence in sentences if re.search(rf"`{key.rstrip('_')}\b", sentence)]
-    return re.sub(rf"^`{key}`: |[.;]$", "", " ".join(named))
+    named = [sentence for sentence in sentences if re.search(rf"`{name}\b", sentence)]
+    return re.sub(rf"^`{name}`: |[.;]$", "", " ".join(named))
 
 
 def _comments(cls: type) -> dict[str, str]:
