@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STUDY ?= search_spaces/dwt.yaml
 PORT ?= 5000
+STORAGE ?= ./runs
 CLUSTER ?= cluster.yaml
 
-.PHONY: install sweep test test-all long ui cluster clean
+.PHONY: install sweep test test-all long ui docs cluster clean
 
 install: .venv/installed
 
@@ -32,8 +33,12 @@ test-all: install  # the tests that start Ray, kill processes or open a browser
 long: install  # what takes minutes each: every family of models that transformers has, groups and machines that are lost
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
 
-ui: install  # MLflow on loopback, with every trial nested under its study
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+ui: install  # MLflow on loopback over the storage that sweeps write, with every trial nested under its study
+	$(BIN)/python -m orchestrator.command ui --storage $(STORAGE) --port $(PORT)
+
+docs: install  # the documentation site, in site/html; fails at a broken link
+	$(BIN)/python -m docs.pages
+	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 cluster: install  # starts machines that cost money until `ray down`; starts nothing if the file has an error
 	$(BIN)/python -m orchestrator.cluster.check_config $(CLUSTER)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from transformers import BertConfig, BertForMaskedLM
 
-from orchestrator import export, report, store, sweep
+from orchestrator import command, export, report, store, sweep
 from orchestrator.cli import open_storage
 from orchestrator.cluster import mlflow_server
 from orchestrator.mlflow_sync import Mirror
@@ -361,8 +361,13 @@ def test_mlflow_is_started_on_loopback(tmp_path: Path, monkeypatch: pytest.Monke
     make = subprocess.run(["make", "-n", "ui"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     monkeypatch.setattr(mlflow_server.subprocess, "Popen", Server)
     assert mlflow_server.serve(Storage(str(tmp_path)), tmp_path / "mlflow.db", 5001, 1.0) == 0
-    for command in (" ".join(started[0]), next(line for line in make.splitlines() if "mlflow ui" in line)):
-        assert re.findall(r"--host[ =](\S+)", command) == ["127.0.0.1"], command
+    (tmp_path / "mlflow.db").touch()
+    (words,) = re.findall(r"-m orchestrator\.command (ui .*)", make)
+    monkeypatch.setattr(os, "execv", lambda _, words: started.append(words))
+    command.main([*words.split(), "--storage", str(tmp_path)])
+    assert len(started) == 2
+    for each in started:
+        assert re.findall(r"--host[ =](\S+)", " ".join(each)) == ["127.0.0.1"], each
 
 
 @pytest.mark.parametrize("file", ["cluster.yaml", "cluster-local.yaml"])

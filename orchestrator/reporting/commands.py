@@ -22,6 +22,7 @@ def export_command(study: Study, chosen: str, storage: str = DEFAULT_STORAGE) ->
 
 def _arguments(study: Study, storage: str) -> str:
     profile = [] if study.is_default_profile else ["--profile", str(study.profile)]
-    sets = [part for path, value in study.fixed.items() for part in ("--set", f"trial.{path}={json.dumps(value)}")]
+    fixed = [f"trial.{path}={json.dumps(value)}" for path, value in study.fixed.items()]
+    sets = [part for override in (*study.overrides, *fixed) for part in ("--set", override)]
     elsewhere = [] if storage == DEFAULT_STORAGE else ["--storage", storage]
     return "".join(f" {shlex.quote(argument)}" for argument in (*profile, *sets, *elsewhere))

@@ -121,6 +121,12 @@ def only_driver(home: Storage) -> Iterator[None]:
         yield
 
 
+def is_driven(home: Storage) -> bool | None:
+    """Whether a sweep of this study runs on this machine; None where the storage is not local."""
+    with _lock(home) as is_alone:
+        return None if is_alone is None else not is_alone
+
+
 def request(home: Storage, *, drain: bool, stop: str | None) -> str:
     """Asks the running sweep to drain, or to stop one trial for good. Returns a confirmation. Raises StudyError."""
     with _lock(home) as is_alone:

@@ -24,7 +24,7 @@ def label_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-Label = Annotated[str, BeforeValidator(label_of)]
+Label = Annotated[str, BeforeValidator(label_of, json_schema_input_type=Any)]
 
 
 def _labels(value: Any) -> list[str]:
@@ -32,20 +32,25 @@ def _labels(value: Any) -> list[str]:
 
 
 class _Axis(Value):
-    when: dict[str, Annotated[tuple[str, ...], BeforeValidator(_labels)]] = {}
+    # other axis -> the labels under which this axis varies
+    when: dict[str, Annotated[tuple[str, ...], BeforeValidator(_labels, json_schema_input_type=Any)]] = {}
 
 
 class Choice(_Axis):
     """One of several labelled values. Where the axis is not a path of the trial, each value maps paths to values."""
 
-    choice: Annotated[dict[str, Any], BeforeValidator(labelled), Field(min_length=1)]
+    choice: Annotated[
+        dict[str, Any],
+        BeforeValidator(labelled, json_schema_input_type=dict[str, Any] | list[Any]),
+        Field(min_length=1),
+    ]  # values, or label -> value
 
     def ends(self) -> tuple[Any, ...]:
         return tuple(self.choice)
 
 
 class _Range(_Axis):
-    log: bool = False
+    log: bool = False  # whether the range is searched on a logarithmic scale
 
     @model_validator(mode="after")
     def _the_range_rises(self) -> Self:
@@ -61,15 +66,19 @@ class _Range(_Axis):
 
 
 class FloatRange(_Range):
-    float_: tuple[float, float] = Field(alias="float")
+    """Any number of a range."""
+
+    float_: tuple[float, float] = Field(alias="float")  # the lowest and the highest value
 
     def ends(self) -> tuple[Any, ...]:
         return self.float_
 
 
 class IntRange(_Range):
-    int_: tuple[int, int] = Field(alias="int")
-    step: PositiveInt = 1
+    """A whole number of a range."""
+
+    int_: tuple[int, int] = Field(alias="int")  # the lowest and the highest value
+    step: PositiveInt = 1  # distance of two values
 
     @model_validator(mode="after")
     def _equal_steps_are_not_logarithmic(self) -> Self:

@@ -35,7 +35,8 @@ class Figure(Value):
     """A paper's effect in our units: an average over these tasks of GLUE, comparable with an average over the same tasks
     only. `glue`: the 8 tasks, or 9 with WNLI."""
 
-    figure: float
+    figure: float  # effect that the paper reports
+    # the tasks over which the effect is a mean
     over: Annotated[tuple[GlueTask, ...], Field(min_length=1), AfterValidator(_differ)] | Literal["glue"]
 
 
@@ -57,13 +58,13 @@ def _one_or_several(against: Any) -> Any:
 class _Statement(Value):
     """What any claim says of the number that it is about."""
 
-    says: str | None = None
-    model: Name
-    metric: str
-    task: Task | None = None
-    split: Literal["test", "dev"] = "test"
-    family: str = "main"
-    paper: Paper | None = None
+    says: str | None = None  # the claim in words, for the report
+    model: Name  # the model that is compared
+    metric: str  # e.g. mlm_loss, score, rougeL
+    task: Task | None = None  # data sets over which the metric is a mean
+    split: Literal["test", "dev"] = "test"  # that the metric is of
+    family: str = "main"  # claims of one family share the error rate
+    paper: Paper | None = None  # what the paper says
 
     @property
     def figure(self) -> float | None:
@@ -86,14 +87,16 @@ class Claim(_Statement):
     """
 
     arm: Name
-    against: Annotated[Name | tuple[Name, ...], BeforeValidator(_one_or_several)]
+    against: Annotated[
+        Name | tuple[Name, ...], BeforeValidator(_one_or_several, json_schema_input_type=Name | list[Name])
+    ]
     phase: Name | None = None  # by default the objective's
     against_model: Name | None = None  # in `against`; by default the same
     at: float | Literal["equal"] = 1.0  # of the phase's budget
     margin: float = 0.0  # a gain: positive where the arm is better
     within: Positive | None = None  # equivalent, where the difference is shown to be smaller than this either way
-    axis: CostAxis = "student_tokens"
-    less: CostAxis | None = None
+    axis: CostAxis = "student_tokens"  # the cost that `at: equal` makes equal
+    less: CostAxis | None = None  # a cost that must be lower, too
 
     @field_validator("at", mode="before")
     @classmethod

@@ -56,8 +56,10 @@ def load_study(
             raise StudyError(f"{file}: --points needs a `search` in the file")
         raw["search"] = {**raw["search"], "points": points}
     about = {"name": Path(file).stem, "file": file, "profile": profile, "is_default_profile": profile == default}
+    others = [override for override in overrides if not override.startswith("trial.")]
+    others += [f"seeds={seeds}"] * (seeds is not None) + [f"search.points={points}"] * (points is not None)
     try:
-        study = Study.model_validate({**raw, **about, "fixed": fixed})
+        study = Study.model_validate({**raw, **about, "fixed": fixed, "overrides": others})
         if "seed" in study.trial:
             line = line_of(lines, "trial", "seed")
             raise StudyError(f"{file}:{line}: trial.seed: a study file sets no seed of a trial; expected seeds: N")

@@ -26,16 +26,18 @@ class StopEarly(Value):
     """ASHA: from the fraction `first` of the budget on, the best 1/`reduction` of the points at a rung continue."""
 
     kind: Literal["asha"]
-    first: float = Field(0.5, ge=0.5, lt=1)
-    reduction: int = Field(2, ge=2)
+    first: float = Field(0.5, ge=0.5, lt=1)  # fraction of the budget at the first rung
+    reduction: int = Field(2, ge=2)  # one point in so many continues
 
 
 class Search(Value):
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    points: PositiveInt
+    """Tries points of `vary`; the winner is the point with the best objective."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"  # tpe is Optuna's
+    points: PositiveInt  # trials, in total
     constraints: tuple[Constraint, ...] = ()  # points within them come first, and only they can win
-    stop_early: StopEarly | None = None
-    seed: int = Field(0, ge=0)
+    stop_early: StopEarly | None = None  # by default no point stops early
+    seed: int = Field(0, ge=0)  # of the sampler
 
 
 class Tune(Value):
@@ -44,6 +46,7 @@ class Tune(Value):
     Values that are clearly worse at two seeds are dropped; the others run at up to `seeds`.
     """
 
+    # a dotted path of the trial -> the values that are tried
     grid: dict[str, Annotated[tuple[Positive, ...], Field(min_length=3)]] = Field(min_length=1, max_length=1)
     seeds: int = Field(3, ge=1, le=100)
     extend: int = Field(2, ge=0)  # how often a winner at an edge may extend the grid by one step
@@ -56,8 +59,8 @@ class Confirm(Value):
     more, for as long as costs the same.
     """
 
-    against: Name
-    seeds: int = Field(5, ge=2)
+    against: Name  # an arm with the winner's student
+    seeds: int = Field(5, ge=2)  # fresh seeds of both
 
     def at_settings(self, winner: str) -> str:
         """Names the arm at the winner's settings, as tables call it."""
@@ -92,10 +95,10 @@ class Slot(Value):
     another machine trains.
     """
 
-    workers: PositiveInt = 1
-    cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0)
-    memory_gb: float | None = Field(None, gt=0)
+    workers: PositiveInt = 1  # processes that share each batch
+    cpus: float = Field(1, gt=0)  # of each worker
+    gpus: float = Field(0, ge=0)  # of each worker; below 1: trials share a GPU
+    memory_gb: float | None = Field(None, gt=0)  # of each worker; by default this machine's
 
     @model_validator(mode="after")
     def _a_worker_uses_one_device(self) -> Slot:
@@ -107,7 +110,16 @@ class Slot(Value):
 
 
 class Study(Value):
-    """A question, and the experiments that answer it. `trial` is the raw trial, with the profile applied."""
+    """A question, and the experiments that answer it.
+
+    `question`: what the report answers. `trial`: data, models and phases of the base trial, which arms and points change; raw,
+    with the profile applied. `vary`: what the search may change, as dotted path of the trial -> choice or range; a name without
+    a dot changes several paths at once. `exclude`: combinations of labels that the search leaves out. `search`: how points are
+    chosen. `tune`: a grid of learning rates for each arm. `arms`: name -> {dotted path of the trial: value}, the recipes that
+    are compared. `seeds`: seeds of each arm. `objective`: the number that tuning and search improve. `claims`: name -> a
+    statement about arms that the report judges. `confirm`: repeats the search's winner on fresh seeds. `limits`: of time and
+    disk. `slot`: the devices of one trial.
+    """
 
     name: str
     file: str
@@ -131,6 +143,7 @@ class Study(Value):
     limits: Limits = Limits()
     slot: Slot = Slot()
     fixed: dict[str, Any] = {}  # paths of the trial given by --set
+    overrides: tuple[str, ...] = ()  # path=value of what else --set, --seeds and --points gave
 
     @model_validator(mode="before")
     @classmethod

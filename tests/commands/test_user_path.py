@@ -1,4 +1,4 @@
-"""The README's study of decoders as a user runs it, on folders and a file of their own; and what they may get wrong."""
+"""The documents' study of decoders as a user runs it, on folders and a file of their own; and what they may get wrong."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from trainables.config.models import Model
 from trainables.data.instructions.templates import alpaca
 from trainables.models import build
 
-README = (ROOT / "README.md").read_text()
-BLOCK = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "./mine.jsonl" in text)
+DOCUMENT = (ROOT / "docs" / "study.md").read_text()
+BLOCK = next(text for text in re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL) if "./mine.jsonl" in text)
 COMMANDS = [
-    line.partition("#")[0].split() for line in README.splitlines() if re.match(r" {4}python .* mine\.yaml", line)
+    line.partition("#")[0].split() for line in DOCUMENT.splitlines() if re.match(r" {4}python .* mine\.yaml", line)
 ]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUICK = ["trial.data.mine.scoring={max_tokens: 8, seeds: [1]}", "trial.data.mine.evaluate=4"]
@@ -69,7 +69,7 @@ def save(folder: Path, tok: Any, *, length: int = 512, seed: int = 0, **shape: A
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README takes for granted: a JSON lines file, and two folders with models."""
+    """What the document takes for granted: a JSON lines file, and two folders with models."""
     home = tmp_path_factory.mktemp("given")
     write(home / "mine.jsonl", rows())
     tok = tokenizer_of([alpaca(row["question"]) + row["answer"] for row in rows()])
@@ -133,7 +133,7 @@ Planned = Callable[..., tuple[int, str, str]]
 def planned(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Planned:
-    """Plans the README's study with some paths set otherwise, from a folder where `given` lies: (exit code, out, err)."""
+    """Plans the document's study with some paths set otherwise, from a folder where `given` lies: (exit code, out, err)."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for path in given.iterdir():
         (tmp_path / path.name).symlink_to(path)

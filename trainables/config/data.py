@@ -15,22 +15,22 @@ class WordPiece(Value):
     """A lower-casing WordPiece vocabulary trained on the `train` split."""
 
     kind: Literal["wordpiece"]
-    size: int = Field(4096, ge=64)
+    size: int = Field(4096, ge=64)  # tokens of the vocabulary
 
 
 class PretrainedTokenizer(Value):
     """A tokenizer from a local folder or from the hub."""
 
     kind: Literal["pretrained"]
-    name: FolderOrId
-    revision: str | None = None
+    name: FolderOrId  # folder or hub id
+    revision: str | None = None  # commit, tag or branch on the hub
 
 
 class SameTokenizer(Value):
     """The tokenizer of another data set of the trial, so that a model reads both with one vocabulary."""
 
     kind: Literal["same"] = "same"
-    as_: Name = Field("corpus", alias="as", validation_alias=AliasChoices("as", "as_"))
+    as_: Name = Field("corpus", alias="as", validation_alias=AliasChoices("as", "as_"))  # name of the other data set
 
 
 Tokenizer = Annotated[WordPiece | PretrainedTokenizer, Field(discriminator="kind")]
@@ -110,7 +110,7 @@ class _Corpus(_Data):
     preparation = ("tokenizer", "length", "evaluate")
     scoring: ClassVar[None] = None
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # trained on these texts, or pretrained
     length: int = Field(128, ge=8)  # tokens of a packed sequence, special tokens included
     evaluate: int = Field(256, ge=1)  # sequences of dev, and of test, that are evaluated at most
 
@@ -124,7 +124,7 @@ class PythonDocs(_Corpus):
 class Columns(Value):
     """The column of a data file that holds the text."""
 
-    text: str = "text"
+    text: str = "text"  # name of the column
 
 
 class Files(_Corpus):
@@ -134,23 +134,23 @@ class Files(_Corpus):
     """
 
     kind: Literal["files"]
-    train: DataPath
-    dev: DataPath | None = None
-    test: DataPath | None = None
-    columns: Columns = Columns()
+    train: DataPath  # a path, a glob or a URI
+    dev: DataPath | None = None  # by default a part of train
+    test: DataPath | None = None  # by default a part of train
+    columns: Columns = Columns()  # which column holds the text
 
 
 class Hub(_Corpus):
     """A data set of the Hugging Face hub, at a revision."""
 
     kind: Literal["hub"]
-    name: str
-    config: str | None = None
-    revision: str = "main"
-    train: str = "train"
-    dev: str | None = None
-    test: str | None = None
-    columns: Columns = Columns()
+    name: str  # id on the hub
+    config: str | None = None  # of the data set, where it has several
+    revision: str = "main"  # commit, tag or branch
+    train: str = "train"  # name of a split
+    dev: str | None = None  # name of a split; by default a part of train
+    test: str | None = None  # name of a split; by default a part of train
+    columns: Columns = Columns()  # which column holds the text
 
 
 class _Task(_Data):
@@ -160,7 +160,7 @@ class _Task(_Data):
     preparation: ClassVar[tuple[str, ...]] = ("tokenizer", "length", "examples", "evaluate")
     scoring: ClassVar[None] = None
 
-    tokenizer: TokenizerOrSame = SameTokenizer()
+    tokenizer: TokenizerOrSame = SameTokenizer()  # by default that of the data set `corpus`
     length: int = Field(128, ge=8)  # tokens of an example at most, special tokens included; longer texts are cut
     examples: int | None = Field(None, ge=1)  # examples of train that are used at most
     evaluate: int | None = Field(None, ge=1)  # examples of dev, and of test, that are evaluated at most
@@ -187,9 +187,9 @@ class Glue(_Task):
     """
 
     kind: Literal["glue"]
-    task: GlueTask
-    source: FolderOrId = "nyu-mll/glue"
-    revision: str = "main"
+    task: GlueTask  # which of the tasks
+    source: FolderOrId = "nyu-mll/glue"  # folder or hub id
+    revision: str = "main"  # commit, tag or branch on the hub
 
     @property
     def num_labels(self) -> int:
@@ -213,22 +213,27 @@ class PythonTask(_Task):
     signature (`signature`, a pair). On every machine."""
 
     kind: Literal["python_task"]
-    task: Literal["topic", "signature"]
+    task: Literal["topic", "signature"]  # topic: 8 classes; signature: 2
 
     @property
     def num_labels(self) -> int:
         return {"topic": 8, "signature": 2}[self.task]
 
 
-Class = Annotated[str | int, BeforeValidator(lambda name: str(name).lower() if isinstance(name, bool) else name)]
+Class = Annotated[
+    str | int,
+    BeforeValidator(
+        lambda name: str(name).lower() if isinstance(name, bool) else name, json_schema_input_type=str | int | bool
+    ),
+]
 
 
 class LabelledColumns(Value):
     """The columns of a data file that hold texts and labels; without `second` each example is a single text."""
 
-    first: str = "sentence"
-    second: str | None = None
-    label: str = "label"
+    first: str = "sentence"  # column of the text, or of the first of a pair
+    second: str | None = None  # column of the second text of a pair
+    label: str = "label"  # column of the label
 
 
 class LabelledFiles(_Task):
@@ -241,12 +246,12 @@ class LabelledFiles(_Task):
     preparation = (*_Task.preparation, "score")
 
     kind: Literal["labelled_files"]
-    train: DataPath
-    dev: DataPath | None = None
-    test: DataPath | None = None
-    columns: LabelledColumns = LabelledColumns()
-    classes: tuple[Class, ...] | None = Field(None, min_length=2)
-    score: Rule | None = None
+    train: DataPath  # a path, a glob or a URI
+    dev: DataPath | None = None  # by default a part of train
+    test: DataPath | None = None  # by default a part of train
+    columns: LabelledColumns = LabelledColumns()  # which columns hold texts and labels
+    classes: tuple[Class, ...] | None = Field(None, min_length=2)  # by default labels are numbers
+    score: Rule | None = None  # by default accuracy; for numbers, correlation
 
     @property
     def num_labels(self) -> int:
@@ -272,9 +277,12 @@ class LabelledFiles(_Task):
 class Sampling(Value):
     """How the next token is drawn: `temperature`, then the `top_k` likeliest, then the fewest that hold `top_p`."""
 
-    temperature: Positive = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda k: k or None)] = None  # 0: no limit
+    temperature: Positive = 1.0  # divides the logits
+    top_p: float = Field(1.0, gt=0, le=1)  # draw among the fewest tokens that hold this mass
+    top_k: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        BeforeValidator(lambda k: k or None, json_schema_input_type=Annotated[int, Field(ge=0)] | None),
+    ] = None  # 0: no limit
     max_tokens: int = Field(128, ge=1)  # of a reply; a longer reply is cut and counted as unfinished
 
 
@@ -282,7 +290,7 @@ class Scoring(Sampling):
     """How replies are drawn to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one."""
 
     max_tokens: int = Field(256, ge=1)
-    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)  # a reply is drawn for each
 
 
 class _Instructions(_Data):
@@ -291,13 +299,13 @@ class _Instructions(_Data):
     format = INSTRUCTIONS
     preparation = ("tokenizer", "template", "length", "prompt_length", "examples", "evaluate", "scoring")
 
-    tokenizer: TokenizerOrSame = SameTokenizer()
+    tokenizer: TokenizerOrSame = SameTokenizer()  # by default that of the data set `corpus`
     template: Literal["alpaca", "chat"] = "alpaca"  # chat: the tokenizer's own
     length: int = Field(512, ge=8)  # tokens of prompt and reply; longer replies are cut
     prompt_length: int = Field(256, ge=4)  # tokens; rows with a longer prompt are left out
     examples: int | None = Field(None, ge=1)  # rows of train that are used at most
     evaluate: int | None = Field(None, ge=1)  # rows of dev, and of test, that are evaluated at most
-    scoring: Scoring = Scoring()
+    scoring: Scoring = Scoring()  # how replies are drawn to be scored
 
     @property
     def reads_chats(self) -> bool:
@@ -323,21 +331,21 @@ class InstructionColumns(Value):
     three: lists of {role, content}, or of ShareGPT's {from, value}, of which the last one, the assistant's, is the reply.
     """
 
-    prompt: str = "instruction"
-    context: str | None = None
-    response: str = "response"
-    messages: str | None = None
+    prompt: str = "instruction"  # column of the prompt
+    context: str | None = None  # column of a text that follows the prompt
+    response: str = "response"  # column of the reply
+    messages: str | None = None  # column of whole conversations
 
 
 class _InstructionRows(_Instructions):
     """Rows of a table. Without `dev` or `test` (where there is `train`) rows are split by a hash of the column `split_by`,
     by default that of the prompt; without `train` they are only scored."""
 
-    columns: InstructionColumns = InstructionColumns()
-    split_by: str | None = None
-    train: str | None = None
-    dev: str | None = None
-    test: str | None = None
+    columns: InstructionColumns = InstructionColumns()  # which columns hold prompts and replies
+    split_by: str | None = None  # column by whose hash rows are split
+    train: str | None = None  # by default the rows are only scored
+    dev: str | None = None  # by default a part of train
+    test: str | None = None  # by default a part of train
 
     @property
     def has_train(self) -> bool:
@@ -360,18 +368,18 @@ class InstructionFiles(_InstructionRows):
     """Parquet, JSON or CSV files, by suffix; a path, a glob or a URI."""
 
     kind: Literal["instruction_files"]
-    train: DataPath | None = None
-    dev: DataPath | None = None
-    test: DataPath | None = None
+    train: DataPath | None = None  # a path, a glob or a URI
+    dev: DataPath | None = None  # a path, a glob or a URI; by default a part of train
+    test: DataPath | None = None  # a path, a glob or a URI; by default a part of train
 
 
 class InstructionHub(_InstructionRows):
     """A data set of the Hugging Face hub, at a revision; `train`, `dev`, `test` name its splits."""
 
     kind: Literal["instruction_hub"]
-    name: str
-    config: str | None = None
-    revision: str = "main"
+    name: str  # id on the hub
+    config: str | None = None  # of the data set, where it has several
+    revision: str = "main"  # commit, tag or branch
 
 
 Corpora = PythonDocs | Files | Hub

@@ -18,8 +18,8 @@ class Random(Value):
     """
 
     kind: Literal["random"] = "random"
-    std: Literal["family", "width"] | Positive = "family"
-    positions: Literal["random", "sinusoid"] = "random"
+    std: Literal["family", "width"] | Positive = "family"  # standard deviation of fresh matrices
+    positions: Literal["random", "sinusoid"] = "random"  # of learnt position embeddings
 
 
 Depth = Literal["copy_last", "stack", "interpolate", "spread", "every_other", "first", "identity", "random"]
@@ -45,9 +45,9 @@ class Remap(Value):
     """
 
     kind: Literal["remap"]
-    from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
-    depth: Depth
-    width: Width | None = None
+    from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))  # the model that is copied
+    depth: Depth  # which layer of the source each layer copies
+    width: Width | None = None  # how the width changes; by default not at all
     rest: Random = Random()  # of parameters that the remap does not set
 
 
@@ -61,29 +61,29 @@ class Sharing(Value):
     the lower half once more. `swap`: in each further run of a layer its query and key projections are swapped.
     """
 
-    order: Literal["twice", "each_twice", "mirror", "upper_twice", "lower_twice"] = "twice"
-    swap: bool
+    order: Literal["twice", "each_twice", "mirror", "upper_twice", "lower_twice"] = "twice"  # in which the n layers run
+    swap: bool  # whether further runs swap query and key
 
 
 class Model(Value):
     """A model by shape (`family`, `layers`, `width`), by `pretrained` weights (hub id or local folder), or `like` another
     one: with its config, but for what is given here."""
 
-    # within a trial the name of a model; the trial puts that model's value in its place
+    # the name of the model that this one is like; a validated trial has that model's value instead
     like: Name | Model | None = Field(None, exclude_if=lambda value: value is None)
-    family: str | None = None
-    layers: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=4)
+    family: str | None = None  # as transformers calls the architecture
+    layers: int | None = Field(None, ge=1)  # number of layers
+    width: int | None = Field(None, ge=4)  # hidden size
     heads: int | None = Field(None, ge=1)  # by default one head for each 64 channels
     intermediate_size: int | None = Field(None, ge=1)  # by default 4 x width
     dropout: float | None = Field(None, ge=0, lt=1)  # by default as the architecture has it
     config: dict[str, JsonValue] = {}  # further fields of the transformers config; nested ones are merged
-    pretrained: FolderOrId | None = None
-    revision: str | None = None
+    pretrained: FolderOrId | None = None  # folder or hub id of the weights
+    revision: str | None = None  # commit, tag or branch on the hub
     # one of the data's `tokenizers`, with which this model reads them; by default the data's own `tokenizer`
     tokenizer: Name | None = Field(None, exclude_if=lambda value: value is None)
-    init: Init = Random()
-    sharing: Sharing | None = None
+    init: Init = Random()  # of fresh weights
+    sharing: Sharing | None = None  # by default each layer runs once
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
 
     @model_validator(mode="after")

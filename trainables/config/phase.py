@@ -11,9 +11,7 @@ from pydantic import (
     Discriminator,
     Field,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     Tag,
-    model_serializer,
     model_validator,
 )
 
@@ -28,9 +26,9 @@ class Masking(Value):
     replaced."""
 
     kind: Literal["mask"] = "mask"
-    probability: float = Field(0.15, gt=0, lt=1)
-    mask: Fraction = 0.8
-    random: Fraction = 0.1
+    probability: float = Field(0.15, gt=0, lt=1)  # of a token to be supervised
+    mask: Fraction = 0.8  # fraction of the supervised tokens that are masked
+    random: Fraction = 0.1  # fraction of the supervised tokens that are replaced at random
 
     @model_validator(mode="after")
     def _the_shares_leave_room(self) -> Masking:
@@ -68,10 +66,12 @@ class PredictionQuality(Value):
     NUM: ClassVar = 4
 
     kind: Literal["prediction_quality"]
-    of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    of: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple, json_schema_input_type=Name | list[Name])] = Field(
+        min_length=1
+    )  # one, or one for each fold
     thresholds: Annotated[
         tuple[float, float] | dict[Name, tuple[float, float]] | Literal["median"], BeforeValidator(_thresholds)
-    ] = "median"
+    ] = "median"  # for right, and for wrong predictions
     permuted: bool = False  # at random over the examples: a control with the same label counts
 
     def on(self, data: str) -> PredictionQuality:
@@ -84,8 +84,8 @@ class PredictionQuality(Value):
 class Fold(Value):
     """All training examples except one of `num` parts."""
 
-    num: int = Field(ge=2)
-    held_out: int = Field(ge=0)
+    num: int = Field(ge=2)  # number of parts
+    held_out: int = Field(ge=0)  # the part that is left out, from 0 on
 
     @model_validator(mode="after")
     def _there_is_such_a_fold(self) -> Fold:
@@ -99,8 +99,8 @@ class Replay(Value):
     it falls from 1 to 0 over the budget, rises, or is always a half; it is 1 until `size` replies are kept
     (DistiLLM)."""
 
-    size: int = Field(1000, ge=1)
-    fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
+    size: int = Field(1000, ge=1)  # replies that are kept
+    fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"  # trend over the budget
 
     def fresh_share(self, progress: float) -> float:
         """The fraction of fresh steps once `size` replies are kept."""
@@ -110,8 +110,8 @@ class Replay(Value):
 class _Generated(Value):
     """Replies that models generate, in place of those of the data, in a `share` of the steps."""
 
-    share: Share = Constant(1.0)
-    replay: Replay | None = None
+    share: Share = Constant(1.0)  # fraction of the steps that read generated replies
+    replay: Replay | None = None  # by default every reply is fresh
 
     @model_validator(mode="after")
     def _the_share_is_a_fraction(self) -> Self:
@@ -124,7 +124,7 @@ class Sampled(_Generated, Sampling):
     """Replies of one model: the student (on-policy), or the teacher (sequence-level distillation)."""
 
     kind: Literal["sampled"]
-    by: Name
+    by: Name  # the model that replies
     once: bool = False  # each prompt is answered once, and the reply is kept
 
     @property
@@ -143,12 +143,12 @@ class Interleaved(_Generated, Sampling):
     `top` likeliest, and the rest of the block is dropped (speculative distillation, Xu et al. 2025)."""
 
     kind: Literal["interleaved"]
-    draft: Name
-    teacher: Name
-    block: int = Field(5, ge=1)
-    top: int = Field(25, ge=1)
-    teacher_temperature: Positive = 1.0
-    teacher_top_p: float = Field(1.0, gt=0, le=1)
+    draft: Name  # the model that proposes tokens
+    teacher: Name  # the model that replaces them
+    block: int = Field(5, ge=1)  # tokens that are proposed at a time
+    top: int = Field(25, ge=1)  # a proposed token must be among so many
+    teacher_temperature: Positive = 1.0  # of the teacher's draws
+    teacher_top_p: float = Field(1.0, gt=0, le=1)  # of the teacher's draws
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -165,10 +165,10 @@ class Stream(Value):
     corrupted.
     """
 
-    data: Name = "corpus"
-    corruption: Masking | None = Masking()
+    data: Name = "corpus"  # name of a data set
+    corruption: Masking | None = Masking()  # of a corpus; null: predict each token from those before
     labels: PredictionQuality | None = None  # by default those of the data
-    fold: Fold | None = None
+    fold: Fold | None = None  # by default all examples
     replies: ReplySource | None = None  # by default those of the data
 
     @property
@@ -182,25 +182,27 @@ class Stream(Value):
 
 
 class Steps(Value):
-    steps: int = Field(ge=1)
+    """A number of optimizer steps."""
+
+    steps: int = Field(ge=1)  # steps of the optimizer
 
     def scaled(self, factor: float) -> Steps:
         return Steps(steps=max(1, round(self.steps * factor)))
 
 
 class Tokens(Value):
-    """Rounded up to whole batches."""
+    """A number of tokens, rounded up to whole batches."""
 
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1)  # tokens of the stream `main`
 
     def scaled(self, factor: float) -> Tokens:
         return Tokens(tokens=max(1, round(self.tokens * factor)))
 
 
 class Epochs(Value):
-    """Of the stream that sets the pace, rounded up to whole batches."""
+    """Passes over the stream that sets the pace, rounded up to whole batches."""
 
-    epochs: Positive
+    epochs: Positive  # passes over the stream `main`
 
     def scaled(self, factor: float) -> Epochs:
         return Epochs(epochs=float(f"{self.epochs * factor:.4g}"))
@@ -220,12 +222,12 @@ class Lora(Value):
     """
 
     kind: Literal["lora"]
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1)  # rank of each change
     alpha: Positive | None = None  # by default the rank: a scale of 1
     targets: (
         Literal["all_linear"] | Annotated[tuple[Literal["query", "key", "value", "output"], ...], Field(min_length=1)]
     ) = ("query", "value")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the input of each change
 
 
 How = Annotated[
@@ -240,14 +242,14 @@ class Optimizer(Value):
     `adamw_8bit` keeps both moments in 8 bits; `adafactor` keeps row and column means of the second, and takes no betas.
     """
 
-    kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    lr: Positive
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    kind: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"  # how the moments are kept
+    lr: Positive  # the highest learning rate
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay of the two moments
+    eps: Positive = 1e-8  # added to the denominator
+    weight_decay: float = Field(0.01, ge=0)  # decoupled, on matrices
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     warmup: Fraction = 0.0  # fraction of the phase's budget
-    min_lr_ratio: Fraction = 0.0
+    min_lr_ratio: Fraction = 0.0  # fraction of `lr` at the end
     max_grad_norm: Positive | None = 1.0  # norm of this model's gradient
 
     def lr_factor(self, step: int, num_steps: int) -> float:
@@ -269,12 +271,12 @@ class EarlyStopping(Value):
     The phase's last evaluation, and `test`, are of the weights that are kept.
     """
 
-    metric: str | None = None
+    metric: str | None = None  # on dev, e.g. mlm_loss
     model: Name | None = None  # whose metric; by default the only model that is trained
     data: Name | None = None  # on which the metric is measured; by default the only data set that the phase reads
-    term: Name | None = None
-    patience: PositiveInt | None = None
-    restore: Literal["best", "last"] = "best"
+    term: Name | None = None  # its loss on dev
+    patience: PositiveInt | None = None  # evaluations without a better one
+    restore: Literal["best", "last"] = "best"  # the weights that are kept
 
     @model_validator(mode="after")
     def _one_number_decides(self) -> EarlyStopping:
@@ -290,22 +292,25 @@ class EarlyStopping(Value):
 class Phase(Value):
     """One stage of training."""
 
-    train: dict[Name, How] = Field(min_length=1)
+    train: dict[Name, How] = Field(min_length=1)  # model -> full, or lora
     # model -> phase, or phase@fraction; by default the latest earlier phase that trained the model
     start: dict[Name, str] = {}
-    streams: dict[Name, Stream] = {"main": Stream()}
-    terms: dict[Name, Term] = Field(min_length=1)
-    budget: Budget
+    streams: dict[Name, Stream] = {"main": Stream()}  # name -> what the phase reads
+    terms: dict[Name, Term] = Field(min_length=1)  # name -> loss; the phase minimises their weighted sum
+    budget: Budget  # one of steps, tokens, epochs
     batch: int = Field(ge=1)  # sequences of a step over all workers; the micro-batch follows from the memory
-    optimizer: Annotated[dict[Name, Optimizer], single("lr", "all")]  # by model; `all` for each model not named
-    seed: Literal["trial", "shared"] = "trial"
-    evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
+    optimizer: Annotated[
+        dict[Name, Optimizer], single("lr", "all", Optimizer)
+    ]  # by model; `all` for each model not named
+    seed: Literal["trial", "shared"] = "trial"  # shared: one run serves all seeds of a study
+    evaluate: tuple[Fraction, ...] = (0.25, 0.5, 0.75, 1.0)  # fractions of the budget
     # fractions at which weights are kept, as `phase@0.5`
     save_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     eval_only: tuple[Name, ...] = ()  # further data, on whose test split each trained model is evaluated
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time
     for_each_dataset: tuple[Name, ...] = ()  # run once for each of these data sets, as phase[data], never chained
-    early_stopping: EarlyStopping | None = None
+    # by default the phase runs to its end; absent from a dump where not used, so that stored phases keep their keys
+    early_stopping: EarlyStopping | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def pace(self) -> str:
@@ -330,14 +335,6 @@ class Phase(Value):
         """The models that a stream's terms read, those that learn first."""
         terms = [term for term in self.terms.values() if term.on == stream]
         return tuple(dict.fromkeys([*(term.target for term in terms), *(m for term in terms for m in term.reads)]))
-
-    @model_serializer(mode="wrap")
-    def _as_before_early_stopping(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves the field out where it is not used, so that phases keep the keys under which they are stored."""
-        value: dict[str, Any] = dump(self)
-        if self.early_stopping is None:
-            value.pop("early_stopping", None)
-        return value
 
     def pruned(self) -> Phase:
         """Drops terms of weight zero, and the models that then learn nothing."""

@@ -57,8 +57,8 @@ class Constant(_Schedule, RootModel[float]):
 
 
 class _StartToEnd(_Schedule, Value):
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
+    start: float = Field(ge=0)  # value at the start of the phase
+    end: float = Field(ge=0)  # value at the end of the phase
 
 
 class Linear(_StartToEnd):
@@ -83,7 +83,7 @@ class Step(_StartToEnd):
     """`start` before the fraction `at` of the budget, then `end`."""
 
     kind: Literal["step"]
-    at: Fraction
+    at: Fraction  # fraction of the budget
 
     def value_at(self, progress: float, state: State = START) -> float:
         return self.start if progress < self.at else self.end
@@ -117,9 +117,9 @@ class RisesWithLoss(_Schedule, Value):
     """
 
     kind: Literal["rises_with_loss"]
-    start: Fraction = 0.0
-    step: float = Field(0.1, gt=0, le=1)
-    tolerance: float = Field(0.1, ge=0)
+    start: Fraction = 0.0  # value before the first rise
+    step: float = Field(0.1, gt=0, le=1)  # size of a rise
+    tolerance: float = Field(0.1, ge=0)  # rise of the loss that raises the value
 
     def value_at(self, progress: float, state: State = START) -> float:
         return state.get("value", self.start)

@@ -24,7 +24,7 @@ class _Term(Value):
 
     kind: str
     on: Name = "main"  # the stream
-    weight: Weight = Constant(1.0)
+    weight: Weight = Constant(1.0)  # a number, or a schedule over the budget; 0: the term is off
 
     @property
     def source(self) -> str | None:
@@ -77,7 +77,7 @@ class CrossEntropy(_Term):
     """
 
     kind: Literal["cross_entropy"]
-    of: Name
+    of: Name  # the model that learns
 
     @property
     def target(self) -> str:
@@ -97,8 +97,8 @@ class CrossEntropy(_Term):
 class _Flow(_Term):
     """A loss whose gradient reaches only `to`; the outputs of `from` are detached."""
 
-    from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))
-    to: Name
+    from_: Name = Field(alias="from", validation_alias=AliasChoices("from", "from_"))  # the model that teaches
+    to: Name  # the model that learns
 
     @property
     def source(self) -> str:
@@ -156,21 +156,21 @@ class JSD(_Soft):
     """beta KL(from || m) + (1 - beta) KL(to || m) with m = beta from + (1 - beta) to (GKD's convention)."""
 
     kind: Literal["jsd"]
-    beta: float = Field(0.5, gt=0, lt=1)
+    beta: float = Field(0.5, gt=0, lt=1)  # share of `from` in the mixture m
 
 
 class SkewKL(_Soft):
     """KL(from || alpha from + (1 - alpha) to) (DistiLLM, Ko et al. 2024)."""
 
     kind: Literal["skew_kl"]
-    alpha: float = Field(0.1, gt=0, lt=1)
+    alpha: float = Field(0.1, gt=0, lt=1)  # share of `from` in the mixture
 
 
 class SkewReverseKL(_Soft):
     """KL(to || (1 - alpha) from + alpha to), the gradient through both of its sides (DistiLLM, Ko et al. 2024)."""
 
     kind: Literal["skew_reverse_kl"]
-    alpha: float = Field(0.1, gt=0, lt=1)
+    alpha: float = Field(0.1, gt=0, lt=1)  # share of `to` in the mixture
 
 
 class TotalVariation(_Soft):
@@ -184,7 +184,7 @@ class AdaptiveKL(_Soft):
     its likeliest tokens up to the mass `head`, or in the tail (AKL, Wu et al. 2024)."""
 
     kind: Literal["adaptive_kl"]
-    head: float = Field(0.5, gt=0, lt=1)
+    head: float = Field(0.5, gt=0, lt=1)  # probability mass of the head
 
 
 class InterpolatedKL(_Soft):
@@ -199,9 +199,9 @@ class InterpolatedKL(_Soft):
     has_state: ClassVar[bool] = True
 
     kind: Literal["interpolated_kl"]
-    start: Fraction = 0.4
-    end: Fraction = 1.0
-    alpha: float = Field(5e-4, ge=0)
+    start: Fraction = 0.4  # t at the start of the phase
+    end: Fraction = 1.0  # t at the end of the phase
+    alpha: float = Field(5e-4, ge=0)  # the largest rise of t in a step
     beta: float = Field(0.99, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -236,7 +236,7 @@ class RankCorrelation(_Soft):
 class _Hidden(_Flow):
     inputs: ClassVar = "hidden_states"
 
-    projector: bool = False
+    projector: bool = False  # a learnt matrix takes the states of `to` to the width of `from`
 
     @property
     def has_projector(self) -> bool:
@@ -252,8 +252,8 @@ class HiddenMSE(_Hidden):
     """
 
     kind: Literal["hidden_mse"]
-    layers: LayerMap = "even"
-    positions: Literal["first", "all"] = "all"
+    layers: LayerMap = "even"  # even, last, uniform, top, or pairs [from, to]; 0: the embeddings
+    positions: Literal["first", "all"] = "all"  # of each sequence
     normalise: bool = False
 
     @property
@@ -281,7 +281,7 @@ class AttentionMSE(_Flow):
     inputs: ClassVar = "attention_scores"
 
     kind: Literal["attention_mse"]
-    layers: LayerMap = "uniform"
+    layers: LayerMap = "uniform"  # as those of `hidden_mse`
 
     def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
         pairs = layer_pairs(self.layers, num_from, num_to)
@@ -295,9 +295,9 @@ class RelationKL(_Flow):
     inputs: ClassVar = "relations"
 
     kind: Literal["relation_kl"]
-    heads: int = Field(ge=1)
-    from_layer: int | None = Field(None, ge=1)
-    to_layer: int | None = Field(None, ge=1)
+    heads: int = Field(ge=1)  # relation heads, into which queries, keys and values are split
+    from_layer: int | None = Field(None, ge=1)  # by default the last
+    to_layer: int | None = Field(None, ge=1)  # by default the last
 
     def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
         return layer_pairs(((self.from_layer or num_from, self.to_layer or num_to),), num_from, num_to)

@@ -40,10 +40,10 @@ class _Read(NamedTuple):
 class TrialSpec(Value):
     """Everything that can change a number in a trial's results."""
 
-    data: Annotated[dict[Name, Data], Field(min_length=1), single("kind", "corpus")]
-    precision: Literal["fp32", "bf16"] = "fp32"
-    models: dict[Name, Model] = Field(min_length=1)
-    phases: dict[Name, Phase] = Field(min_length=1)
+    data: Annotated[dict[Name, Data], Field(min_length=1), single("kind", "corpus", Data)]  # name -> data set
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the computation; bf16 needs a GPU
+    models: dict[Name, Model] = Field(min_length=1)  # name -> model
+    phases: dict[Name, Phase] = Field(min_length=1)  # name -> phase
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -35,9 +35,12 @@ def by_key(*keys: str) -> Discriminator:
     )
 
 
-def single(key: str, name: str) -> BeforeValidator:
-    """Reads one value as a mapping: `{key: …}` as `{name: {key: …}}`."""
-    return BeforeValidator(lambda v: {name: v} if isinstance(v, Mapping) and key in v else v)
+def single(key: str, name: str, kind: Any) -> BeforeValidator:
+    """Reads one value of this type as a mapping: `{key: …}` as `{name: {key: …}}`."""
+    return BeforeValidator(
+        lambda v: {name: v} if isinstance(v, Mapping) and key in v else v,
+        json_schema_input_type=dict[Name, kind] | kind,
+    )
 
 
 def digest(value: Any, num_hex: int = 64) -> str:

@@ -292,7 +292,7 @@ def _auto(config: Any, num_labels: int | None) -> Any:
 def enable_gradient_checkpointing(net: Any) -> None:
     """Lets the backward pass compute activations again. Raises ModelError where the family cannot."""
     try:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise ModelError(f"gradient_checkpointing: {str(error).splitlines()[0]}") from None
 

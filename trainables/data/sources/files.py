@@ -96,6 +96,19 @@ def find(uri: str, what: str, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[Fil
     return files
 
 
+def column_names(file: File, *, what: str) -> tuple[str, ...]:
+    """Returns the columns of a file, of JSON those of its first row; of a .txt file `text`. Raises DataError."""
+    if file.uri.endswith(".txt"):
+        return ("text",)
+    if file.uri.endswith(JSON):
+        return tuple(next(_objects(file.uri, what), ("", {}))[1])
+    fs, path = open_place(file.uri)
+    try:
+        return tuple(pads.dataset(path, filesystem=fs, format=_format(file.uri, ())).schema.names)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(file.uri, what, error) from error
+
+
 def read(place: Place, wanted: Wanted, *, what: str) -> Iterator[Table]:
     """Yields a table for each file, or for the split of the hub; in a CSV file all columns hold strings."""
     if isinstance(place, HubSplit):
