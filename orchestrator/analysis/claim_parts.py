@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from orchestrator.analysis.arm_values import ArmValues, arm_values
 from orchestrator.analysis.bootstrap import Missing, Runs, interval_of, seed_of
 from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.looks import level_of, over_looks
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import (
@@ -56,6 +57,12 @@ class Part:
         if self.cost is not None:
             return self.cost.found.log_sd, self.cost.found.n
         return None if (c := self.comparison) is None else (c.sd, c.n)
+
+    def over(self, looks: Sequence[int]) -> Part:
+        """Returns the part with what its p's are worth over all planned looks."""
+        p, p_equivalent = (over_looks(p, looks) for p in (self.p, self.p_equivalent))
+        cost = self.cost and replace(self.cost, verdict=decide(p, self.beyond))
+        return replace(self, p=p, p_equivalent=p_equivalent, cost=cost)
 
     def undecidable(self) -> Part:
         """Returns the part as it is where its conditions allow no decision."""
@@ -126,10 +133,17 @@ class ClaimContext:
     margin: float = 0.0
     within: float | None = None
     family_size: int = 1  # comparisons of all claims of the family
+    looks: tuple[int, ...] = ()  # planned
+
+    @property
+    def alpha(self) -> float:
+        """The error of an interval that holds for all comparisons of the family, and at all looks."""
+        return level_of(self.looks, ALPHA / self.family_size)
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
         lower = metric_named(self.query.metric).lower_is_better
-        return compare(arm, against, lower_is_better=lower, margin=self.margin, family_size=self.family_size, name=name)
+        about = {"margin": self.margin, "family_size": self.family_size, "alpha": self.alpha, "name": name}
+        return compare(arm, against, lower_is_better=lower, **about)
 
 
 def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -> Part:
@@ -191,8 +205,7 @@ def _over_examples(
         if arm.failed or against.failed:
             raise Missing(Kind.FAILED_SEED)
         runs, seed = Runs((arm.name, against.name), seeds, recorded), seed_of(context.name, against.name)
-        alpha = ALPHA / context.family_size
-        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed, alpha=alpha)
+        drawn = interval_of(context.examples.rows, runs, query.metric, context.facts, seed=seed, alpha=context.alpha)
     except Missing as missing:
         return comparison, by_task, [missing.note]
     if comparison.n == 1:

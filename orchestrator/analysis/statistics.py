@@ -54,7 +54,13 @@ def paired_t(differences: ArrayLike, *, null: float = 0.0, confidence: float = 1
     sd = np.where(sd <= 1e-12 * np.abs(x).max(-1), 0.0, sd)  # rounding alone is no spread
     error = sd / math.sqrt(n)
     t = np.divide(mean - null, error, out=np.zeros_like(mean), where=sd > 0)
-    return PairedT(mean, sd, stats.t.ppf((1 + confidence) / 2, n - 1) * error, 2 * stats.t.sf(np.abs(t), n - 1))
+    return PairedT(mean, sd, stats.t.ppf((1 + confidence) / 2, n - 1) * error, student_p(t, n))
+
+
+def student_p(t: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Returns the two-sided p of Student's t over n values."""
+    p: NDArray[np.float64] = 2 * stats.t.sf(np.abs(t), n - 1)
+    return p
 
 
 def holm(p: Sequence[float], claims: Sequence[float] | None = None) -> list[float]:
@@ -236,6 +242,7 @@ def compare(
     lower_is_better: bool,
     margin: float = 0.0,
     family_size: int = 1,
+    alpha: float | None = None,  # of the simultaneous interval; by default Bonferroni's
     name: str = "against",
 ) -> Comparison | None:
     """Compares two arms' values paired by seed. One pair gives the effect alone; no pair gives None."""
@@ -268,7 +275,7 @@ def compare(
         plain,
         sd=float(test.sd),
         interval=test.interval() if vary else None,
-        simultaneous=paired_t(d, confidence=1 - ALPHA / family_size).interval() if vary else None,
+        simultaneous=paired_t(d, confidence=1 - (alpha or ALPHA / family_size)).interval() if vary else None,
         p=float(test.p),
         p_floor=2.0 ** (1 - n),
         correlation=float(np.corrcoef(a, b)[0, 1]) if _can_correlate(a, b) else None,

@@ -7,7 +7,6 @@ whether the verdict generalises to new data. Where a claim says `less`, the cost
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -26,6 +25,7 @@ from orchestrator.analysis.claim_parts import (
 )
 from orchestrator.analysis.costs import Cost, CostPart, cost_pair
 from orchestrator.analysis.curves import task_facts
+from orchestrator.analysis.looks import level_of
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
@@ -65,6 +65,19 @@ class Verdict:
     holds: Scope | None  # of a verdict that is decided
     read_at: Mapping[str, Progress]  # by `against`, of claims at equal cost
     conditions: Note | None  # of claims about time
+    look: Look | None = None  # where the study plans several
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a planned look is still to decide the claim."""
+        return self.look is not None and self.look.is_open
+
+
+class Look(NamedTuple):
+    """The planned look at which a claim was decided, or at which it waits to be judged."""
+
+    num_seeds: int
+    is_open: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class _Compared:
     quality: list[Part]
     cost: list[Part]  # where the claim says `less`
     conditions: Note | None
+    looks: tuple[int, ...]  # planned
 
     @property
     def parts(self) -> list[Part]:
@@ -89,7 +103,7 @@ def judge(
     trials: pd.DataFrame,
     *,
     default_phase: str,
-    num_seeds: int | None = None,  # planned; by default those in `trials`
+    looks: Sequence[int] = (),  # planned numbers of seeds; by default one look at all that `trials` has
     examples: pd.DataFrame | None = None,
     tasks: TaskFacts | None = None,
     slot: Slot | None = None,  # of the trials
@@ -97,15 +111,74 @@ def judge(
     """Judges each claim: "`arm` is better than `against` by more than `margin`", see `decide`.
 
     Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A claim of several parts
-    (several `against`, or `less`) is one claim: see `_p_of`.
+    (several `against`, or `less`) is one claim: see `_p_of`. Where several looks are planned, a look judges the claims of a
+    family on its seeds alone, once all of them are over; what it decides stays so.
     """
-    sizes = Counter[str]()
-    for claim in claims.values():
-        sizes[claim.family] += claim.num_parts
-    records = Records(results, trials, tasks or TaskFacts(), num_seeds)
-    compared = {}
-    for name, claim in claims.items():
-        query, pairs = query_claim(claim, records, default_phase)
+    case = _Case(claims, results, trials, examples, tasks or TaskFacts(), default_phase, slot, tuple(looks) or (None,))
+    verdicts: dict[str, Verdict] = {}
+    for family in dict.fromkeys(claim.family for claim in claims.values()):
+        verdicts |= case.judge_family([name for name, claim in claims.items() if claim.family == family])
+    return {name: verdicts[name] for name in claims}
+
+
+def judge_study(study: Study, tables: Tables, looks: Sequence[int] = ()) -> list[Verdict]:
+    """Judges the claims of a study on its tables, in their order. `looks`: by default the study's."""
+    verdicts = judge(
+        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, looks=looks or study.looks,
+        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
+    )  # fmt: skip
+    return list(verdicts.values())
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Claims, and what they are judged on."""
+
+    claims: Mapping[str, Claim]
+    results: pd.DataFrame
+    trials: pd.DataFrame
+    examples: pd.DataFrame | None
+    facts: TaskFacts
+    default_phase: str
+    slot: Slot | None
+    looks: tuple[int | None, ...]
+
+    def judge_family(self, names: Sequence[str]) -> dict[str, Verdict]:
+        """Judges the claims of one family, look by look."""
+        size, is_one = sum(self.claims[name].num_parts for name in names), len(self.looks) == 1
+        found, of_names = dict[str, Verdict](), dict[str, tuple[float, float]]()
+        for look in self.looks:
+            waiting = [name for name in names if name not in found]
+            is_over = is_one or self._are_over(waiting, look)
+            seen = {name: self._compare(name, look, size, with_examples=is_one) for name in waiting}
+            of_names |= {name: _ps_of(compared) for name, compared in seen.items()}
+            adjusted, alpha = _adjust([of_names[name] for name in names])
+            for name, ps in zip(names, adjusted, strict=True):
+                if name in found or (is_over and min(ps) > ALPHA and look != self.looks[-1]):
+                    continue
+                compared = seen[name] if is_one else self._compare(name, look, size, with_examples=True)
+                verdict = _verdict(compared, name, self.facts, adjusted=ps if is_over else (1.0, 1.0), alpha=alpha)
+                found[name] = verdict if is_one or look is None else replace(verdict, look=Look(look, not is_over))
+                # what is rejected counts no more in Holm's steps at later looks
+                differ, alike = (0.0 if p <= ALPHA else raw for p, raw in zip(ps, of_names[name], strict=True))
+                of_names[name] = differ, alike
+        return found
+
+    def _are_over(self, names: Sequence[str], look: int | None) -> bool:
+        """Whether all seeds of a look are over in the arms of these claims."""
+        trials = self.trials[(self.trials["kind"] == "trial") & self.trials["planned"].eq(True)]
+        over = trials[(trials["seed"] < look) & (trials["status"] != "running")].groupby("arm")["seed"].nunique()
+        return all(over.get(arm, 0) == look for name in names for arm in self.claims[name].arms)
+
+    def _compare(self, name: str, look: int | None, family_size: int, *, with_examples: bool) -> _Compared:
+        """Compares the arms of a claim on the seeds of a look."""
+        claim, plan = self.claims[name], tuple(look for look in self.looks if look is not None)
+        results, trials, examples = self.results, self.trials, self.examples if with_examples else None
+        if len(plan) > 1:
+            results, trials = results[results["seed"] < look], trials[trials["seed"] < look]
+            examples = examples if examples is None else examples[examples["seed"] < look]
+        records = Records(results, trials, self.facts, look)
+        query, pairs = query_claim(claim, records, self.default_phase)
         rival_query = query._replace(model=claim.against_model or claim.model)
         answers = query_examples(examples, {(claim.arm,): query, claim.rivals: rival_query}, records)
         context = ClaimContext(
@@ -115,37 +188,16 @@ def judge(
             records.facts,
             margin=claim.margin,
             within=claim.within,
-            family_size=sizes[claim.family],
+            family_size=family_size,
+            looks=plan,
         )
         quality = [compare_quality(context, *pair) for pair in pairs]
         cost = [compare_cost(*pair, claim.less) for pair in pairs] if claim.less else []
-        timed = conditions(trials, (claim.arm, *claim.rivals), query.phase, slot) if claim.is_of_time else None
+        timed = conditions(trials, claim.arms, query.phase, self.slot) if claim.is_of_time else None
         if timed is not None and timed.about["is_shared"]:
             quality, cost = ([part.undecidable() for part in parts] for parts in (quality, cost))
-        compared[name] = _Compared(claim, query, pairs, quality, cost, timed)
-    verdicts: dict[str, Verdict] = {}
-    for family in sizes:
-        names = [name for name, claim in claims.items() if claim.family == family]
-        differ = [_p_of(compared[name].parts)[0] for name in names]
-        alike = [
-            compared[name].parts[0].p_equivalent if claims[name].within else p
-            for name, p in zip(names, differ, strict=True)
-        ]
-        adjusted = holm([*differ, *alike], [*map(max, differ, alike)])
-        both = list(zip(adjusted[: len(names)], adjusted[len(names) :], strict=True))
-        alpha = ALPHA / max(1, sum(min(each) > ALPHA for each in both))  # of the next claim that Holm decides
-        for name, each in zip(names, both, strict=True):
-            verdicts[name] = _verdict(compared[name], name, records.facts, adjusted=each, alpha=alpha)
-    return {name: verdicts[name] for name in claims}
-
-
-def judge_study(study: Study, tables: Tables) -> list[Verdict]:
-    """Judges the claims of a study on its tables, in their order."""
-    verdicts = judge(
-        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
-        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
-    )  # fmt: skip
-    return list(verdicts.values())
+        quality, cost = ([part.over(plan) for part in parts] for parts in (quality, cost))
+        return _Compared(claim, query, pairs, quality, cost, timed, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- decide
@@ -185,6 +237,20 @@ def _verdict(
     )
 
 
+def _ps_of(compared: _Compared) -> tuple[float, float]:
+    """Returns the p that arms do not differ (but for the margin), and the p that they differ by `within`."""
+    differ = _p_of(compared.parts)[0]
+    return differ, compared.parts[0].p_equivalent if compared.claim.within else differ
+
+
+def _adjust(family: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], float]:
+    """Adjusts the p's of a family's claims by Holm; returns in addition the alpha of the next claim that Holm decides."""
+    differ, alike = zip(*family, strict=True)
+    adjusted = holm([*differ, *alike], [*map(max, differ, alike)])
+    both = list(zip(adjusted[: len(family)], adjusted[len(family) :], strict=True))
+    return both, ALPHA / max(1, sum(min(each) > ALPHA for each in both))
+
+
 def _p_of(parts: Sequence[Part]) -> tuple[float, Decision]:
     """Returns a claim's p, and the decision to which this p belongs.
 
@@ -218,14 +284,15 @@ def _seeds_more(compared: _Compared, leans: Decision, alpha: float) -> int | Non
     """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute; or until the
     arms are equivalent, where the claim allows it and that takes fewer."""
     parts, within = compared.parts, compared.claim.within
+    level = level_of(compared.looks, alpha)
     if any(part.failed for part in parts):
         return None
     if leans == Decision.SUPPORTED:
-        more = max((_part_needs(part, alpha) for part in parts if part.p > alpha), default=1)
+        more = max((_part_needs(part, level) for part in parts if part.p > alpha), default=1)
     else:
-        more = min((_part_needs(part, alpha / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
+        more = min((_part_needs(part, level / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
     if within and parts[0].p_equivalent < 1 and (room := within - abs(parts[0].beyond)) > 0:
-        more = min(more, _part_needs(replace(parts[0], beyond=room), 2 * alpha))  # one-sided
+        more = min(more, _part_needs(replace(parts[0], beyond=room), 2 * level))  # one-sided
     return int(more) if math.isfinite(more) else None
 
 
