@@ -61,6 +61,7 @@ class Resampled(NamedTuple):
 
     mean: Interval  # over the data sets
     each: tuple[Interval, ...]
+    share: float | None = None  # of the variance over seeds, of the mean: what varies with the example as well
 
 
 def crossed(data: Sequence[Answers], *, seed: int, alpha: float = ALPHA, num: int = RESAMPLES) -> Resampled:
@@ -85,7 +86,17 @@ def crossed(data: Sequence[Answers], *, seed: int, alpha: float = ALPHA, num: in
         return float(low), float(high)
 
     mean = interval(plain_TS.mean(0), resampled_TSR.mean(0), min(clusters_T))
-    return Resampled(mean, tuple(map(interval, plain_TS, resampled_TSR, clusters_T)))
+    return Resampled(mean, tuple(map(interval, plain_TS, resampled_TSR, clusters_T)), _share(plain_TS, resampled_TSR))
+
+
+def _share(plain_TS: Floats, resampled_TSR: Floats) -> float | None:
+    """The variance of one seed's difference over examples, but for what all seeds share, beside its variance over seeds."""
+    d_S, rest_SR = plain_TS.mean(0), resampled_TSR.mean(0) - plain_TS.mean(0)[:, None]
+    S = len(d_S)
+    if S < 2 or not d_S.var():
+        return None
+    by_example = float((rest_SR - rest_SR.mean(0)).var(1).mean()) * S / (S - 1)
+    return min(1.0, by_example / float(d_S.var(ddof=1)))
 
 
 def _resampled(answers: Answers, rng: np.random.Generator, num: int) -> Floats:

@@ -142,8 +142,15 @@ class ClaimContext:
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
         lower = metric_named(self.query.metric).lower_is_better
-        about = {"margin": self.margin, "family_size": self.family_size, "alpha": self.alpha, "name": name}
-        return compare(arm, against, lower_is_better=lower, **about)
+        return compare(
+            arm,
+            against,
+            lower_is_better=lower,
+            margin=self.margin,
+            family_size=self.family_size,
+            alpha=self.alpha,
+            name=name,
+        )
 
 
 def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -> Part:
@@ -214,7 +221,7 @@ def _over_examples(
         task: replace(by_task[task], new_data=interval) if by_task[task].seeds == seeds else by_task[task]
         for task, interval in zip(recorded, drawn.each, strict=True)
     }
-    return replace(comparison, new_data=drawn.mean), by_task | each, []
+    return replace(comparison, new_data=drawn.mean, example_share=drawn.share), by_task | each, []
 
 
 def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Note]:

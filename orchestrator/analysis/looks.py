@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.analysis.statistics import ALPHA, student_p
 
-PATHS, PATHS_OF_POWER = 300_000, 50_000
+PATHS, PATHS_OF_POWER = 300_000, 30_000
 
 
 def over_looks(p: float, looks: Sequence[int]) -> float:

@@ -6,13 +6,13 @@ whether the verdict generalises to new data. Where a claim says `less`, the cost
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import pandas as pd
 
+from orchestrator.analysis.advice import MoreEvidence, more_evidence
 from orchestrator.analysis.arm_values import arm_values
 from orchestrator.analysis.claim_parts import (
     ClaimContext,
@@ -28,7 +28,7 @@ from orchestrator.analysis.curves import task_facts
 from orchestrator.analysis.looks import level_of
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
-from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
+from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.timing import conditions
 from orchestrator.study.claims import Claim, Figure
@@ -56,7 +56,7 @@ class Verdict:
     cost_parts: tuple[CostPart, ...]  # likewise, where the claim says `less`
     p_adjusted: float  # Holm's, of the claim's p; 1 where nothing can be tested
     leans: Decision  # what more seeds would lead to
-    seeds_more: int | None  # an estimate; None if decided, above 1000, or where seeds would not help
+    more: MoreEvidence  # an estimate of what would decide; of nothing if decided
     cost_ratios: Mapping[str, Cost]  # by `against`: the arm's mean cost over its mean cost
     paper: PaperJudgement | None  # of the paper's figure, as an effect in our units, against our 95 % interval
     notes: tuple[Note, ...]
@@ -65,7 +65,12 @@ class Verdict:
     holds: Scope | None  # of a verdict that is decided
     read_at: Mapping[str, Progress]  # by `against`, of claims at equal cost
     conditions: Note | None  # of claims about time
-    look: Look | None = None  # where the study plans several
+    look: PlannedLook | None = None  # where the study plans several
+
+    @property
+    def seeds_more(self) -> int | None:
+        """Seeds that would decide; None if decided, above 1000, or where seeds would not help."""
+        return self.more.seeds
 
     @property
     def is_open(self) -> bool:
@@ -73,7 +78,7 @@ class Verdict:
         return self.look is not None and self.look.is_open
 
 
-class Look(NamedTuple):
+class PlannedLook(NamedTuple):
     """The planned look at which a claim was decided, or at which it waits to be judged."""
 
     num_seeds: int
@@ -158,7 +163,9 @@ class _Case:
                     continue
                 compared = seen[name] if is_one else self._compare(name, look, size, with_examples=True)
                 verdict = _verdict(compared, name, self.facts, adjusted=ps if is_over else (1.0, 1.0), alpha=alpha)
-                found[name] = verdict if is_one or look is None else replace(verdict, look=Look(look, not is_over))
+                found[name] = (
+                    verdict if is_one or look is None else replace(verdict, look=PlannedLook(look, not is_over))
+                )
                 # what is rejected counts no more in Holm's steps at later looks
                 differ, alike = (0.0 if p <= ALPHA else raw for p, raw in zip(ps, of_names[name], strict=True))
                 of_names[name] = differ, alike
@@ -225,7 +232,7 @@ def _verdict(
         cost_parts=tuple(part.cost for part in compared.cost if part.cost is not None),
         p_adjusted=p,
         leans=leans,
-        seeds_more=_seeds_more(compared, leans, alpha) if verdict == Decision.UNDECIDED else None,
+        more=_more(compared, leans, alpha) if verdict == Decision.UNDECIDED else MoreEvidence(),
         cost_ratios={against: ratio[0] for against, ratio in ratios.items() if ratio is not None},
         paper=_judge_paper(claim, comparisons if len(compared.pairs) == 1 and other is None else ()),
         notes=tuple(dict.fromkeys(_notes(compared, verdict, holds, other))),
@@ -280,26 +287,9 @@ def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
     return Scope.NEW_DATA if any(part.holds_on_new_data for part in refuting) else Scope.THIS_SET
 
 
-def _seeds_more(compared: _Compared, leans: Decision, alpha: float) -> int | None:
-    """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute; or until the
-    arms are equivalent, where the claim allows it and that takes fewer."""
-    parts, within = compared.parts, compared.claim.within
-    level = level_of(compared.looks, alpha)
-    if any(part.failed for part in parts):
-        return None
-    if leans == Decision.SUPPORTED:
-        more = max((_part_needs(part, level) for part in parts if part.p > alpha), default=1)
-    else:
-        more = min((_part_needs(part, level / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
-    if within and parts[0].p_equivalent < 1 and (room := within - abs(parts[0].beyond)) > 0:
-        more = min(more, _part_needs(replace(parts[0], beyond=room), 2 * level))  # one-sided
-    return int(more) if math.isfinite(more) else None
-
-
-def _part_needs(part: Part, alpha: float) -> float:
-    sd, n = part.spread or (None, 0)
-    needed = seeds_needed(part.beyond / sd, alpha=alpha) if sd else None
-    return math.inf if needed is None else max(1, needed - n)
+def _more(compared: _Compared, leans: Decision, alpha: float) -> MoreEvidence:
+    level, within = level_of(compared.looks, alpha), compared.claim.within
+    return more_evidence(compared.pairs, compared.parts, leans, within=within, level=level, alpha=alpha)
 
 
 def _judge_paper(claim: Claim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import jinja2
 
+from orchestrator.analysis.claim_history import ClaimHistory
 from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import judge_study
-from orchestrator.reporting import cost_sections, search_sections, sections, task_sections
+from orchestrator.reporting import cost_sections, search_sections, sections, stated, task_sections
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines
 from orchestrator.reporting.commands import DEFAULT_STORAGE, sweep_command
 from orchestrator.reporting.document import Block, Command, Drawing, Section, Table, as_markdown, escape, plural
@@ -63,14 +64,17 @@ class Page:
 
 
 def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, storage: str = DEFAULT_STORAGE,
-                importance: Mapping[str, float] | None = None, evaluator: str = "") -> Report:  # fmt: skip
+                importance: Mapping[str, float] | None = None, evaluator: str = "",
+                history: ClaimHistory | None = None) -> Report:  # fmt: skip
     """Makes the report of the trials in the tables, finished or not.
 
     `importance`: share of each varied factor, computed by the `evaluator` named over the completed points.
     """
-    verdicts, points = judge_study(study, tables), point_scores(study, tables)
+    verdicts = judge_study(study, tables, history.looks if history is not None else ())
+    points = point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
+        stated.section(history),
         cost_sections.costs_compared(verdicts),
         cost_sections.time_to_quality(tables, verdicts),
         task_sections.by_task(study, tables, verdicts),
@@ -91,9 +95,9 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         question=study.question,
         scale=_scale(study),
         counts=_counts(tables),
-        answer=answer(tables, verdicts),
-        cautions=unfinished_replies(tables),
-        lines=claim_lines(verdicts),
+        answer=" ".join(filter(None, (answer(tables, verdicts), stated.savings(study, tables, verdicts)))),
+        cautions=[*stated.cautions(history), *unfinished_replies(tables)],
+        lines=claim_lines(verdicts, history),
         figure=pairs_and_cost(study, tables, verdicts),
         advice=advice(study, tables, points, verdicts, storage=storage),
         sections=[section for section in below if section is not None],
@@ -109,7 +113,8 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
 
 def _summary_line(line: Line) -> str:
     effects = "; ".join(f"{part.arm} − {part.against} {part.effect}, {part.interval}" for part in line.parts)
-    return f"{line.number}. {line.says}: {line.verdict} {line.more} ({effects})"
+    dated = f"; {line.stated}" if line.stated else ""
+    return f"{line.number}. {line.says}: {line.verdict} {line.more} ({effects}{dated})"
 
 
 def _scale(study: Study) -> str:
@@ -150,7 +155,7 @@ def _markdown(page: Page) -> str:
     head = ("", "claim", "verdict at this scale", "arm", "against", "arm − against", "95 % interval",
             "new data as well", "n", "paper")  # fmt: skip
     lines = [
-        (line.number, f"{line.says} ({line.about})", f"{line.verdict} {line.more}".strip(), f"{p.arm_mean} {p.arm}",
+        (line.number, f"{line.says} ({line.about})", "; ".join(filter(None, (f"{line.verdict} {line.more}".strip(), line.stated))), f"{p.arm_mean} {p.arm}",
          f"{p.against_mean} {p.against}", p.effect, p.interval + (f"; {p.cost}" if p.cost else ""), p.new_data or "–", p.n,
          f"{line.paper} {line.judged}")
         for line in page.lines

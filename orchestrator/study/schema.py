@@ -71,9 +71,17 @@ class Looks(Value):
         return looks
 
 
+def _kind_of_seeds(value: Any) -> str | None:
+    return "schedule" if isinstance(value, Mapping | Looks) else None if isinstance(value, list | tuple) else "number"
+
+
 Seeds = Annotated[
     Annotated[PositiveInt, Tag("number")] | Annotated[Looks, Tag("schedule")],
-    Discriminator(lambda value: "schedule" if isinstance(value, Mapping | Looks) else "number"),
+    Discriminator(
+        _kind_of_seeds,
+        custom_error_type="seeds",
+        custom_error_message="must be a number, or planned looks, e.g. {looks: [5, 8, 12, 20]}",
+    ),
 ]
 
 
