@@ -163,7 +163,7 @@ def digest_of(study: Study) -> str:
     return digest([_deciding(study), list(study.looks)])
 
 
-def count_results(rows: Iterable[Mapping[str, Any]]) -> int:
+def count_results(rows: Iterable[Mapping[Any, Any]]) -> int:
     """Counts the trials of arms that are over, those of arms that were changed since included."""
     return sum(row["kind"] == "trial" and isinstance(row["arm"], str) and row["status"] != "running" for row in rows)
 
@@ -182,7 +182,7 @@ def _deciding(study: Study) -> dict[str, Fields]:
 def _edits(before: Entry, after: Entry) -> Iterator[Edit]:
     about = (after.num_results, after.time)
     if before.looks != after.looks:
-        yield Edit("seeds", "", *map(_seeds, (before.looks, after.looks)), *about)
+        yield Edit("seeds", "", _seeds(before.looks), _seeds(after.looks), *about)
     for name in {**before.claims, **after.claims}:
         old, new = before.claims.get(name), after.claims.get(name)
         if old is not None and new is not None:

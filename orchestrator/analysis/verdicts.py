@@ -161,7 +161,8 @@ class _Case:
             for name, ps in zip(names, adjusted, strict=True):
                 if name in found or (is_over and min(ps) > ALPHA and look != self.looks[-1]):
                     continue
-                compared = seen[name] if is_one else self._compare(name, look, size, with_examples=True)
+                is_whole = is_one or self.examples is None
+                compared = seen[name] if is_whole else self._compare(name, look, size, with_examples=True)
                 verdict = _verdict(compared, name, self.facts, adjusted=ps if is_over else (1.0, 1.0), alpha=alpha)
                 found[name] = (
                     verdict if is_one or look is None else replace(verdict, look=PlannedLook(look, not is_over))

@@ -107,7 +107,8 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
-    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], page.cautions)
+    cautions = [*page.cautions, *stated.counted(history)]
+    summary = Summary(page.answer, [_summary_line(line) for line in page.lines], cautions)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 

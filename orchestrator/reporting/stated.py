@@ -44,6 +44,10 @@ def cautions(history: ClaimHistory | None) -> list[str]:
     return lines
 
 
+def counted(history: ClaimHistory | None) -> list[str]:
+    return [f"The report was made {plural(history.num_reports, 'time')}."] if history is not None else []
+
+
 def section(history: ClaimHistory | None) -> Section | None:
     if history is None or not history.entries:
         return None
@@ -52,7 +56,7 @@ def section(history: ClaimHistory | None) -> Section | None:
     first = history.entries[0]
     text = (
         f"Claims are kept in the storage from the first trial on: first at {first.time} UTC, with {plural(first.num_results, 'result')}. "
-        f"A result is a trial of an arm that is over. The report was made {plural(history.num_reports, 'time')}."
+        f"A result is a trial of an arm that is over. {counted(history)[0]}"
     )
     blocks = [
         text,
