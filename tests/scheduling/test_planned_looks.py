@@ -66,8 +66,8 @@ def test_order_slots_and_restarts_change_no_decision(make: Make, world: NewWorld
     wanted = {row["trial"] for row in plain.rows()}, [(v.verdict, v.look) for v in verdicts(plain).values()]
     for number, slots in enumerate((2, 5)):
         w = world(test=test_loss, slots=slots, order=random.Random(number))
-        for _ in range(40):
-            w.open(of).run(4)
+        for _ in range(7):
+            w.open(of).run(9)
             for trial in [*w.ledger.running]:  # as where a driver is killed
                 w.scheduler.suspend(trial)
         w.open(of).run()
