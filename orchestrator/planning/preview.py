@@ -290,11 +290,11 @@ def _power(study: Study) -> list[str]:
 def _power_of_looks(looks: tuple[int, ...], effect: float, num_claims: int) -> str:
     """The chance that an effect is found by each look, and the seeds that this takes; of several claims by Holm."""
     texts = []
-    for place, alpha in {"first": ALPHA / num_claims, "last": ALPHA}.items():
+    for alpha in dict.fromkeys((ALPHA / num_claims, ALPHA)):
         found = expected(looks, effect, alpha)
-        text = f"{_listed([f'{power:.2f}' for power in found.power])}, after {found.mean_n:.1f} seeds in the mean"
-        texts.append(f"{text}, in the {place} of {num_claims} claims (Holm)" if num_claims > 1 else text)
-    return f"{effect:g} SD: power by look {'; '.join(dict.fromkeys(texts))}"
+        texts.append(f"{_listed([f'{power:.2f}' for power in found.power])} (mean n {found.mean_n:.1f})")
+    places = (f" in the first of {num_claims} claims (Holm)", " in the last") if num_claims > 1 else ("",)
+    return f"{effect:g} SD: power by look {'; '.join(map(str.__add__, texts, places))}"
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from orchestrator.analysis.claim_history import ClaimHistory
 from orchestrator.analysis.curves import planned
 from orchestrator.analysis.queries import parsed
@@ -71,27 +73,25 @@ def section(history: ClaimHistory | None) -> Section | None:
 
 
 def savings(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> str:
-    """What planned looks saved so far, against as many seeds of each arm as the last look has; empty for a single look."""
-    looks = study.looks
-    if len(looks) < 2 or not verdicts:
+    """What planned looks saved against as many seeds of each arm as the last look has, or what they may still ask for; empty
+    for a single look."""
+    if len(study.looks) < 2 or not verdicts:
         return ""
     trials = planned(tables.trials)
-    seeds, hours, num = 0, 0.0, 0
-    for arm in {arm for v in verdicts for arm in v.claim.arms}:
-        own = trials[(trials["arm"] == arm) & (trials["kind"] == "trial")]
-        ended = own[own["status"] == "ended"]
-        spent = sum(
-            float(done["device_seconds"])
-            for cell in ended["phases"]
-            for done in parsed(cell).values()
-            if not done["reused"]
-        )
-        num += len(own)
-        seeds += study.num_seeds - len(own)
-        hours += (study.num_seeds - len(own)) * spent / max(1, len(ended)) / 3600
-    num_open = sum(v.is_open for v in verdicts)
-    state = f"so far, with {plural(num_open, 'claim')} open" if num_open else "in all"
+    trials = trials[trials["kind"] == "trial"]
+    arms = {arm: trials[trials["arm"] == arm] for v in verdicts for arm in v.claim.arms}
+    left = {arm: study.num_seeds - len(own) for arm, own in arms.items()}
+    if waiting := {arm for v in verdicts if v.is_open for arm in v.claim.arms}:
+        return f"Planned looks: at most {plural(sum(left[arm] for arm in waiting), 'trial')} of arms may follow."
+    hours = sum(left[arm] * _mean_seconds(own) for arm, own in arms.items()) / 3600
     return (
-        f"Planned looks: {plural(num, 'trial')} of arms {state}; {study.num_seeds} seeds of each would take {seeds} more, about "
-        f"{hours:.2g} device-hours."
+        f"Planned looks saved {plural(sum(left.values()), 'seed')} and about {hours:.2g} device-hours against "
+        f"{study.num_seeds} seeds of each arm."
     )
+
+
+def _mean_seconds(trials: pd.DataFrame) -> float:
+    """Device seconds of a trial that has ended, without phases that it found in the store."""
+    ended = trials.loc[trials["status"] == "ended", "phases"]
+    done = [phase for cell in ended for phase in parsed(cell).values() if not phase["reused"]]
+    return sum(float(phase["device_seconds"]) for phase in done) / max(1, len(ended))
