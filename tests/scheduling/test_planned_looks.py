@@ -83,7 +83,7 @@ def test_slots_stay_while_a_later_look_may_need_them(make: Make, world: NewWorld
 
 
 def test_a_limit_leaves_open_claims_provisional(make: Make, world: NewWorld) -> None:  # noqa: F811
-    w = world(test=test_loss).open(study(make)).run(18)
+    w = world(test=test_loss).open(study(make)).run(16)
     w.scheduler.close("limit")
     w.run()
     found = verdicts(w)
