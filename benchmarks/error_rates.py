@@ -40,7 +40,12 @@ CHUNK = 25  # repetitions of one stream of random numbers
 Rows = Mapping[str, tuple[Callable[..., bool], Mapping[str, Any]]]  # name -> what draws one repetition, and its fields
 
 
-def verdicts(arms: Arms, claims: Mapping[str, Claim], stopped: Mapping[str, Sequence[int]] | None = None) -> list[str]:
+def verdicts(
+    arms: Arms,
+    claims: Mapping[str, Claim],
+    stopped: Mapping[str, Sequence[int]] | None = None,
+    looks: Sequence[int] = (),
+) -> list[str]:
     """Judges claims on the tables of these arms."""
     rows, trials = list[dict[str, Any]](), list[dict[str, Any]]()
     for arm, by_seed in arms.items():
@@ -61,7 +66,7 @@ def verdicts(arms: Arms, claims: Mapping[str, Claim], stopped: Mapping[str, Sequ
                 {**about, **where, "device_seconds": at, "progress": at, "flops": flops, "value": value}
                 for at, flops, value in evaluations
             ]
-    found = judge(claims, pd.DataFrame(rows), pd.DataFrame(trials), default_phase="train")
+    found = judge(claims, pd.DataFrame(rows), pd.DataFrame(trials), default_phase="train", looks=looks)
     return [str(verdict.verdict) for verdict in found.values()]
 
 
@@ -240,6 +245,33 @@ def scaling(rng: Rng, *, what: What) -> bool:
 SCALING: Rows = {f"scaling: coverage of {what}": (scaling, {"what": what}) for what in ("r", "compute", "loss")}
 
 
+def planned_looks(rng: Rng, *, num: int, looks: Sequence[int] = (5, 8, 12, 20), effect: float = 0.0) -> bool:
+    """A family of claims about arms that are alike, but for the first, which is better by `effect` SDs of the pairs, at
+    planned looks: is any verdict decided? Where there is an effect: is the first claim supported?"""
+    n, gain = looks[-1], effect * 0.1 * math.sqrt(2)
+    arms = {f"a{i}": ends(rng, n, mean=3.0 - gain * (i == 0)) for i in range(num)} | {"alone": ends(rng, n)}
+    found = verdicts(arms, {name: claim(name) for name in arms if name != "alone"}, looks=looks)
+    return found[0] == "supported" if effect else any(verdict != "undecided" for verdict in found)
+
+
+def added_seeds(rng: Rng) -> bool:
+    """No difference, and five seeds more at a time until the claim is decided, without a plan: is the claim decided?"""
+    arms = {name: ends(rng, 15) for name in ("a", "alone")}
+    seen = ({arm: {seed: own[seed] for seed in range(n)} for arm, own in arms.items()} for n in (5, 10, 15))
+    return any(verdicts(some, {"c": claim("a")}) != ["undecided"] for some in seen)
+
+
+LOOKS: Rows = {
+    "looks: seeds added without a plan": (added_seeds, {}),
+    "looks: 1 claim": (planned_looks, {"num": 1}),
+    "looks: 5 claims": (planned_looks, {"num": 5}),
+    **{
+        f"looks: power at {effect:g} SD": (planned_looks, {"num": 1, "effect": effect})
+        for effect in (0.5, 0.7, 1.0, 1.5)
+    },
+}
+
+
 # ---------------------------------------------------------------------------------------------------------- all rows
 
 GROUPS: Sequence[Rows] = (
@@ -252,6 +284,7 @@ GROUPS: Sequence[Rows] = (
     TUNED,
     WINNER,
     SCALING,
+    LOOKS,
 )
 ROWS: Rows = {name: row for group in GROUPS for name, row in group.items()}
 

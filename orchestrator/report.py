@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from orchestrator.analysis.claim_history import count_results, note_report, read_history
 from orchestrator.analysis.tables import read
 from orchestrator.cli import add_study_arguments, open_storage
 from orchestrator.cluster.machine import start
@@ -36,9 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stored = json.loads(home.read("provenance.json") or b"{}")
-    report = make_report(study, tables, {str(key): str(value) for key, value in stored.items()}, storage=uri)
+    provenance = {str(key): str(value) for key, value in stored.items()}
+    history = read_history(home)
+    num_results = count_results(tables.trials.to_dict("records"))
+    history = note_report(home, history.with_now(study, num_results, history.looks))
+    report = make_report(study, tables, provenance, storage=uri, history=history)
+    # the paths alone on stdout, for programs
+    print("\n".join(report.summary.lines), file=sys.stderr)
     for name, text in (("report.html", report.html), ("report.md", report.markdown)):
-        home.write(name, text.encode())
+        try:
+            home.write(name, text.encode())
+        except OSError as error:
+            print(f"error: {uri}: {name} cannot be written ({error.strerror or error})", file=sys.stderr)
+            return 1
         print(f"{uri.rstrip('/')}/{study.folder}/{name}")
     return 0
 

@@ -112,6 +112,7 @@ class Sweep:
 
 
 def _sweep(study: Study, arguments: argparse.Namespace) -> int:
+    from orchestrator.analysis.claim_history import digest_of
     from orchestrator.mlflow_sync import Mirror
     from orchestrator.planning.preview import print_plan
     from orchestrator.scheduling.progress import Progress
@@ -134,7 +135,7 @@ def _sweep(study: Study, arguments: argparse.Namespace) -> int:
         recorded = provenance(study)
         _keep_study(study, home, recorded)
         tracking = arguments.tracking_uri or _default_tracking(storage)
-        mirror = Mirror(tracking, study.folder, tags={"question": study.question})
+        mirror = Mirror(tracking, study.folder, tags={"question": study.question, "claims": digest_of(study)})
         progress = Progress(scheduler)
         scheduler.ledger.listeners += [progress.on_trial, mirror.put]
         ending = Ending(scheduler, arguments.hours, progress.say, started)
@@ -201,6 +202,7 @@ def _check_tracking(mirror: Mirror, later: bool) -> None:
 
 def _finish(sweep: Sweep) -> int:
     """Writes tables and report, closes the mirror, and prints the verdicts and what to do next."""
+    from orchestrator.analysis.claim_history import note_report
     from orchestrator.analysis.tables import TABLES, tables, write
     from orchestrator.reporting.page import make_report
     from trainables.storage.phase_store import PhaseStore
@@ -218,6 +220,7 @@ def _finish(sweep: Sweep) -> int:
     report = make_report(
         study, made, sweep.provenance, importance=importance, evaluator=evaluator, chance=chance,
         storage=sweep.arguments.storage, others={words: found[1] for words, found in more if found},
+        history=note_report(home, scheduler.claim_history()),
     )  # fmt: skip
     home.write("report.html", report.html.encode())
     home.write("report.md", report.markdown.encode())
@@ -240,13 +243,20 @@ def _finish(sweep: Sweep) -> int:
             print(f"disabled: {num} slot{'s' if num > 1 else ''} on {fault}")
         if scheduler.closed:
             left = scheduler.num_left()
-            print(f"{scheduler.closed}; no finished trial is lost. Still to run: {left}. To go on: {command}")
+            print(
+                f"{scheduler.closed}; no finished trial is lost. Still to run: {left}{_later(scheduler)}. To go on: {command}"
+            )
     code = exit_code(rows, signal_number=signal_number, is_closed=bool(scheduler.closed), is_broken=scheduler.is_broken)
     if code == 1 and not scheduler.is_broken:
         for lost in lacking(rows):
             log = f"{home.uri}/trials/{lost['trial']}/log.txt"
             print(f"arm {lost['arm']}, seed {lost['seed']} {lost['status']}: {lost['reason']} ({log})")
     return code
+
+
+def _later(scheduler: Scheduler) -> str:
+    more = scheduler.most_at_later_looks
+    return f", and at most {more} at later looks" if more else ""
 
 
 def lacking(rows: Iterable[Row]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from orchestrator.analysis.arm_values import ArmValues, arm_values
 from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
+from orchestrator.analysis.looks import level_of, over_looks
 from orchestrator.analysis.new_data import Missing, Runs, StoredAnswers
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
@@ -61,6 +62,12 @@ class Part:
             return self.cost.found.log_sd, self.cost.found.n
         return None if (c := self.comparison) is None else (c.sd, c.n)
 
+    def over(self, looks: Sequence[int]) -> Part:
+        """Returns the part with what its p's are worth over all planned looks."""
+        p, p_equivalent = (over_looks(p, looks) for p in (self.p, self.p_equivalent))
+        cost = self.cost and replace(self.cost, verdict=decide(p, self.beyond))
+        return replace(self, p=p, p_equivalent=p_equivalent, cost=cost)
+
     def undecidable(self) -> Part:
         """Returns the part as it is where its conditions allow no decision."""
         cost = self.cost and replace(self.cost, verdict=Decision.UNDECIDED)
@@ -109,10 +116,24 @@ class ClaimContext:
     within: float | None = None
     against_model: str | None = None  # where it is not the query's
     family_size: int = 1  # comparisons of all claims of the family
+    looks: tuple[int, ...] = ()  # planned
+
+    @property
+    def alpha(self) -> float:
+        """The error of an interval that holds for all comparisons of the family, and at all looks."""
+        return level_of(self.looks, ALPHA / self.family_size)
 
     def compare(self, arm: Mapping[int, float], against: Mapping[int, float], name: str) -> Comparison | None:
         lower = metric_named(self.query.metric).lower_is_better
-        return compare(arm, against, lower_is_better=lower, margin=self.margin, family_size=self.family_size, name=name)
+        return compare(
+            arm,
+            against,
+            lower_is_better=lower,
+            margin=self.margin,
+            family_size=self.family_size,
+            alpha=self.alpha,
+            name=name,
+        )
 
 
 def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -> Part:
@@ -176,8 +197,8 @@ def _over_examples(
         if arm.failed or against.failed:
             raise Missing(Kind.FAILED_SEED)
         queries = query, query._replace(model=context.against_model or query.model)
-        runs, alpha = Runs((arm.name, against.name), queries, seeds, recorded), ALPHA / context.family_size
-        drawn = context.examples.intervals(runs, context.facts, alpha=alpha)
+        runs = Runs((arm.name, against.name), queries, seeds, recorded)
+        drawn = context.examples.intervals(runs, context.facts, alpha=context.alpha)
     except Missing as missing:
         return comparison, by_task, [missing.note]
     if comparison.n == 1:
@@ -187,7 +208,7 @@ def _over_examples(
         for task, interval in zip(recorded, drawn.each, strict=True)
         if task in by_task and by_task[task].seeds == seeds
     }
-    return replace(comparison, new_data=drawn.mean), by_task | each, []
+    return replace(comparison, new_data=drawn.mean, example_share=drawn.share), by_task | each, []
 
 
 def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Note]:

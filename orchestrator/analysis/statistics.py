@@ -55,7 +55,13 @@ def paired_t(differences: ArrayLike, *, null: float = 0.0, confidence: float = 1
     sd = np.where(sd <= 1e-12 * np.abs(x).max(-1), 0.0, sd)  # rounding alone is no spread
     error = sd / math.sqrt(n)
     t = np.divide(mean - null, error, out=np.zeros_like(mean), where=sd > 0)
-    return PairedT(mean, sd, stats.t.ppf((1 + confidence) / 2, n - 1) * error, 2 * stats.t.sf(np.abs(t), n - 1))
+    return PairedT(mean, sd, stats.t.ppf((1 + confidence) / 2, n - 1) * error, student_p(t, n))
+
+
+def student_p(t: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Returns the two-sided p of Student's t over n values."""
+    p: NDArray[np.float64] = 2 * stats.t.sf(np.abs(t), n - 1)
+    return p
 
 
 def holm(p: Sequence[float], claims: Sequence[float] | None = None) -> list[float]:
@@ -230,6 +236,7 @@ class Comparison:
     p_floor: float = 1.0  # the least possible `p_signflip`
     correlation: float | None = None  # of the pairs
     welch: Interval | None = None  # 95 %, unpaired
+    example_share: float | None = None  # of the differences' variance: what varies with the example as well as the seed
     new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `new_data`
 
     @property
@@ -281,6 +288,7 @@ def compare(
     lower_is_better: bool,
     margin: float = 0.0,
     family_size: int = 1,
+    alpha: float | None = None,  # of the simultaneous interval; by default Bonferroni's
     name: str = "against",
 ) -> Comparison | None:
     """Compares two arms' values paired by seed. One pair gives the effect alone; no pair gives None."""
@@ -313,7 +321,7 @@ def compare(
         plain,
         sd=float(test.sd),
         interval=test.interval() if vary else None,
-        simultaneous=paired_t(d, confidence=1 - ALPHA / family_size).interval() if vary else None,
+        simultaneous=paired_t(d, confidence=1 - (alpha or ALPHA / family_size)).interval() if vary else None,
         p=float(test.p),
         p_floor=2.0 ** (1 - n),
         correlation=float(np.corrcoef(a, b)[0, 1]) if _can_correlate(a, b) else None,

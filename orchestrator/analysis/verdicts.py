@@ -6,14 +6,13 @@ whether the verdict generalises to new data. Where a claim says `less`, the cost
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import pandas as pd
 
+from orchestrator.analysis.advice import MoreEvidence, more_evidence
 from orchestrator.analysis.arm_values import arm_values
 from orchestrator.analysis.claim_parts import (
     ClaimContext,
@@ -25,11 +24,12 @@ from orchestrator.analysis.claim_parts import (
 )
 from orchestrator.analysis.costs import Cost, CostPart, cost_pair
 from orchestrator.analysis.curves import task_facts
-from orchestrator.analysis.new_data import stored_answers
+from orchestrator.analysis.looks import level_of
+from orchestrator.analysis.new_data import StoredAnswers, stored_answers
 from orchestrator.analysis.notes import Kind, Note, Scope, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.scaling import Curve, Estimate, judge_scaling
-from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm, seeds_needed
+from orchestrator.analysis.statistics import ALPHA, Comparison, Decision, holm
 from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.timing import conditions
 from orchestrator.study.claims import AnyClaim, Claim, Figure
@@ -57,7 +57,7 @@ class Verdict:
     cost_parts: tuple[CostPart, ...]  # likewise, where the claim says `less`
     p_adjusted: float  # Holm's, of the claim's p; 1 where nothing can be tested
     leans: Decision  # what more seeds would lead to
-    seeds_more: int | None  # an estimate; None if decided, above 1000, or where seeds would not help
+    more: MoreEvidence  # an estimate of what would decide; of nothing if decided
     cost_ratios: Mapping[str, Cost]  # by `against`: the arm's mean cost over its mean cost
     paper: PaperJudgement | None  # of the paper's figure, as an effect in our units, against our 95 % interval
     notes: tuple[Note, ...]
@@ -68,6 +68,24 @@ class Verdict:
     conditions: Note | None  # of claims about time
     estimates: tuple[Estimate, ...] = ()  # of claims about scaling
     curve: Curve | None = None  # likewise
+    look: PlannedLook | None = None  # where the study plans several
+
+    @property
+    def seeds_more(self) -> int | None:
+        """Seeds that would decide; None if decided, above 1000, or where seeds would not help."""
+        return self.more.seeds
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a planned look is still to decide the claim."""
+        return self.look is not None and self.look.is_open
+
+
+class PlannedLook(NamedTuple):
+    """The planned look at which a claim was decided, or at which it waits to be judged."""
+
+    num_seeds: int
+    is_open: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class _Compared:
     quality: list[Part]
     cost: list[Part]  # where the claim says `less`
     conditions: Note | None
+    looks: tuple[int, ...]  # planned
     curve: Curve | None = None
 
     @property
@@ -93,7 +112,7 @@ def judge(
     trials: pd.DataFrame,
     *,
     default_phase: str,
-    num_seeds: int | None = None,  # planned; by default those in `trials`
+    looks: Sequence[int] = (),  # planned numbers of seeds; by default one look at all that `trials` has
     examples: pd.DataFrame | None = None,
     tasks: TaskFacts | None = None,
     slot: Slot | None = None,  # of the trials
@@ -101,21 +120,82 @@ def judge(
     """Judges each claim: "`arm` is better than `against` by more than `margin`", see `decide`.
 
     Claims of one `family` share alpha by Holm, those that cannot be tested yet included. A claim of several parts
-    (several `against`, or `less`) is one claim: see `_p_of`.
+    (several `against`, or `less`) is one claim: see `_p_of`. Where several looks are planned, a look judges the claims of a
+    family on its seeds alone, once all of them are over; what it decides stays so.
     """
-    sizes = Counter[str]()
-    for claim in claims.values():
-        sizes[claim.family] += claim.num_parts
-    records = Records(results, trials, tasks or TaskFacts(), num_seeds)
-    answers = stored_answers(examples, records)
-    compared = {}
-    for name, claim in claims.items():
+    facts = tasks or TaskFacts()
+    answers = stored_answers(examples, Records(results, trials, facts))
+    case = _Case(claims, results, trials, answers, facts, default_phase, slot, tuple(looks) or (None,))
+    verdicts: dict[str, Verdict] = {}
+    for family in dict.fromkeys(claim.family for claim in claims.values()):
+        verdicts |= case.judge_family([name for name, claim in claims.items() if claim.family == family])
+    return {name: verdicts[name] for name in claims}
+
+
+def judge_study(study: Study, tables: Tables, looks: Sequence[int] = ()) -> list[Verdict]:
+    """Judges the claims of a study on its tables, in their order. `looks`: by default the study's."""
+    verdicts = judge(
+        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, looks=looks or study.looks,
+        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
+    )  # fmt: skip
+    return list(verdicts.values())
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Claims, and what they are judged on."""
+
+    claims: Mapping[str, AnyClaim]
+    results: pd.DataFrame
+    trials: pd.DataFrame
+    answers: StoredAnswers | None
+    facts: TaskFacts
+    default_phase: str
+    slot: Slot | None
+    looks: tuple[int | None, ...]
+
+    def judge_family(self, names: Sequence[str]) -> dict[str, Verdict]:
+        """Judges the claims of one family, look by look."""
+        size, is_one = sum(self.claims[name].num_parts for name in names), len(self.looks) == 1
+        found, of_names = dict[str, Verdict](), dict[str, tuple[float, float]]()
+        for look in self.looks:
+            waiting = [name for name in names if name not in found]
+            is_over = is_one or self._are_over(waiting, look)
+            seen = {name: self._compare(name, look, size, with_examples=is_one) for name in waiting}
+            of_names |= {name: _ps_of(compared) for name, compared in seen.items()}
+            adjusted, alpha = _adjust([of_names[name] for name in names])
+            for name, ps in zip(names, adjusted, strict=True):
+                if name in found or (is_over and min(ps) > ALPHA and look != self.looks[-1]):
+                    continue
+                is_whole = is_one or self.answers is None
+                compared = seen[name] if is_whole else self._compare(name, look, size, with_examples=True)
+                verdict = _verdict(compared, name, self.facts, adjusted=ps if is_over else (1.0, 1.0), alpha=alpha)
+                found[name] = (
+                    verdict if is_one or look is None else replace(verdict, look=PlannedLook(look, not is_over))
+                )
+                # what is rejected counts no more in Holm's steps at later looks
+                differ, alike = (0.0 if p <= ALPHA else raw for p, raw in zip(ps, of_names[name], strict=True))
+                of_names[name] = differ, alike
+        return found
+
+    def _are_over(self, names: Sequence[str], look: int | None) -> bool:
+        """Whether all seeds of a look are over in the arms of these claims."""
+        trials = self.trials[(self.trials["kind"] == "trial") & self.trials["planned"].eq(True)]
+        over = trials[(trials["seed"] < look) & (trials["status"] != "running")].groupby("arm")["seed"].nunique()
+        return all(over.get(arm, 0) == look for name in names for arm in self.claims[name].arms)
+
+    def _compare(self, name: str, look: int | None, family_size: int, *, with_examples: bool) -> _Compared:
+        """Compares the arms of a claim on the seeds of a look."""
+        claim, plan = self.claims[name], tuple(look for look in self.looks if look is not None)
+        results, trials, answers = self.results, self.trials, self.answers if with_examples else None
+        if len(plan) > 1:
+            results, trials = results[results["seed"] < look], trials[trials["seed"] < look]
+        records = Records(results, trials, self.facts, look)
         if not isinstance(claim, Claim):
             found = judge_scaling(claim, records.facts.grids[name], records)
-            quality = [Part(a.p, a.beyond, found.notes, found.failed, answer=a) for a in found.answers]
-            compared[name] = _Compared(claim, found.query, [], quality, [], None, found.curve)
-            continue
-        query, pairs = query_claim(claim, records, default_phase)
+            parts = [Part(a.p, a.beyond, found.notes, found.failed, answer=a).over(plan) for a in found.answers]
+            return _Compared(claim, found.query, [], parts, [], None, plan, found.curve)
+        query, pairs = query_claim(claim, records, self.default_phase)
         context = ClaimContext(
             query,
             answers,
@@ -123,37 +203,16 @@ def judge(
             margin=claim.margin,
             within=claim.within,
             against_model=claim.against_model,
-            family_size=sizes[claim.family],
+            family_size=family_size,
+            looks=plan,
         )
         quality = [compare_quality(context, *pair) for pair in pairs]
         cost = [compare_cost(*pair, claim.less) for pair in pairs] if claim.less else []
-        timed = conditions(trials, (claim.arm, *claim.rivals), query.phase, slot) if claim.is_of_time else None
+        timed = conditions(trials, claim.arms, query.phase, self.slot) if claim.is_of_time else None
         if timed is not None and timed.about["is_shared"]:
             quality, cost = ([part.undecidable() for part in parts] for parts in (quality, cost))
-        compared[name] = _Compared(claim, query, pairs, quality, cost, timed)
-    verdicts: dict[str, Verdict] = {}
-    for family in sizes:
-        names = [name for name, claim in claims.items() if claim.family == family]
-        differ = [_p_of(compared[name].parts)[0] for name in names]
-        alike = [
-            compared[name].parts[0].p_equivalent if claims[name].within else p
-            for name, p in zip(names, differ, strict=True)
-        ]
-        adjusted = holm([*differ, *alike], [*map(max, differ, alike)])
-        both = list(zip(adjusted[: len(names)], adjusted[len(names) :], strict=True))
-        alpha = ALPHA / max(1, sum(min(each) > ALPHA for each in both))  # of the next claim that Holm decides
-        for name, each in zip(names, both, strict=True):
-            verdicts[name] = _verdict(compared[name], name, records.facts, adjusted=each, alpha=alpha)
-    return {name: verdicts[name] for name in claims}
-
-
-def judge_study(study: Study, tables: Tables) -> list[Verdict]:
-    """Judges the claims of a study on its tables, in their order."""
-    verdicts = judge(
-        study.claims, tables.results, tables.trials, default_phase=study.objective.phase, num_seeds=study.seeds,
-        examples=tables.examples, tasks=task_facts(study), slot=study.slot,
-    )  # fmt: skip
-    return list(verdicts.values())
+        quality, cost = ([part.over(plan) for part in parts] for parts in (quality, cost))
+        return _Compared(claim, query, pairs, quality, cost, timed, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- decide
@@ -181,7 +240,7 @@ def _verdict(
         cost_parts=tuple(part.cost for part in compared.cost if part.cost is not None),
         p_adjusted=p,
         leans=leans,
-        seeds_more=_seeds_more(compared, leans, alpha) if verdict == Decision.UNDECIDED else None,
+        more=_more(compared, leans, alpha) if verdict == Decision.UNDECIDED else MoreEvidence(),
         cost_ratios={against: ratio[0] for against, ratio in ratios.items() if ratio is not None},
         paper=_judge_paper(claim, comparisons if len(compared.pairs) == 1 and other is None else ()),
         notes=tuple(dict.fromkeys(_notes(compared, verdict, holds, other))),
@@ -193,6 +252,20 @@ def _verdict(
         estimates=tuple(p.answer.estimate for p in parts if p.answer is not None and p.answer.estimate is not None),
         curve=compared.curve,
     )
+
+
+def _ps_of(compared: _Compared) -> tuple[float, float]:
+    """Returns the p that arms do not differ (but for the margin), and the p that they differ by `within`."""
+    differ = _p_of(compared.parts)[0]
+    return differ, compared.parts[0].p_equivalent if compared.claim.within else differ
+
+
+def _adjust(family: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], float]:
+    """Adjusts the p's of a family's claims by Holm; returns in addition the alpha of the next claim that Holm decides."""
+    differ, alike = zip(*family, strict=True)
+    adjusted = holm([*differ, *alike], [*map(max, differ, alike)])
+    both = list(zip(adjusted[: len(family)], adjusted[len(family) :], strict=True))
+    return both, ALPHA / max(1, sum(min(each) > ALPHA for each in both))
 
 
 def _p_of(parts: Sequence[Part]) -> tuple[float, Decision]:
@@ -224,25 +297,9 @@ def _scope(compared: _Compared, verdict: Decision) -> Scope | None:
     return Scope.NEW_DATA if any(part.holds_on_new_data for part in refuting) else Scope.THIS_SET
 
 
-def _seeds_more(compared: _Compared, leans: Decision, alpha: float) -> int | None:
-    """At the observed effect and SD and power .8: of the part that needs most to support, or least to refute; or until the
-    arms are equivalent, where the claim allows it and that takes fewer."""
-    parts, within = compared.parts, compared.claim.within
-    if any(part.failed for part in parts):
-        return None
-    if leans == Decision.SUPPORTED:
-        more = max((_part_needs(part, alpha) for part in parts if part.p > alpha), default=1)
-    else:
-        more = min((_part_needs(part, alpha / len(parts)) for part in parts if part.beyond < 0), default=math.inf)
-    if within and parts[0].p_equivalent < 1 and (room := within - abs(parts[0].beyond)) > 0:
-        more = min(more, _part_needs(replace(parts[0], beyond=room), 2 * alpha))  # one-sided
-    return int(more) if math.isfinite(more) else None
-
-
-def _part_needs(part: Part, alpha: float) -> float:
-    sd, n = part.spread or (None, 0)
-    needed = seeds_needed(part.beyond / sd, alpha=alpha) if sd else None
-    return math.inf if needed is None else max(1, needed - n)
+def _more(compared: _Compared, leans: Decision, alpha: float) -> MoreEvidence:
+    level, within = level_of(compared.looks, alpha), compared.claim.within
+    return more_evidence(compared.pairs, compared.parts, leans, within=within, level=level, alpha=alpha)
 
 
 def _judge_paper(claim: AnyClaim, parts: tuple[Comparison, ...]) -> PaperJudgement | None:

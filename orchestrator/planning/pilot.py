@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from orchestrator.analysis.curves import by_seed, ended
+from orchestrator.analysis.looks import level_of
 from orchestrator.analysis.queries import MetricQuery, parsed
 from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, detectable_in_sd, paired_t, sd_interval, seeds_needed
 from orchestrator.analysis.tables import Tables, read
@@ -50,9 +51,9 @@ def pilot_lines(study: Study, storage: Storage) -> list[str]:
         pilot = _pilot(study, claim, stored)
         if pilot is None:
             continue
-        alpha = ALPHA / sizes[claim.family]
-        effect = f"{pilot.sd * detectable_in_sd(study.seeds, alpha=alpha):.2g} {claim.metric}"
-        lines.append(f"{name}: {study.seeds} paired seeds detect {effect}; {pilot.words()}")
+        seeds, alpha = study.num_seeds, level_of(study.looks, ALPHA / sizes[claim.family])
+        effect = f"{pilot.sd * detectable_in_sd(seeds, alpha=alpha):.2g} {claim.metric}"
+        lines.append(f"{name}: {seeds} paired seeds detect {effect}; {pilot.words()}")
         lines += [f"{name}: {_takes(wanted, pilot, alpha)}" for wanted in _effects_that_matter(study, claim)]
     return lines
 

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from orchestrator.analysis.claim_history import ClaimHistory
+from orchestrator.analysis.looks import expected, level_of
 from orchestrator.analysis.statistics import ALPHA, MIN_PAIRS, detectable_in_sd
 from orchestrator.planning.checks import check_trial, fresh_heads
 from orchestrator.planning.cost import Rows, StepTimer, cost_lines, is_over
@@ -32,6 +34,8 @@ from trainables.storage.files import Storage
 from trainables.storage.phase_store import PhaseStore
 from trainables.training import layer_outputs
 from trainables.training.phase_graph import longest, num_steps, pace_reading, phase_runs, streams_of
+
+EFFECTS = (0.5, 0.7, 1.0, 1.5)  # whose power a plan of looks states
 
 
 def print_plan(scheduler: Scheduler) -> int:
@@ -59,7 +63,7 @@ def print_plan(scheduler: Scheduler) -> int:
                 "data": _data(base, corpora),
                 "memory": memory_lines(study, shapes, reached, largest),
                 "cost": cost_lines(scheduler, trials, StepTimer(corpora, shapes), num),
-                "claims": claim_lines(study),
+                "claims": claim_lines(study, scheduler.claim_history() if rows else None),
                 "power": _power(study),
                 "pilot": pilot_lines(study, scheduler.storage),
             }
@@ -98,7 +102,7 @@ def _prepared(specs: Sequence[TrialSpec], storage: Storage) -> Iterator[dict[str
 def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[str]:
     parts = []
     if study.arms:
-        parts.append(f"{len(study.arms)} arms x {study.seeds} seeds")
+        parts.append(f"{len(study.arms)} arms x {study.looks[0]} seeds{' at first' if len(study.looks) > 1 else ''}")
     if study.tune:
         (path, grid), *_ = study.tune.grid.items()
         seeds = f" on {study.tune.seeds} seeds" if study.tune.seeds > 1 else ""
@@ -113,6 +117,13 @@ def _trials(study: Study, trials: Sequence[PlannedTrial], rows: Rows) -> list[st
     if changes := _additions(trials, rows):
         state = f"{', '.join(changes)}: {state}"
     lines = ["; ".join(parts), state + (f", {len(aside)} set aside" if aside else "")]
+    if len(study.looks) > 1:
+        claimed = {arm for claim in study.claims.values() for arm in claim.arms}
+        most = len(claimed) * study.num_seeds + len(study.arms.keys() - claimed) * study.looks[0]
+        lines.append(
+            f"looks at {_listed(study.looks)} seeds: after each, the arms of claims that are still open get more; at most "
+            f"{most} trials of arms"
+        )
     if study.search:
         stop = study.search.stop_early
         asha = f"ASHA from {stop.first:g} of the budget, keeping 1/{stop.reduction}" if stop else "none"
@@ -272,13 +283,16 @@ def _shorten(text: str, width: int = 150) -> str:
     return text if len(text) <= width else text[:width] + " …"
 
 
-def claim_lines(study: Study) -> list[str]:
-    """Each claim as it will be judged, whatever it says of itself."""
+def claim_lines(study: Study, history: ClaimHistory | None = None) -> list[str]:
+    """Each claim as it will be judged, whatever it says of itself; with when it was stated, once trials have begun."""
     lines = []
     for name, claim in study.claims.items():
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
         at = f" at {claim.at:g} of the budget" if claim.at not in ("equal", 1) else ""
-        lines.append(f"{name}: {claim.stated()} ({claim.metric} of {whose} on {claim.split}{at})")
+        stated = f"; {history.stated(name).text()}" if history is not None else ""
+        lines.append(f"{name}: {claim.stated()} ({claim.metric} of {whose} on {claim.split}{at}){stated}")
+    if history is not None:
+        lines += [f"edited after {edit.num_results} results: {edit.text()}" for edit in history.edits()]
     lines += [
         f"{n}: measured on dev, by which choices are made; expected test"
         for n, c in study.claims.items()
@@ -292,14 +306,22 @@ def claim_lines(study: Study) -> list[str]:
 def _power(study: Study) -> list[str]:
     if not study.claims:
         return []
-    if study.seeds < MIN_PAIRS:
-        seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''}"
+    if study.num_seeds < MIN_PAIRS:
+        seeds = f"{study.num_seeds} seed{'s' if study.num_seeds > 1 else ''}"
         return [
             f"{seeds}: effects are shown, but no claim can be decided; at least {MIN_PAIRS} are needed, 5 are usual"
         ]
-    lines, n = [], study.seeds
+    lines, n = [], study.num_seeds
+    if len(study.looks) > 1:
+        level = f"{level_of(study.looks):.4f}".lstrip("0")
+        lines.append(
+            f"alpha .05 over {len(study.looks)} looks: level {level} at each; effects in SDs of the paired differences"
+        )
     for family, size in Counter(claim.family for claim in study.claims.values()).items():
         named = f"family {family}: " if family != "main" else ""
+        if len(study.looks) > 1:
+            lines += [f"{named}{_power_of_looks(study.looks, effect, size)}" for effect in EFFECTS]
+            continue
         one, first = (detectable_in_sd(n, alpha=ALPHA / claims) for claims in (1, size))
         effect = (
             f"{first:.2f} SD in the first of {size} claims (Holm), {one:.2f} in the last"
@@ -308,3 +330,17 @@ def _power(study: Study) -> list[str]:
         )
         lines.append(f"{named}{n} paired seeds detect {effect}; SD of the paired differences, alpha .05, power .8")
     return lines
+
+
+def _power_of_looks(looks: tuple[int, ...], effect: float, num_claims: int) -> str:
+    """The chance that an effect is found by each look, and the seeds that this takes; of several claims by Holm."""
+    texts = []
+    for alpha in dict.fromkeys((ALPHA / num_claims, ALPHA)):
+        found = expected(looks, effect, alpha)
+        texts.append(f"{_listed([f'{power:.2f}' for power in found.power])} (mean n {found.mean_n:.1f})")
+    places = (f" in the first of {num_claims} claims (Holm)", " in the last") if num_claims > 1 else ("",)
+    return f"{effect:g} SD: power by look {'; '.join(map(str.__add__, texts, places))}"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.analysis.claim_history import ClaimHistory
 from orchestrator.analysis.costs import CostPart
 from orchestrator.analysis.curves import planned
 from orchestrator.analysis.notes import Kind, Scope
@@ -17,6 +18,7 @@ from orchestrator.analysis.tables import Tables
 from orchestrator.analysis.verdicts import Verdict
 from orchestrator.reporting.document import decimals_beside, fixed, open_span, plural, si, span
 from orchestrator.reporting.notes import SCOPE
+from orchestrator.reporting.stated import stated
 from orchestrator.study.claims import Figure
 from trainables.metrics.known import metric_named
 
@@ -67,6 +69,7 @@ class Line:
     parts: Sequence[Part]
     paper: str
     judged: str
+    stated: str  # when, and whether by plan
 
 
 def numbered(verdicts: Sequence[Verdict]) -> list[tuple[str, Verdict]]:
@@ -91,6 +94,15 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
             f"No verdict: with {'one seed' if n == 1 else plural(n, 'seed')}, the effect of these runs cannot be told from chance; a claim needs at "
             f"least {MIN_PAIRS} seeds."
         )
+    num_open = sum(v.is_open for v in verdicts)
+    if num_open == len(verdicts):
+        return f"No verdict yet on {plural(num_open, 'claim')}: a planned look is still to come."
+    later = (
+        f" {plural(num_open, 'more claim')} {'waits' if num_open == 1 else 'wait'} for a planned look."
+        if num_open
+        else ""
+    )
+    verdicts = [v for v in verdicts if not v.is_open]
     counts = Counter(str(v.verdict) for v in verdicts)
     words = [(counts[word], str(word)) for word in Decision if counts[word]]
     parts = [f"{count} {'is' if count == 1 else 'are'} {word}" for count, word in words]
@@ -100,9 +112,10 @@ def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
         some = "" if on_new_data == len(decided) else f" for {on_new_data} of {plural(len(decided), 'verdict')}"
         where = f"at this scale, on new data as well{some}"
     if len(verdicts) == 1:
-        return f"The claim is {verdicts[0].verdict}, {where}."
+        the = "One claim" if num_open else "The claim"
+        return f"{the} is {verdicts[0].verdict}, {where}.{later}"
     said = f"Of {len(verdicts)} claims, {', '.join(parts[:-1])}{' and ' if parts[1:] else 'all '}{parts[-1]}, {where}."
-    return said + _on_families(len({v.claim.family for v in verdicts}))
+    return said + later + _on_families(len({v.claim.family for v in verdicts}))
 
 
 def _on_families(num: int) -> str:
@@ -112,7 +125,7 @@ def _on_families(num: int) -> str:
     return f" {num} families of claims: some verdict is false with a chance of up to {num} × {100 * ALPHA:g} %."
 
 
-def claim_lines(verdicts: Sequence[Verdict]) -> list[Line]:
+def claim_lines(verdicts: Sequence[Verdict], history: ClaimHistory | None = None) -> list[Line]:
     drawn: dict[MetricQuery, list[float]] = {}  # values that share a scale
     for v in verdicts:
         values = drawn.setdefault(v.reading, [0.0])
@@ -120,10 +133,10 @@ def claim_lines(verdicts: Sequence[Verdict]) -> list[Line]:
             values += [c.effect, *(c.interval or ()), *(c.new_data or ())]
             values += [_margin(c)] if c.margin else []
             values += [] if (figure := _comparable_figure(v)) is None else [figure]
-    return [_line(str(i), v, drawn[v.reading]) for i, v in enumerate(verdicts, 1)]
+    return [_line(str(i), v, drawn[v.reading], stated(history, v.name)) for i, v in enumerate(verdicts, 1)]
 
 
-def _line(number: str, v: Verdict, drawn: Sequence[float]) -> Line:
+def _line(number: str, v: Verdict, drawn: Sequence[float], stated: str) -> Line:
     claim, costs = v.claim, {c.found.against: c for c in v.cost_parts}
     scale = min(drawn), max(drawn)
     parts = [_part(v, c, scale, costs.get(c.against)) for c in v.parts]
@@ -134,7 +147,8 @@ def _line(number: str, v: Verdict, drawn: Sequence[float]) -> Line:
         paper += f" over {'GLUE' if claim.paper.over == 'glue' else ', '.join(claim.paper.over)}"
     judged = f"{v.paper} our interval" if v.paper in ("inside", "below", "above") else v.paper or "not stated"
     comparison = f"{claim.arm} − {' and '.join(claim.rivals)}" if claim.arm else claim.stated()
-    return Line(number, claim.says or claim.stated(), comparison, _about(v), v.verdict, _more(v), parts, paper, judged)
+    says, more = claim.says or claim.stated(), _more(v)
+    return Line(number, says, comparison, _about(v), v.verdict, more, parts, paper, judged, stated)
 
 
 def _about(v: Verdict) -> str:
@@ -155,6 +169,8 @@ def _about(v: Verdict) -> str:
 
 def _more(v: Verdict) -> str:
     """Where a verdict holds; of an undecided one, what would decide."""
+    if v.look is not None and v.look.is_open:
+        return f"provisional: judged at {v.look.num_seeds} seeds"
     if any(note.kind == Kind.PROVISIONAL for note in v.notes):
         return "provisional: trials are missing"
     if v.holds is not None:
@@ -163,8 +179,8 @@ def _more(v: Verdict) -> str:
         return "times were measured on shared devices"
     if any(note.kind == Kind.NEXT_EVALUATION and not note.about["is_alike"] for note in v.notes):
         return "evaluations are too coarse"
-    if v.seeds_more is not None:
-        return f"about {plural(v.seeds_more, 'more seed')}{', to refute' if v.leans == Decision.REFUTED else ''}"
+    if (more := _more_evidence(v)) is not None:
+        return more
     if any(note.kind == Kind.LOST_RUNS for note in v.notes):
         return "runs failed"
     if any(note.kind == Kind.OUTSIDE for note in v.notes):
@@ -177,6 +193,24 @@ def _more(v: Verdict) -> str:
 def _seeds(v: Verdict) -> list[int]:
     """The seeds of each comparison or estimate."""
     return [*(c.n for c in v.parts), *(e.n for e in v.estimates)]
+
+
+def _more_evidence(v: Verdict) -> str | None:
+    """The cheapest of what would decide an undecided claim, with its cost."""
+    more, which = v.more, ""
+    if v.leans == Decision.REFUTED:
+        which = (
+            ", to refute: the effect points the other way"
+            if not v.claim.margin
+            else ", to refute: the gain is below the margin"
+        )
+    if more.is_by_examples:
+        return f"about {more.examples:.2g} times the examples, all trials anew{_hours(more.examples_hours)}{which}"
+    return None if more.seeds is None else f"about {plural(more.seeds, 'more seed')}{_hours(more.seeds_hours)}{which}"
+
+
+def _hours(hours: float) -> str:
+    return f" ({hours:.2g} device-hours)" if hours else ""
 
 
 def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart | None) -> Part:

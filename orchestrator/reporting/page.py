@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from orchestrator.analysis.claim_history import ClaimHistory
 from orchestrator.analysis.curves import planned, point_scores
 from orchestrator.analysis.statistics import Chance
 from orchestrator.analysis.tables import Tables
@@ -22,6 +23,7 @@ from orchestrator.reporting import (
     scaling_section,
     search_sections,
     sections,
+    stated,
     task_sections,
 )
 from orchestrator.reporting.claim_lines import Line, answer, claim_lines, word
@@ -76,16 +78,19 @@ class Page:
 def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, storage: str = DEFAULT_STORAGE,
                 importance: Mapping[str, float] | None = None, evaluator: str = "",
                 chance: Callable[[], Chance] | None = None,
-                others: Mapping[str, Mapping[str, float]] | None = None) -> Report:  # fmt: skip
+                others: Mapping[str, Mapping[str, float]] | None = None,
+                history: ClaimHistory | None = None) -> Report:  # fmt: skip
     """Makes the report of the trials in the tables, finished or not.
 
     `importance`: share of each varied factor, computed by the `evaluator` named over the completed points; `chance`:
     computes those of permuted scores; `others`: the shares for each further objective, by its words.
     """
-    verdicts, points = judge_study(study, tables), point_scores(study, tables)
+    verdicts = judge_study(study, tables, history.looks if history is not None else ())
+    points = point_scores(study, tables)
     below = (
         sections.verdict_details(verdicts),
         scaling_section.scaling(verdicts),
+        stated.section(history),
         cost_sections.costs_compared(verdicts),
         cost_sections.time_to_quality(tables, verdicts),
         task_sections.by_task(study, tables, verdicts),
@@ -108,10 +113,10 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
         question=study.question,
         scale=_scale(study),
         counts=_counts(tables),
-        answer=answer(tables, verdicts),
+        answer=" ".join(filter(None, (answer(tables, verdicts), stated.savings(study, tables, verdicts)))),
         good_enough=pareto_section.good_enough_line(study, tables),
-        cautions=unfinished_replies(tables),
-        lines=claim_lines(verdicts),
+        cautions=[*stated.cautions(history), *unfinished_replies(tables)],
+        lines=claim_lines(verdicts, history),
         figure=pairs_and_cost(study, tables, verdicts),
         advice=advice(study, tables, points, verdicts, storage=storage),
         sections=[section for section in below if section is not None],
@@ -122,14 +127,15 @@ def make_report(study: Study, tables: Tables, provenance: Mapping[str, str], *, 
     )
     html = environment.get_template("report.html.j2").render(page=page, light=LIGHT)
     by_claim = {v.name: word(v) for v in verdicts}
-    lines = [_summary_line(line) for line in page.lines]
-    summary = Summary(page.answer, lines, by_claim, page.cautions, page.good_enough)
+    lines, cautions = [_summary_line(line) for line in page.lines], [*page.cautions, *stated.counted(history)]
+    summary = Summary(page.answer, lines, by_claim, cautions, page.good_enough)
     return Report(html.lstrip() + "\n", _markdown(page), summary)
 
 
 def _summary_line(line: Line) -> str:
     effects = "; ".join(part.summary for part in line.parts)
-    return f"{line.number}. {line.says}: {line.verdict} {line.more} ({effects})"
+    dated = f"; {line.stated}" if line.stated else ""
+    return f"{line.number}. {line.says}: {line.verdict} {line.more} ({effects}{dated})"
 
 
 def _scale(study: Study) -> str:
@@ -170,7 +176,7 @@ def _markdown(page: Page) -> str:
     head = ("", "claim", "verdict at this scale", "arm", "against", "arm − against", "95 % interval",
             "new data as well", "n", "paper")  # fmt: skip
     lines = [
-        (line.number, f"{line.says} ({line.about})", f"{line.verdict} {line.more}".strip(), f"{p.arm_mean} {p.arm}",
+        (line.number, f"{line.says} ({line.about})", "; ".join(filter(None, (f"{line.verdict} {line.more}".strip(), line.stated))), f"{p.arm_mean} {p.arm}",
          f"{p.against_mean} {p.against}", p.effect, p.interval + (f"; {p.cost}" if p.cost else ""), p.new_data or "–", p.n,
          f"{line.paper} {line.judged}")
         for line in page.lines

@@ -172,7 +172,7 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
         notes += [(name, note_text(note)) for note in v.notes]
     text = (
         "Effect: arm − against. Test: Student’s t on pairs by seed, two-sided, with Holm’s correction within a family of "
-        "claims. A claim of k comparisons has the largest p if it is supported, k times the smallest if it is refuted. The exact sign-flip p and its floor, 2^(1−n), "
+        "claims, and over all planned looks. A claim of k comparisons has the largest p if it is supported, k times the smallest if it is refuted. The exact sign-flip p and its floor, 2^(1−n), "
         "decide nothing. Welch: unpaired; r: correlation of the pairs. New data as well: over new seeds and new clusters of test examples, "
         "simultaneous over the family; the other intervals are over new seeds on this evaluation set."
     )

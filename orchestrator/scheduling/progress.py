@@ -75,7 +75,9 @@ class Progress:
             parts.append(f"best {winner.name} {search.score(winner):+.4f}")
         left, new = self.scheduler.num_left(), finished - self.finished_before
         if new > 2 and left:
-            parts.append(f"about {elapsed / new * left / 60:.1f} min left")
+            more = self.scheduler.most_at_later_looks
+            later = f", at most {more} trials more at later looks" if more else ""
+            parts.append(f"about {elapsed / new * left / 60:.1f} min left{later}")
         return " · ".join(parts)
 
     def _num_finished(self, counts: Mapping[str, int]) -> int:

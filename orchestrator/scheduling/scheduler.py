@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.analysis.claim_history import ClaimHistory, count_results, keep_history, read_history
 from orchestrator.scheduling.arms import Arms
 from orchestrator.scheduling.ledger import Ledger
 from orchestrator.scheduling.open_trials import Teachers
@@ -19,6 +20,7 @@ from orchestrator.scheduling.tuning import Tuning
 from orchestrator.study.schema import Study
 from trainables.runtime.outcome import Outcome
 from trainables.storage.files import Storage
+from trainables.storage.phase_store import PhaseStore
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Scheduler:
         self._planner = Planner(study, fingerprints)
         self.closed: str | None = None  # why nothing new is started: a limit, an interrupt, a full disk
         self.is_broken = False  # closed by a fault that a person must mend
+        self._is_history_kept = False
         self.disabled_reasons: list[str] = []  # why each disabled slot is disabled
 
     @cached_property
@@ -69,10 +72,31 @@ class Scheduler:
         return [*planned.values(), *(trial for trial in later if trial.id not in planned)]
 
     def num_left(self) -> int:
-        """Trials still to come, as far as is known; teachers not counted."""
+        """Trials still to come, as far as is known; teachers and later looks not counted."""
         ledger = self.ledger
         later = sum(t.id not in ledger.planned and not ledger.is_over(t.id) for t in self._stages.arms.stand_ins())
         return len(ledger.unfinished) + later + (self.search.num_unplanned if self.search else 0)
+
+    def claim_history(self) -> ClaimHistory:
+        """The history of the claims, with those of the study now.
+
+        Where it begins, trials count whose phases are stored already: another folder may have had their results.
+        """
+        history, ledger = read_history(self.ledger.home), self.ledger
+        num_results = count_results(ledger.rows.values())
+        if not history.entries and self.study.claims:
+            find, arms = (
+                PhaseStore(self.storage).find,
+                [t for t in ledger.planned.values() if t.kind == "trial" and t.arm],
+            )
+            new = (trial for trial in arms if trial.id not in ledger.rows)
+            num_results += sum(all(find(key) is not None for key in trial.keys.values()) for trial in new)
+        return history.with_now(self.study, num_results)
+
+    @property
+    def most_at_later_looks(self) -> int:
+        """The most trials that later looks may ask for, beyond `num_left`."""
+        return self._stages.arms.most_to_follow
 
     def is_complete(self) -> bool:
         """Whether every trial is over. A space that is used up shows only once `next` has asked for a point."""
@@ -80,7 +104,11 @@ class Scheduler:
 
     def nothing_follows(self) -> bool:
         """Whether all that will ever run is running, so that a slot that is idle now stays idle. False where unknown."""
-        if not self._stages.tuning.is_complete or (self.search is not None and not self.search.nothing_follows):
+        if (
+            self.most_at_later_looks
+            or not self._stages.tuning.is_complete
+            or (self.search is not None and not self.search.nothing_follows)
+        ):
             return False
         return len(self.ledger.unfinished) == sum(trial in self.ledger.unfinished for trial in self.ledger.running)
 
@@ -98,6 +126,10 @@ class Scheduler:
         return planned or (stages.search.next() if stages.search else None)
 
     def start(self, planned: PlannedTrial, now: int) -> None:
+        """Starts a trial; before the first one, keeps what the study claims."""
+        if not self._is_history_kept:
+            keep_history(self.ledger.home, self.claim_history())
+            self._is_history_kept = True
         self.ledger.start(planned, now)
 
     def end(self, trial: str, outcome: Outcome, now: int) -> None:

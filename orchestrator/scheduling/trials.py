@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,15 +97,16 @@ class Planner:
     fingerprints: Fingerprints
     _untuned: dict[str, list[PlannedTrial]] = field(default_factory=dict)
 
-    def arm(self, arm: str, tuned: Mapping[str, Any]) -> list[PlannedTrial]:
-        """Plans an arm at the reporting seeds."""
-        specs = (self.study.spec(arm=arm, seed=seed, tuned=tuned) for seed in range(self.study.seeds))
+    def arm(self, arm: str, tuned: Mapping[str, Any], seeds: Iterable[int]) -> list[PlannedTrial]:
+        """Plans an arm at reporting seeds."""
+        specs = (self.study.spec(arm=arm, seed=seed, tuned=tuned) for seed in seeds)
         return [self.plan(spec, "trial", arm, arm=arm, params=tuned) for spec in specs]
 
     def untuned(self, arm: str) -> list[PlannedTrial]:
-        """Plans an arm without its tuned value: as many trials, which need the same phases unless a grid changes them."""
+        """Plans an arm without its tuned value up to the first look: as many trials, which need the same phases unless a
+        grid changes them."""
         if arm not in self._untuned:
-            self._untuned[arm] = self.arm(arm, {})
+            self._untuned[arm] = self.arm(arm, {}, range(self.study.looks[0]))
         return self._untuned[arm]
 
     def tuning(self, arm: str, sizes: Mapping[str, str], value: Mapping[str, Any], *, seed: int) -> PlannedTrial:

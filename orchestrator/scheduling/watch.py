@@ -20,7 +20,7 @@ def progress(study: Study, home: Storage) -> str:
     found = trial_files.read_all(home)
     ended = [row for row, records in found.values() if records is not None]
     running = [row for row, records in found.values() if records is None]
-    totals = {"arms": study.seeds * len(study.arms), "search": study.search.points if study.search else 0}
+    totals = {"arms": study.num_seeds * len(study.arms), "search": study.search.points if study.search else 0}
     totals["confirm"] = 2 * study.confirm.seeds if study.confirm else 0  # upper limits: equal trials run once
     parts = []
     for stage in ("teacher", "tune", *totals):

@@ -124,6 +124,10 @@ class Claim(_Statement):
         return (self.against,) if isinstance(self.against, str) else self.against
 
     @property
+    def arms(self) -> tuple[str, ...]:
+        return (self.arm, *self.rivals)
+
+    @property
     def num_parts(self) -> int:
         """How many comparisons decide the claim: of quality and, with `less`, of cost."""
         return len(self.rivals) * (2 if self.less else 1)

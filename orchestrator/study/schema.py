@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, field_validator, model_validator
 
 from orchestrator.study.axes import Axis, Choice, Label
 from orchestrator.study.claims import AnyClaim, Crossing, Foretelling
@@ -50,6 +51,37 @@ class Tune(Value):
     grid: dict[str, Annotated[tuple[Positive, ...], Field(min_length=3)]] = Field(min_length=1, max_length=1)
     seeds: int = Field(3, ge=1, le=100)
     extend: int = Field(2, ge=0)  # how often a winner at an edge may extend the grid by one step
+
+
+class Looks(Value):
+    """Numbers of seeds of each arm at which the claims are judged; after each look, open claims get more seeds."""
+
+    looks: tuple[PositiveInt, ...] = (5, 8, 12, 20)
+
+    @field_validator("looks")
+    @classmethod
+    def _looks_rise_from_3(cls, looks: tuple[int, ...]) -> tuple[int, ...]:
+        if len(looks) < 2:
+            raise ValueError(f"a plan has two looks or more; one look is a plain number, e.g. seeds: {[*looks, 5][0]}")
+        if any(later <= earlier for earlier, later in itertools.pairwise(looks)):
+            raise ValueError(f"looks must rise, e.g. [5, 8, 12, 20]; got {[*looks]}")
+        if looks[0] < 3:  # as `statistics.MIN_PAIRS` says
+            raise ValueError(f"a look at {looks[0]} seeds decides nothing; expected 3 or more")
+        return looks
+
+
+def _kind_of_seeds(value: Any) -> str | None:
+    return "schedule" if isinstance(value, Mapping | Looks) else None if isinstance(value, list | tuple) else "number"
+
+
+Seeds = Annotated[
+    Annotated[PositiveInt, Tag("number")] | Annotated[Looks, Tag("schedule")],
+    Discriminator(
+        _kind_of_seeds,
+        custom_error_type="seeds",
+        custom_error_message="must be a number, or planned looks, e.g. {looks: [5, 8, 12, 20]}",
+    ),
+]
 
 
 class Confirm(Value):
@@ -132,7 +164,7 @@ class Study(Value):
     search: Search | None = None
     tune: Tune | None = None
     arms: dict[Name, dict[str, Any]] = {}
-    seeds: PositiveInt = 1
+    seeds: Seeds = Looks()
     objective_: Annotated[
         Annotated[Objective, Tag("one")] | Annotated[tuple[Objective, ...], Tag("several")],
         Discriminator(lambda value: "several" if isinstance(value, list | tuple) and value else "one"),
@@ -186,6 +218,16 @@ class Study(Value):
     def folder(self) -> str:
         """The study's folder in the storage."""
         return self.name if self.is_default_profile else f"{self.name}-{self.profile}"
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """After how many seeds of each arm the claims are judged."""
+        return self.seeds.looks if isinstance(self.seeds, Looks) else (self.seeds,)
+
+    @property
+    def num_seeds(self) -> int:
+        """The most seeds that an arm gets: those of the last look."""
+        return self.looks[-1]
 
     def each_of(self, phase: str) -> tuple[str, ...]:
         """Returns the data sets over which a phase fans out; () where it does not."""

@@ -218,7 +218,7 @@ def test_a_look_that_comes_just_when_the_budget_ends_counts() -> None:
 
 def test_a_seed_without_a_look_in_time_has_no_value_and_is_named() -> None:
     gkd = [Run([1.0, 2.0, 3.0, 4.0], seconds) for seconds in (20, 50, 20, 52, 20)]
-    verdict = verdict_of(tables({"okd": rising(20, seconds=10), "gkd": gkd}), claim(**EQUAL), num_seeds=5)
+    verdict = verdict_of(tables({"okd": rising(20, seconds=10), "gkd": gkd}), claim(**EQUAL), looks=(5,))
     assert verdict.parts[0].seeds == (0, 2, 4)
     assert said(
         verdict, "'gkd' has no value at seed 1, 3: its first evaluation, at 0.25 of its schedule, came after 1.2 times"

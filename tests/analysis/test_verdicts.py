@@ -546,7 +546,7 @@ def test_few_or_absent_seeds_are_undecided_and_say_so() -> None:
     one = verdict_of(*tables({"good": {0: good[0]}, "alone": alone}))
     assert (one.verdict, one.parts[0].n, one.p_adjusted) == ("undecided", 1, 1.0)
     assert said(one, "n = 1:")
-    two = verdict_of(*tables({"good": {0: good[0], 1: good[1]}, "alone": alone}), num_seeds=5)
+    two = verdict_of(*tables({"good": {0: good[0], 1: good[1]}, "alone": alone}), looks=(5,))
     assert said(two, "n = 2: provisional; 3 pairs or more decide") and two.verdict == "undecided"
     assert said(two, "provisional: 3 of 5 planned seeds of 'good'")
     late = verdict_of(*tables({"good": good, "alone": alone}), claim(at=0.25))

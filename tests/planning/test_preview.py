@@ -190,6 +190,11 @@ def test_power_is_told_by_the_number_of_seeds(plan: Callable[..., dict[str, list
     ]
     assert power[0].startswith("4 paired seeds detect 3.72 SD in the first of 5 claims (Holm), 2.13 in the last")
     assert power[1].startswith("family side: 4 paired seeds detect 2.13 SD;")
+    looks = plan(claims={f"helps{i}": five[f"helps{i}"] for i in (0, 1)}, seeds={"looks": [5, 8, 12, 20]})
+    assert looks["trials"][0] == "2 arms x 5 seeds at first"
+    assert looks["trials"][2].startswith("looks at 5, 8, 12, 20 seeds: ") and "at most 40 trials" in looks["trials"][2]
+    assert looks["power"][0].startswith("alpha .05 over 4 looks: level .016")
+    assert re.fullmatch(r"1 SD: power by look .*\(mean n 1\d.\d\) in the first of 2 claims \(Holm\); 0.19, 0.4\d, 0.7\d, 0.9\d \(mean n 11.5\) in the last", looks["power"][3])  # fmt: skip
     assert "power" not in plan()
 
 

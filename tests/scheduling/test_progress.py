@@ -19,7 +19,7 @@ class _Scheduler:
         self.ledger = self.search = self
         self.rows: list[dict[str, Any]] = []
         self.running: dict[str, Any] = {}
-        self.left, self.best = 0, None
+        self.left, self.best, self.most_at_later_looks = 0, None, 0
         self.home = Storage("runs/study")
         self.study = SimpleNamespace(objective=SimpleNamespace(metric="mlm_loss"))
 
@@ -102,6 +102,9 @@ def test_the_line_counts_what_is_planned_and_names_the_best(monkeypatch: pytest.
     progress.tick()
     line = written.getvalue().rpartition("\x1b[2K")[2]
     assert line == "[01:30] 4 done · 1 running · 1 failed · best p003 -0.0123 · about 3.0 min left"
+    scheduler.most_at_later_looks, clock[0] = 9, 191.0
+    progress.tick()
+    assert "min left, at most 9 trials more at later looks" in written.getvalue().rpartition("\x1b[2K")[2]
 
 
 def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
