@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from orchestrator.analysis.bootstrap import Answers, crossed
 
 from orchestrator.analysis.advice import more_evidence
 from orchestrator.analysis.arm_values import ArmValues
 from orchestrator.analysis.claim_parts import Part
 from orchestrator.analysis.costs import Cost, TrialCost
+from orchestrator.analysis.new_data import DataSet, intervals
 from orchestrator.analysis.statistics import Decision, compare, detectable_in_sd, seeds_needed
 from orchestrator.reporting.claim_lines import claim_lines
 from tests.analysis.test_verdicts import around, tables, verdict_of
@@ -62,8 +62,13 @@ def test_the_share_of_examples_is_that_of_the_variance() -> None:
     rng, S, E = np.random.default_rng(2), 200, 200
     none_E, one_E, part_E = np.full(E, np.nan), np.ones(E), np.zeros(E, np.int64)
     d_SE = 0.2 + rng.normal(0, 3, E) + rng.normal(0, 0.02**0.5, (S, 1)) + rng.normal(0, 2, (S, E))
-    runs = [[Examples(part_E, none_E, none_E, loss_E, one_E) for loss_E in arm_SE] for arm_SE in (d_SE, 0 * d_SE)]
-    assert crossed([Answers(LM_LOSS, runs)], seed=1, num=400).share == pytest.approx(0.5, abs=0.1)
+    assert LM_LOSS.left_out is not None
+    left_out = [
+        [LM_LOSS.left_out(Examples(part_E, none_E, none_E, loss_E, one_E), np.arange(E)) for loss_E in arm_SE]
+        for arm_SE in (d_SE, 0 * d_SE)
+    ]
+    data = DataSet(np.array(left_out), part_E, np.ones(E, np.int64))
+    assert intervals([data]).share == pytest.approx(0.5, abs=0.1)
 
 
 def test_an_effect_that_points_the_other_way_is_said_with_its_cost() -> None:
