@@ -97,8 +97,8 @@ def loss_on_dev(phase: PhaseState, name: str) -> float:
 def _dev_batches(stream: StreamLoader, rows: int) -> Iterator[dict[str, GlobalBatch]]:
     """Yields dev in batches, as `StreamLoader.batches`, with the labels that the stream's evaluations have."""
     for indices, batch in stream.data.dev_batches(stream.spec.corruption, rows):
-        others = {f"{stream.name}/{model}": data.dev.rows(indices) for model, data in stream.others.items()}
-        batches: dict[str, Any] = {stream.name: batch, **others}
+        batches: dict[str, Any] = {stream.name: batch}
+        batches |= {f"{stream.name}/{model}": data.dev.rows(indices) for model, data in stream.others.items()}
         if stream.made:
             batches = {name: each._replace(labels_N=stream.made["dev"][indices]) for name, each in batches.items()}
         yield batches
