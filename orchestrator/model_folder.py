@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from tokenizers import processors
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from orchestrator.analysis.tables import tables
@@ -166,7 +166,7 @@ def set_special_tokens(tokenizer: Any, start: int | None, end: int | None) -> No
 
 def name_for_older_loaders(to: Path) -> None:
     """Adds the fields of config.json that older loaders read: the type of the weights, and rotary positions, for which they take the
-    family's default otherwise."""
+    family's default otherwise; these unless the loaders of today would then read others (Gemma 4, which has no older ones)."""
     path = to / "config.json"
     about = json.loads(path.read_text())
     rotary = about.get("rope_parameters") or {}
@@ -179,7 +179,14 @@ def name_for_older_loaders(to: Path) -> None:
     if "rope_theta" in older:
         scaling = {key: value for key, value in whole.items() if key not in older}
         older["rope_scaling"] = None if whole.get("rope_type", "default") == "default" else scaling
-    write_json(path, {**about, **older, "torch_dtype": about["dtype"]})
+    about["torch_dtype"] = about["dtype"]
+    write_json(path, {**about, **older})
+    try:
+        is_read_alike = AutoConfig.from_pretrained(to).to_dict().get("rope_parameters") == about.get("rope_parameters")
+    except Exception:  # each family checks its config in its own way
+        is_read_alike = False
+    if not is_read_alike:
+        write_json(path, about)
 
 
 def _keep_generation_config(to: Path, own: GenerationConfig | None) -> None:

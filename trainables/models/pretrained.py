@@ -48,7 +48,8 @@ class Folder:
         path = model_folder(name, revision, FILES)
         _refuse_adapter(name, path)
         fields = _fields(name, path)
-        config, trunk = _config(name, path, fields)
+        with quiet():
+            config, trunk = _config(name, path, fields)
         return cls(name, path, config, frozenset(trunk.state_dict()), _tensors(name, path, fields))
 
     def fresh(self, net: Any, language_model: Any, *, is_head_read: bool = True) -> frozenset[str]:
