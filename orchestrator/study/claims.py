@@ -228,7 +228,8 @@ class Foretelling(_OfScaling):
         return len(self.phases)
 
     def stated(self) -> str:
-        return f"the other sizes foretell the losses of {self.foretells.hold_out} within {100 * self.error_below:g} %"
+        of = "the largest" if self.foretells.hold_out == "largest" else self.foretells.hold_out
+        return f"the other sizes foretell the losses of {of} within {100 * self.error_below:g} %"
 
     def grid(self, specs: Mapping[str, TrialSpec]) -> Grid:
         """Returns what the claim reads. Raises ValueError where that is too little for its law."""
