@@ -265,7 +265,8 @@ class Mirror:
                 self._waiting.pop(key, None)
 
     def _history(self, run: _Run) -> set[Point]:
-        """Every point of a run in the store. One request for each metric, so only for a trial that had not finished."""
+        """Returns every point of a run in the store. One request for each metric, so only for a trial that had not
+        finished."""
         history = (self._client.get_metric_history(run.id, name) for name in run.metrics)
         return {_point(point.key, point.step, point.timestamp) for points in history for point in points}
 
@@ -329,13 +330,14 @@ def _reason(error: Exception) -> str:
 
 
 def _content(error: Exception) -> bool:
-    """Whether the content of a request is at fault, so that the same request would fail again."""
+    """Returns whether the content of a request is at fault, so that the same request would fail again."""
     code = getattr(error, "get_http_status_code", None)
     return isinstance(error, KeyError | TypeError | ValueError) if code is None else code() == 400
 
 
 def _artifacts(uri: str) -> str | None:
-    """The artifact folder of a new experiment: beside a SQLite file (not MLflow's ./mlruns), or the server's choice."""
+    """Returns the artifact folder of a new experiment: beside a SQLite file (not MLflow's ./mlruns), or the server's
+    choice."""
     if not uri.startswith("sqlite:"):
         return None
     file = sqlite_file(uri)
@@ -349,20 +351,21 @@ def _run(run: Any) -> _Run:
 
 
 def _name(row: Row) -> str:
-    """`<phase>/<model>/<task>/<split>/<metric>`, without parts that are missing."""
+    """Returns `<phase>/<model>/<task>/<split>/<metric>`, without parts that are missing."""
     parts = (row.get(key) for key in ("phase", "model", "task", "split", "metric"))
     return _clean("/".join(part for part in parts if isinstance(part, str) and part))
 
 
 @cache  # as many as there are metrics and parameters
 def _clean(name: str) -> str:
-    """A name in the characters and the form (a normal path of at most 250 characters) that MLflow accepts."""
+    """Returns a name in the characters and the form (a normal path of at most 250 characters) that MLflow accepts."""
     parts = (part for part in re.sub(r"[^\w.\- :/]", "_", name)[:250].split("/") if part.strip(". "))
     return "/".join(parts) or "_"
 
 
 def _point(name: str, step: Any, t: Any) -> Point:
-    """The identity of a number: a resumed trial reports a step again, at another time; machine figures go by the clock."""
+    """Returns the identity of a number: a resumed trial reports a step again, at another time; machine figures go by
+    the clock."""
     return (name, step, t if "/system/" in f"/{name}" else 0)
 
 
@@ -375,7 +378,7 @@ def _milliseconds(value: Any) -> int | None:
 
 
 def _flat(params: Any) -> dict[str, str]:
-    """Nested parameters, or JSON of them, as dotted path -> text of at most 6000 characters."""
+    """Returns nested parameters, or JSON of them, as dotted path -> text of at most 6000 characters."""
     flat: dict[str, str] = {}
 
     def walk(value: Any, path: str) -> None:

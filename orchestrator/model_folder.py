@@ -233,7 +233,7 @@ def _task(net: Any) -> str:
 
 
 def _trial(scheduler: Scheduler, arm: str | None, trial: str | None) -> dict[str, Any]:
-    """The end of the chosen trial, with its spec and the fingerprints of its data."""
+    """Returns the end of the chosen trial, with its spec and the fingerprints of its data."""
     study, storage, ledger = scheduler.study, scheduler.storage, scheduler.ledger
     if arm is not None and arm not in study.arms:
         raise StudyError(f"no arm {arm!r}{nearest(arm, study.arms)}; expected {', '.join(study.arms)}")

@@ -73,7 +73,7 @@ def prune(storage: Storage, listed: Sequence[Entry], *, ask: bool) -> int:
 
 
 def entries(storage: Storage) -> list[Entry]:
-    """Everything under phases/ and data/, with the studies whose trials use the entry."""
+    """Returns everything under phases/ and data/, with the studies whose trials use the entry."""
     studies: defaultdict[str, set[str]] = defaultdict(set)
     used: defaultdict[str, int] = defaultdict(int)
     for study in storage.list():
@@ -94,7 +94,7 @@ def entries(storage: Storage) -> list[Entry]:
 
 
 def _finished(storage: Storage, kind: str, name: str) -> int:
-    """When a phase was stored, UTC, ms; 0 where that is not known."""
+    """Returns when a phase was stored, UTC, ms; 0 where that is not known."""
     try:
         return int(json.loads(storage.read(f"{kind}/{name}/phase.json") or b"{}")["provenance"]["finished"])
     except (ValueError, KeyError, TypeError):

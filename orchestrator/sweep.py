@@ -260,13 +260,13 @@ def _later(scheduler: Scheduler) -> str:
 
 
 def lacking(rows: Iterable[Row]) -> list[Row]:
-    """The planned trials of arms that are over without a result."""
+    """Returns the planned trials of arms that are over without a result."""
     over = ("failed", "stopped")
     return [r for r in rows if r["planned"] and r["arm"] and r["kind"] == "trial" and r["status"] in over]
 
 
 def exit_code(rows: Sequence[Row], *, signal_number: int | None, is_closed: bool, is_broken: bool) -> int:
-    """The exit code of a sweep with these trials; the module's docstring lists the codes."""
+    """Returns the exit code of a sweep with these trials; the module's docstring lists the codes."""
     if signal_number:
         return 128 + signal_number
     has_ended = any(r["planned"] and r["kind"] != "teacher" and r["status"] == "ended" for r in rows)
@@ -289,7 +289,7 @@ def _default_tracking(storage: Storage) -> str:
 
 
 def shown_by(tracking_uri: str) -> str:
-    """The command or the address that shows MLflow's runs."""
+    """Returns the command or the address that shows MLflow's runs."""
     file = sqlite_file(tracking_uri)
     if file == Path("runs/mlflow.db").absolute():
         return "make ui"

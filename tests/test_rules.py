@@ -458,3 +458,18 @@ def test_every_study_has_a_header(file: Path) -> None:
     assert f"python -m orchestrator.sweep search_spaces/{file.name}" in header[0]
     question = re.sub(r"\n# +", " ", header[0].partition("# Question  ")[2].partition("\n# Command")[0])
     assert question == load_study(file).question
+
+
+NO_VERBS = ("this", "its", "as", "less", "always", "has", "is", "models", "tensors", "losses", "weights", "values")
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_a_docstring_of_a_function_begins_with_a_verb(module: str) -> None:
+    for node in ast.walk(sources()[module]):
+        if not isinstance(node, ast.FunctionDef) or any("property" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        word = (ast.get_docstring(node) or "Returns").split()[0].strip(".,;:")
+        is_verb = word[0].isupper() and word.endswith("s") and word.lower() not in NO_VERBS
+        assert is_verb, (
+            f"{module}:{node.lineno}: {node.name}: begins with {word!r}; expected what it does: Returns, Reads …"
+        )

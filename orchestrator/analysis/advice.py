@@ -71,7 +71,8 @@ def _seeds(part: Part, level: float) -> float:
 
 
 def _examples(part: Part, level: float) -> float:
-    """How many times as many examples: they reduce the share of the pairs' variance that varies with the example."""
+    """Returns how many times as many examples: they reduce the share of the pairs' variance that varies with the
+    example."""
     sd, n = part.spread or (None, 0)
     share = part.comparison.example_share if part.comparison is not None else None
     if not sd or share is None or not part.beyond:
@@ -82,7 +83,7 @@ def _examples(part: Part, level: float) -> float:
 
 
 def _seconds_per_seed(pairs: Sequence[Pair]) -> float:
-    """Device seconds of one more seed of all arms of a claim."""
+    """Returns the device seconds of one more seed of all arms of a claim."""
     arms = {values.name: values for pair in pairs for values in pair}
     means = []
     for values in arms.values():

@@ -88,7 +88,7 @@ class ClaimHistory:
         return self.entries[-1].looks if self.entries else ()
 
     def stated(self, name: str) -> Stated:
-        """When a claim of the last entry was stated as it is now, under whatever name."""
+        """Tells when a claim of the last entry was stated as it is now, under whatever name."""
         claim = self.entries[-1].claims[name]
         since = self.entries[-1]
         for entry in reversed(self.entries):
@@ -105,7 +105,7 @@ class ClaimHistory:
         return self.fixed is not None and self.looks != self.fixed.looks
 
     def edits(self) -> list[Edit]:
-        """All edits after results, in order."""
+        """Returns all edits after results, in order."""
         start = max(0, sum(entry.num_results == 0 for entry in self.entries) - 1)
         pairs = zip(self.entries[start:], self.entries[start + 1 :], strict=False)
         return [edit for before, after in pairs for edit in _edits(before, after)]
@@ -169,7 +169,7 @@ def count_results(rows: Iterable[Mapping[Any, Any]]) -> int:
 
 
 def _deciding(study: Study) -> dict[str, Fields]:
-    """All fields that decide claims, as JSON has them.
+    """Returns all fields that decide claims, as JSON has them.
 
     Of arms the names: what an arm trains is in the identity of its trials, so that a changed arm has no results yet.
     """

@@ -108,7 +108,7 @@ def _ratio(arm: Iterable[float], against: Iterable[float]) -> Cost:
 
 
 def cost_pair(arm: Mapping[int, TrialCost], against: Mapping[int, TrialCost]) -> CostPair:
-    """Pairs costs by seed. Shared phases are left out, since they would make the two look alike."""
+    """Matches costs by seed. Shared phases are left out, since they would make the two look alike."""
     own, full, shared = dict[int, tuple[Cost, Cost]](), dict[int, tuple[Cost, Cost]](), dict[str, None]()
     for seed in sorted(arm.keys() & against.keys()):
         a, b = arm[seed], against[seed]

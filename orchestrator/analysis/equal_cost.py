@@ -24,7 +24,7 @@ TOLERANCE = 0.01  # of the budget
 def equal_cost_values(
     records: Records, queries: Mapping[str, MetricQuery], axis: CostAxis
 ) -> tuple[tuple[str, ...], dict[str, ArmValues]]:
-    """As `arm_values`, for two arms (whose queries may differ in the model) at equal cost.
+    """Returns what `arm_values` does, for two arms (whose queries may differ in the model) at equal cost.
 
     At each seed the budget is the total cost of the cheaper arm. So this arm is evaluated at its end, and the dearer one
     on its way: `values` has its last evaluation within the budget, `beyond` the next one. A seed at which either arm did

@@ -42,7 +42,7 @@ class MetricQuery(NamedTuple):
         return keep & rows["phase"].isin([name for name in rows["phase"].unique() if self.reads(name)])
 
     def reads(self, phase_run: str) -> bool:
-        """Whether a phase run, as tables name it, is one of this phase."""
+        """Returns whether a phase run, as tables name it, is one of this phase."""
         return PhaseRun.parse(phase_run).phase == self.phase
 
 
@@ -99,7 +99,7 @@ class Records:
         return trials, rows.assign(progress=rows["progress"].round(6))
 
     def select_one(self, name: str, query: MetricQuery) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """As `select`, for one arm (or point) at any progress."""
+        """Selects as `select` does, for one arm (or point) at any progress."""
         return self.once((name, query._replace(at=1.0)), lambda: self.select([name], query))
 
 

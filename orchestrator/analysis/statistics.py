@@ -251,8 +251,8 @@ class Comparison:
         return sign_flip_p(np.array(self.differences) - null) if self.n > 1 else None
 
     def holds_on_new_data(self, within: float | None = None) -> bool:
-        """Whether the interval over new seeds and examples lies within ±`within`, if given; else beyond the margin, on the
-        side of the effect."""
+        """Returns whether the interval over new seeds and examples lies within ±`within`, if given; else beyond the
+        margin, on the side of the effect."""
         if self.new_data is None:
             return False
         low, high = sorted(-end if self.lower_is_better else end for end in self.new_data)
@@ -391,7 +391,7 @@ def run_noise(groups: Iterable[ArrayLike]) -> RunNoise:
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of the finite values and the half width of its 95 % t interval; NaN below one and two values."""
+    """Returns the mean of the finite values and the half width of its 95 % t interval; NaN below one and two values."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return (finite[0] if finite else math.nan), math.nan

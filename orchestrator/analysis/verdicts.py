@@ -179,7 +179,7 @@ class _Case:
         return found
 
     def _are_over(self, names: Sequence[str], look: int | None) -> bool:
-        """Whether all seeds of a look are over in the arms of these claims."""
+        """Returns whether all seeds of a look are over in the arms of these claims."""
         trials = self.trials[(self.trials["kind"] == "trial") & self.trials["planned"].eq(True)]
         over = trials[(trials["seed"] < look) & (trials["status"] != "running")].groupby("arm")["seed"].nunique()
         return all(over.get(arm, 0) == look for name in names for arm in self.claims[name].arms)

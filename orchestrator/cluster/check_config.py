@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def problems(config: Mapping[str, Any], home: Path) -> Problems:
-    """Relative paths start at the working directory, as in Ray."""
+    """Lists the faults of a cluster file. Relative paths start at the working directory, as in Ray."""
     yield from _placeholders(config, ())
     for remote, local in (config.get("file_mounts") or {}).items():
         path = home / local[2:] if local.startswith("~/") else Path(local)

@@ -191,7 +191,7 @@ def _set_mode(address: str) -> None:
 
 
 def has_token(environment: Mapping[str, str], home: Path) -> bool:
-    """Whether a token is in one of the three places where Ray looks for one."""
+    """Returns whether a token is in one of the three places where Ray looks for one."""
     if environment.get("RAY_AUTH_TOKEN"):
         return True
     path = environment.get("RAY_AUTH_TOKEN_PATH")
@@ -223,7 +223,7 @@ def autoscaler_config() -> dict[str, Any] | None:
 
 
 def _monitor_reads(path: Path) -> bool:
-    """Whether this Ray's own monitor was started with the file, which may be left over from an earlier cluster."""
+    """Returns whether this Ray's own monitor was started with the file, which may be left over from an earlier cluster."""
     address, option = f"--gcs-address={ray.get_runtime_context().gcs_address}", "--autoscaling-config="
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # the process has ended
@@ -256,8 +256,8 @@ def wait_for_workers(scaling: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 def when_all_are_there(
     nodes: Iterable[Mapping[str, Any]], scaling: Mapping[str, Any], slot: Slot
 ) -> list[Mapping[str, Any]]:
-    """The head and the machines that the autoscaler may run at once, those with most slots first; the living nodes where
-    the configuration does not list resources (machines that a file lists)."""
+    """Returns the head and the machines that the autoscaler may run at once, those with most slots first; the living
+    nodes where the configuration does not list resources (machines that a file lists)."""
     kinds = [kind for name, kind in scaling["available_node_types"].items() if name != scaling.get("head_node_type")]
     possible = [
         {"Alive": True, "Resources": kind["resources"]}

@@ -73,14 +73,14 @@ def set_slot_environment() -> None:
 
 
 def function_trainable(function: Callable[[dict[str, Any]], None]) -> Any:
-    """The class that Tune makes of a function: for a subclass with `setup` and `cleanup` of its own."""
+    """Returns the class that Tune makes of a function: for a subclass with `setup` and `cleanup` of its own."""
     from ray.tune.trainable.function_trainable import wrap_function
 
     return wrap_function(function)
 
 
 def is_given_up(trial: Any) -> bool:
-    """Whether Tune has given up a trial. No callback tells of one whose actor could not be used again."""
+    """Returns whether Tune has given up a trial. No callback tells of one whose actor could not be used again."""
     from ray.tune.experiment import Trial
 
     return bool(trial.status == Trial.ERROR)

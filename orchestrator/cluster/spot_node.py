@@ -62,7 +62,7 @@ class RayNode:
         return any(row["NodeID"] == self.node and row["Alive"] for row in self.state.node_table())
 
     def processes(self) -> dict[str, set[int]]:
-        """Kind of actor -> process ids of trials on this node."""
+        """Returns kind of actor -> process ids of trials on this node."""
         pids: dict[str, set[int]] = {SLOT: set(), RANK: set()}
         for actor in self.state.actor_table(None, actor_state_name="ALIVE").values():
             kind = actor["ActorClassName"].rpartition(".")[2]

@@ -83,7 +83,7 @@ def _ask(endpoint: str, path: str, headers: Mapping[str, str], method: str = "GE
 
 
 def why_not(endpoint: str, every: float) -> str | None:
-    """Why this machine can get no notice; None where it can."""
+    """Returns why this machine can get no notice; None where it can."""
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return "AWS_EC2_METADATA_DISABLED is set"
     for left in reversed(range(TRIES)):

@@ -69,7 +69,7 @@ def _named(file: str, path: str) -> Iterator[None]:
 
 
 def _check_tokenizers(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepared]) -> None:
-    """A model reads all data of a trial with one tokenizer, which is that of its pretrained weights."""
+    """Checks that a model reads all data of a trial with one tokenizer, which is that of its pretrained weights."""
     first_item = next(iter(spec.data))
     for name, (item, tokenizer) in spec.readings().items():
         first_name = name.replace(item, first_item, 1)
@@ -86,7 +86,7 @@ def _check_tokenizers(study: Study, spec: TrialSpec, corpora: Mapping[str, Prepa
 
 
 def _check_rows(spec: TrialSpec, name: str, source: str, corpora: Mapping[str, Prepared]) -> None:
-    """Copied rows of embeddings need tokens that mean the same."""
+    """Checks that copied rows of embeddings are of tokens that mean the same."""
     item = next(iter(spec.data))
     ours, theirs = (corpora[spec.reading(item, model)] for model in (name, source))
     if ours.tokenizer_identity != theirs.tokenizer_identity:
@@ -97,7 +97,7 @@ def _check_rows(spec: TrialSpec, name: str, source: str, corpora: Mapping[str, P
 
 
 def _check_pretrained(study: Study, spec: TrialSpec, name: str, *, net: Any, vocab_size: int) -> None:
-    """Pretrained weights need a row for each of the data's tokens, and as many positions as the longest sequence has."""
+    """Checks that pretrained weights have a row for each of the data's tokens, and as many positions as the longest sequence has."""
     model = spec.models[name]
     if model.pretrained is None:
         return
@@ -151,7 +151,7 @@ def fresh_heads(spec: TrialSpec, run: PhaseRun, corpora: Mapping[str, Prepared],
 
 
 def _check_phase(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> None:
-    """The workers share the batch, the optimizers are installed, and the models can be trained as the phase says."""
+    """Checks that the workers share the batch, the optimizers are installed, and the models can be trained as the phase says."""
     phase, at = spec.phases[name], f"{study.file}: trial.phases.{name}"
     if phase.batch % study.slot.workers:
         raise StudyError(
@@ -166,7 +166,7 @@ def _check_phase(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> No
 
 
 def _check_reads(spec: TrialSpec, run: PhaseRun, configs: Mapping[str, Any], nets: Callable[[str], Any]) -> None:
-    """Each model has the head that its streams need, and those that reply have a cache of keys and values."""
+    """Checks that each model has the head that its streams need, and those that reply have a cache of keys and values."""
     phase, streams = spec.phases[run.phase], streams_of(spec, run)
     replying = {model for stream in streams.values() for model in stream.reply_models}
     for term in phase.terms.values():

@@ -188,7 +188,7 @@ class StepTimer:
 
 
 def _loss(net: Any, batch: Any, *, is_task: bool) -> torch.Tensor:
-    """A loss whose step takes as long as those of training."""
+    """Returns a loss whose step takes as long as those of training."""
     batch = batch.to("cpu")
     if is_task:
         return output_head.class_logits(net, batch.ids_BT, batch.mask_BT, batch.types_BT).square().mean()
@@ -217,7 +217,7 @@ def _tokens(train: Any) -> int:
 
 
 def _share_made(made: ReplySource, num_read: int, num_prompts: int) -> float:
-    """Share of the steps that make fresh replies; all where the share rises with the loss, which is not known yet."""
+    """Returns the share of the steps that make fresh replies; 1 where the share rises with the loss, which is not known yet."""
     fractions = [(i + 0.5) / 8 for i in range(8)]
     if isinstance(made.share, RisesWithLoss):
         shares = [1.0] * len(fractions)

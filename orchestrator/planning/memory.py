@@ -54,7 +54,7 @@ class ModelMemory:
 
     @classmethod
     def of(cls, net: Any, optimizer: str) -> ModelMemory:
-        """Of a model on any device, with an optimizer of this kind."""
+        """Estimates a model on any device, with an optimizer of this kind."""
         learning = [parameter for parameter in net.parameters() if parameter.requires_grad]
         return cls(
             float(sum(parameter.nbytes for parameter in net.parameters())),
@@ -68,7 +68,7 @@ class ModelMemory:
 
 
 def _optimizer_bytes(tensor: torch.Tensor, kind: str) -> int:
-    """Of one tensor: two moments in its type, or in 8 bits with scales, or in fp32 the sums over rows and columns of the
+    """Counts the bytes for one tensor: two moments in its type, or in 8 bits with scales, or in fp32 the sums over rows and columns of the
     second one. (Step numbers and tables, a few KB, aside.)"""
     if kind == "adafactor":
         if tensor.ndim < 2:
@@ -96,7 +96,7 @@ class PhaseMemory:
         return max(1, self._phase.batch // self.workers)
 
     def moments(self, rows: int) -> dict[str, dict[str, float]]:
-        """By moment ("": a training step with micro-batches of `rows` sequences): bytes by part."""
+        """Returns by moment ("": a training step with micro-batches of `rows` sequences): bytes by part."""
         found = {"": self.step(rows), " while it is evaluated": self.evaluation()}
         found |= {f" while {makers} replies": parts for makers, parts in self.replies().items()}
         if self.device == "cpu":  # else a checkpoint is read into the machine's memory
@@ -105,7 +105,7 @@ class PhaseMemory:
         return found
 
     def trained(self) -> ModelMemory:
-        """All models that are trained, together."""
+        """Returns all models that are trained, together."""
         each = [
             ModelMemory.of(self._net(name, trained=True), self._phase.optimizer_of(name).kind)
             for name in self._phase.train
@@ -115,7 +115,7 @@ class PhaseMemory:
         )
 
     def step(self, rows: int) -> dict[str, float]:
-        """Trained models keep activations for each stream; a frozen one holds a layer's at a time. Several workers
+        """Estimates a training step. Trained models keep activations for each stream; a frozen one holds a layer's at a time. Several workers
         exchange gradients from buckets beside these."""
         phase, held = self._phase, self.trained()
         kept, passing = 0, 0
@@ -133,8 +133,8 @@ class PhaseMemory:
         )
 
     def _logits(self, rows: int, on: str) -> float:
-        """What the terms of a stream hold at once: logits of a chunk of positions, and the gradients that they leave for
-        hidden states and for heads that learn."""
+        """Returns what the terms of a stream hold at once: logits of a chunk of positions, and the gradients that they
+        leave for hidden states and for heads that learn."""
         terms = [term for term in self._phase.terms.values() if term.on == on and term.inputs == "logits"]
         names, total = {name for term in terms for name in term.reads}, 0.0
         for name, stream, row in self._read():
@@ -149,7 +149,7 @@ class PhaseMemory:
         return total
 
     def evaluation(self) -> dict[str, float]:
-        """Of what is trained, and of a teacher that is switched off when the student is better. A model that reads
+        """Estimates an evaluation of what is trained, and of a teacher that is switched off when the student is better. A model that reads
         instructions also answers prompts, and is compared with its teachers."""
         terms = [term for term in self._phase.terms.values() if term.source is not None]
         evaluated = {
@@ -174,7 +174,7 @@ class PhaseMemory:
         return self._parts(optimizer=self.trained().optimizer, evaluation=max(peaks))
 
     def replies(self) -> dict[str, dict[str, float]]:
-        """By the makers of a stream's replies, all of a worker's share at once; before a step, without gradients."""
+        """Estimates the generation of a stream's replies, all of a worker's share at once; before a step, without gradients."""
         found = dict[str, dict[str, float]]()
         for stream in self._streams.values():
             made, data = stream.replies, self.spec.data[stream.data]
@@ -201,7 +201,7 @@ class PhaseMemory:
         }
 
     def _parts(self, **parts: float) -> dict[str, float]:
-        """With what is there at all moments: the process, weights, teachers, and what the allocator wastes."""
+        """Adds what is there at all moments: the process, weights, teachers, and what the allocator wastes."""
         others = (name for name in self.spec.models_of(self.run.phase) if name not in self._phase.train)
         teacher = sum(self.shapes.num_bytes(self.spec.models[name], longest(self.spec)) for name in others)
         moving = sum(size for part, size in parts.items() if part not in STAYING)
@@ -224,13 +224,13 @@ class PhaseMemory:
         return self.shapes.net(self.spec.models[name], longest(self.spec), how=how)
 
     def _activations(self, name: str, row: RowShape) -> Activations:
-        """On a GPU without dropout: masks take a byte for a number there, and attention drops within its kernel."""
+        """Estimates activations on a GPU without dropout: masks take a byte for a number there, and attention drops within its kernel."""
         how, precision, drops = self._phase.train.get(name, "full"), self.spec.precision, self.device == "cpu"
         model = self.spec.models[name]
         return self.shapes.activations(model, longest(self.spec), row, how=how, precision=precision, drops=drops)
 
     def _read(self) -> Iterator[tuple[str, str, RowShape]]:
-        """(model, stream, row): each model runs once on each stream that its terms read."""
+        """Returns (model, stream, row): each model runs once on each stream that its terms read."""
         terms = self._phase.terms.values()
         for name, on in sorted({(name, term.on) for term in terms for name in term.reads}):
             stream = self._streams[on]
@@ -244,12 +244,12 @@ class PhaseMemory:
                 yield name, on, RowShape(data.length, min(data.length - 1, max(1, round(share * data.length))))
 
     def _packed(self, data: Instructions) -> RowShape:
-        """A row of packed exchanges, with as many supervised tokens as the data's own replies have at most."""
+        """Returns a row of packed exchanges, with as many supervised tokens as the data's own replies have at most."""
         most = math.ceil(self.shapes.reply_share * data.length)
         return RowShape(data.length, max(1, min(most, data.length - 1)))
 
     def _answered(self) -> Iterator[tuple[str, Instructions]]:
-        """Trained models with the instructions whose prompts they answer in an evaluation."""
+        """Returns trained models with the instructions whose prompts they answer in an evaluation."""
         read = [stream.data for stream in self._streams.values()]
         for name in self._phase.train:
             for data in (self.spec.data[item] for item in (*read, *self._phase.eval_only)):

@@ -49,13 +49,13 @@ class Activations:
     per_layer_input: int  # of one row, for one layer
 
     def kept(self, rows: int, *, gradient_checkpointing: bool = False) -> int:
-        """Of a batch. With gradient checkpointing: the inputs of all layers, and one layer that is computed again."""
+        """Counts what a batch keeps. With gradient checkpointing: the inputs of all layers, and one layer that is computed again."""
         if gradient_checkpointing:
             return self.fixed + rows * self.num_layers * self.per_layer_input + self.one_layer(rows)
         return self.fixed + rows * self.per_row
 
     def one_layer(self, rows: int) -> int:
-        """Of one layer: the most that a forward pass without gradients holds at once."""
+        """Counts what one layer holds: the most that a forward pass without gradients holds at once."""
         return rows * self.per_row // self.num_layers
 
 
@@ -80,7 +80,7 @@ class Shapes:
         return replace(by_tokenizer[""], others=by_tokenizer)
 
     def vocabulary(self, model: Model) -> tuple[int, Mapping[str, int]]:
-        """The number of tokens and the special ids of the tokenizer with which a model reads."""
+        """Returns the number of tokens and the special ids of the tokenizer with which a model reads."""
         of = self.others.get(model.tokenizer or "", self)
         return of.vocab_size, of.special_ids
 
@@ -90,7 +90,7 @@ class Shapes:
         return self._known[key]  # type: ignore[no-any-return]
 
     def config(self, model: Model, length: int) -> Any:
-        """The transformers config of a model. `length`: the longest sequence of the trial. Raises ModelError."""
+        """Returns the transformers config of a model. `length`: the longest sequence of the trial. Raises ModelError."""
         return self._once(("config", *_key(model, length)), lambda: self._config(model, length))
 
     def _config(self, model: Model, length: int) -> Any:
@@ -103,7 +103,7 @@ class Shapes:
         return config
 
     def folder(self, model: Model) -> Folder:
-        """What a model's folder of pretrained weights is. Raises ModelError."""
+        """Returns what a model's folder of pretrained weights is. Raises ModelError."""
         assert model.pretrained is not None
         name, revision = model.pretrained, model.revision
         return self._once(("folder", name, revision), lambda: Folder.read(name, revision))
@@ -111,13 +111,14 @@ class Shapes:
     def start(
         self, model: Model, num_labels: int | None, class_names: tuple[str, ...], *, is_head_read: bool
     ) -> build.Start:
-        """How a model starts from its pretrained weights. Raises ModelError where they do not fit."""
+        """Returns how a model starts from its pretrained weights. Raises ModelError where they do not fit."""
         _, ids = self.vocabulary(model)
         key, folder = ("start", *_key(model, 0), num_labels, class_names, is_head_read), self.folder(model)
         return self._once(key, lambda: build.start_of(folder, num_labels, class_names, ids, is_head_read=is_head_read))
 
     def net(self, model: Model, length: int, *, how: How = "full", num_labels: int | None = None) -> Any:
-        """The model on the meta device, trained as `how` says, with a classifier's head where `num_labels` is given.
+        """Returns the model on the meta device, trained as `how` says, with a classifier's head where `num_labels` is
+        given.
 
         Raises ModelError where the model cannot be built or trained so.
         """
@@ -143,7 +144,8 @@ class Shapes:
     def activations(
         self, model: Model, length: int, row: RowShape, *, how: How, precision: Precision, drops: bool
     ) -> Activations:
-        """What a training step of this model keeps. `drops`: with the masks of dropout, and the attention kernel for these."""
+        """Returns what a training step of this model keeps. `drops`: with the masks of dropout, and the attention
+        kernel for these."""
         net = self.net(model, length, how=how, num_labels=row.num_labels)
         key = ("activations", *_key(model, length), row, str(how), precision, drops)
         return self._once(key, lambda: count_activations(net, row, precision=precision, drops=drops))
@@ -200,8 +202,9 @@ def _saved_bytes(net: Any, row: RowShape, num: int, precision: Precision) -> int
 
 
 def _token_bytes(net: Any) -> int:
-    """What a layer's matrices read and write for a token, of its experts only those that the token is sent to; and a third
-    more for norms and activation functions (measured: 0.94 to 1.05 of what four mixtures of experts keep)."""
+    """Returns what a layer's matrices read and write for a token, of its experts only those that the token is sent to;
+    and a third more for norms and activation functions (measured: 0.94 to 1.05 of what four mixtures of experts keep).
+    """
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in net.base_model.parameters() if p.ndim >= 2 and id(p) not in tables]
     experts = getattr(net.config, "num_experts_per_tok", None) or 1

@@ -79,7 +79,7 @@ def print_plan(scheduler: Scheduler) -> int:
 
 @contextmanager
 def _prepared(specs: Sequence[TrialSpec], storage: Storage) -> Iterator[dict[str, Prepared]]:
-    """The prepared data of the first trial, as the models of all trials read them: from the storage, or prepared now in a
+    """Yields the prepared data of the first trial, as the models of all trials read them: from the storage, or prepared now in a
     temporary folder."""
     with tempfile.TemporaryDirectory(prefix="codistill-") as scratch:
         found, base = dict[str, Prepared](), specs[0].data
@@ -152,7 +152,7 @@ def _confirmation(study: Study) -> list[str]:
 
 
 def _additions(trials: Sequence[PlannedTrial], rows: Rows) -> list[str]:
-    """The arms and seeds that the study has now, and had not when trials last ran."""
+    """Returns the arms and seeds that the study has now, and had not when trials last ran."""
     before = [row for row in rows.values() if row["kind"] == "trial"]
     new = [trial for trial in trials if trial.kind == "trial" and trial.id not in rows]
     arms = {trial.arm for trial in new if trial.arm} - {row["arm"] for row in before}
@@ -228,7 +228,7 @@ def _coefficient(term: Term) -> str:
 
 
 def _remaps(specs: Iterable[TrialSpec], shapes: Shapes) -> list[str]:
-    """Each remap that a trial can ask for, measured on small models of the same proportions."""
+    """Returns each remap that a trial can ask for, measured on small models of the same proportions."""
     seen: dict[str, str] = {}
     for spec in specs:
         for name, model in spec.models.items():
@@ -284,7 +284,8 @@ def _shorten(text: str, width: int = 150) -> str:
 
 
 def claim_lines(study: Study, history: ClaimHistory | None = None) -> list[str]:
-    """Each claim as it will be judged, whatever it says of itself; with when it was stated, once trials have begun."""
+    """Returns each claim as it will be judged, whatever it says of itself; with when it was stated, once trials have
+    begun."""
     lines = []
     for name, claim in study.claims.items():
         whose = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
@@ -333,7 +334,8 @@ def _power(study: Study) -> list[str]:
 
 
 def _power_of_looks(looks: tuple[int, ...], effect: float, num_claims: int) -> str:
-    """The chance that an effect is found by each look, and the seeds that this takes; of several claims by Holm."""
+    """Returns the chance that an effect is found by each look, and the seeds that this takes; of several claims by
+    Holm."""
     texts = []
     for alpha in dict.fromkeys((ALPHA / num_claims, ALPHA)):
         found = expected(looks, effect, alpha)

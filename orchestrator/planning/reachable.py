@@ -40,7 +40,7 @@ def reachable(study: Study) -> Iterator[ReachableTrial]:
 
 
 def reached_at(study: Study, point: Mapping[str, Any], end: tuple[str, str] | None = None) -> ReachableTrial | None:
-    """The trial at a point, or None where the study excludes the point."""
+    """Returns the trial at a point, or None where the study excludes the point."""
     point = {factor: point[factor] for factor in study.vary if factor in point}
     if study.is_excluded(point):
         return None

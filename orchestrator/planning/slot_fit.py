@@ -49,8 +49,8 @@ class MemoryEstimate:
 
 
 def memory_lines(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial], largest: MemoryEstimate) -> list[str]:
-    """What the plan says of memory and checkpoints. Raises StudyError where the largest phase does not fit a slot, though it be the
-    only one."""
+    """Returns what the plan says of memory and checkpoints. Raises StudyError where the largest phase does not fit a
+    slot, though it be the only one."""
     available = slot_memory(study.slot)
     if available is not None and largest.total > available:
         here = "" if study.slot.memory_gb is not None else " on this machine (slot.memory_gb states another one's)"
@@ -76,7 +76,8 @@ def memory_lines(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial],
 
 
 def num_slots(slot: Slot, needed: float | None = None) -> int:
-    """How many trials run at once on this machine, by its cores, and by its memory where each worker needs `needed` bytes of it."""
+    """Returns how many trials run at once on this machine, by its cores, and by its memory where each worker needs
+    `needed` bytes of it."""
     num = max(1, int(num_cores() / slot.cpus + 1e-6) // slot.workers)
     if needed is None or slot.gpus or slot.memory_gb is not None:
         return num
@@ -106,8 +107,8 @@ def slot_memory(slot: Slot) -> float | None:
 def largest_phase(
     study: Study, shapes: Shapes, trials: Iterable[ReachableTrial], *, rows: int | None = None
 ) -> MemoryEstimate:
-    """The phase that needs most, of the trials that a study can reach. Where several factors of a search change the
-    memory, the trial at the worst ends of all of them counts, too. `rows`: as in `estimate_memory`."""
+    """Returns the phase that needs most, of the trials that a study can reach. Where several factors of a search change
+    the memory, the trial at the worst ends of all of them counts, too. `rows`: as in `estimate_memory`."""
 
     def estimate(trial: ReachableTrial) -> MemoryEstimate:
         runs = phase_runs(trial.spec)
@@ -134,7 +135,7 @@ def _total(estimate: MemoryEstimate) -> float:
 def estimate_memory(
     trial: ReachableTrial, run: PhaseRun, slot: Slot, shapes: Shapes, *, rows: int | None = None
 ) -> MemoryEstimate:
-    """What a worker needs in a phase, at the moment that needs most.
+    """Returns what a worker needs in a phase, at the moment that needs most.
 
     `rows`: of a micro-batch; by default the worker's share, which the training loop halves on a GPU until it fits.
     """
@@ -148,7 +149,7 @@ def estimate_memory(
 
 
 def _checkpoint_line(study: Study, shapes: Shapes, trials: Sequence[ReachableTrial], num: int) -> str:
-    """Weights and optimizer of all that a phase trains, and whether the room that the study gives them suffices."""
+    """Describes weights and optimizer of all that a phase trains, and whether the room that the study gives them suffices."""
     slot, room = study.slot, study.limits.checkpoint_gb
     phases = [(trial.spec, name) for trial in trials for name in trial.spec.phases]
     size, name = max((PhaseMemory(spec, PhaseRun(name), shapes).trained().checkpoint, name) for spec, name in phases)
@@ -168,7 +169,7 @@ def _checkpoint_line(study: Study, shapes: Shapes, trials: Sequence[ReachableTri
 
 
 def advice(slot: Slot, shapes: Shapes, largest: MemoryEstimate) -> str:
-    """What each single change would save in the largest phase, and whether the phase then fits."""
+    """Returns what each single change would save in the largest phase, and whether the phase then fits."""
     rows = 1 if slot.gpus else None
     before = estimate_memory(largest.trial, largest.run, slot, shapes, rows=rows).total
     found = []
@@ -188,7 +189,7 @@ def advice(slot: Slot, shapes: Shapes, largest: MemoryEstimate) -> str:
 
 
 def _changes(slot: Slot, largest: MemoryEstimate) -> Iterator[tuple[str, TrialSpec, Slot]]:
-    """(label, trial, slot): single settings that need less memory, those that leave results alone first."""
+    """Yields (label, trial, slot): single settings that need less memory, those that leave results alone first."""
     spec, name = largest.trial.spec, largest.run.phase
     phase, at = spec.phases[name], f"phases.{name}"
     if slot.memory_gb is None and 0 < slot.gpus < 1:

@@ -73,17 +73,17 @@ class Line:
 
 
 def numbered(verdicts: Sequence[Verdict]) -> list[tuple[str, Verdict]]:
-    """Each verdict with its name in the sections, e.g. `1. helps`."""
+    """Returns each verdict with its name in the sections, e.g. `1. helps`."""
     return [(f"{i}. {v.name}", v) for i, v in enumerate(verdicts, 1)]
 
 
 def word(verdict: Verdict) -> str:
-    """The verdict in a word; with another one where seeds are missing that would decide."""
+    """Returns the verdict in a word; with another one where seeds are missing that would decide."""
     return f"{verdict.verdict}{', provisional' if _more(verdict).startswith('provisional') else ''}"
 
 
 def answer(tables: Tables, verdicts: Sequence[Verdict]) -> str:
-    """All verdicts in one sentence."""
+    """Returns all verdicts in one sentence."""
     if not verdicts:
         return "No verdict: the study states no claims."
     if not (shown := [n for v in verdicts for n in _seeds(v)]):
@@ -152,7 +152,7 @@ def _line(number: str, v: Verdict, drawn: Sequence[float], stated: str) -> Line:
 
 
 def _about(v: Verdict) -> str:
-    """What is compared, where, and at what cost, so that no gain is shown without its price."""
+    """Returns what is compared, where, and at what cost, so that no gain is shown without its price."""
     claim = v.claim
     models = claim.model if claim.against_model is None else f"{claim.model} against {claim.against_model}"
     about = f"{claim.metric} of {models} on {claim.split}{' (not test: choices are made on dev)' if claim.split == 'dev' else ''}"
@@ -168,7 +168,7 @@ def _about(v: Verdict) -> str:
 
 
 def _more(v: Verdict) -> str:
-    """Where a verdict holds; of an undecided one, what would decide."""
+    """Returns where a verdict holds; of an undecided one, what would decide."""
     if v.look is not None and v.look.is_open:
         return f"provisional: judged at {v.look.num_seeds} seeds"
     if any(note.kind == Kind.PROVISIONAL for note in v.notes):
@@ -191,12 +191,12 @@ def _more(v: Verdict) -> str:
 
 
 def _seeds(v: Verdict) -> list[int]:
-    """The seeds of each comparison or estimate."""
+    """Returns the seeds of each comparison or estimate."""
     return [*(c.n for c in v.parts), *(e.n for e in v.estimates)]
 
 
 def _more_evidence(v: Verdict) -> str | None:
-    """The cheapest of what would decide an undecided claim, with its cost."""
+    """Returns the cheapest of what would decide an undecided claim, with its cost."""
     more, which = v.more, ""
     if v.leans == Decision.REFUTED:
         which = (
@@ -239,14 +239,14 @@ def _part(v: Verdict, c: Comparison, scale: tuple[float, float], cost: CostPart 
 
 
 def _estimated(e: Estimate) -> Part:
-    """An estimate beside its bound, or a foretold loss beside the measured one."""
+    """Returns an estimate beside its bound, or a foretold loss beside the measured one."""
     ratio = "–" if e.value is None else f"×{e.value / e.against:.3g}"
     value = "not reached" if e.value is None else si(e.value, e.unit)
     return Part(e.name, e.beside, value, si(e.against, e.unit), ratio, open_span(e.ratio), n=str(e.n), is_ratio=True)
 
 
 def _margin(c: Comparison) -> float:
-    """The margin as an effect."""
+    """Returns the margin as an effect."""
     return -c.margin if c.lower_is_better else c.margin
 
 
@@ -258,5 +258,5 @@ def _cost(c: CostPart) -> str:
 
 
 def _comparable_figure(v: Verdict) -> float | None:
-    """The paper's figure, where the paper measured what is measured here."""
+    """Returns the paper's figure, where the paper measured what is measured here."""
     return v.claim.figure if v.paper in ("inside", "below", "above") else None

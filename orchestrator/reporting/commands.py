@@ -15,7 +15,7 @@ def sweep_command(study: Study, storage: str = DEFAULT_STORAGE) -> str:
 
 
 def export_command(study: Study, chosen: str, storage: str = DEFAULT_STORAGE) -> str:
-    """`chosen`: `--arm A` or `--trial ID`."""
+    """Returns the command that exports a model. `chosen`: `--arm A` or `--trial ID`."""
     what = f"--to best {chosen} --model {study.objective.model}"
     return f"python -m orchestrator.export {shlex.quote(study.file)} {what}{_arguments(study, storage)}"
 

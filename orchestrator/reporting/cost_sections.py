@@ -21,7 +21,7 @@ from orchestrator.study.schema import Study
 
 
 def costs_compared(verdicts: Sequence[Verdict]) -> Section | None:
-    """The cost part of each claim with `less`; None where no claim has one."""
+    """Returns the cost part of each claim with `less`; None where no claim has one."""
     rows = []
     for name, v in numbered(verdicts):
         for part in v.cost_parts:
@@ -43,7 +43,7 @@ def costs_compared(verdicts: Sequence[Verdict]) -> Section | None:
 
 
 def time_to_quality(tables: Tables, verdicts: Sequence[Verdict]) -> Section | None:
-    """Device time until each arm of a claim about time first matches the other's final score; None without such a claim."""
+    """Tabulates the device time until each arm of a claim about time first matches the other's final score; None without such a claim."""
     rows, by_seed, conditions = [], [], dict[Note, None]()
     timed = [(name, v) for name, v in numbered(verdicts) if v.claim.is_of_time]
     if not timed:

@@ -52,7 +52,7 @@ def fixed(value: float | None, decimals: int, *, sign: bool = False) -> str:
 
 
 def decimals_for(half: float | None, value: float = math.nan) -> int:
-    """Two digits of the interval's half width; without one, three of the value."""
+    """Returns two digits of the interval's half width; without one, three of the value."""
     if half and math.isfinite(half):
         return min(8, max(0, 1 - math.floor(math.log10(abs(half)))))
     if value and math.isfinite(value):
@@ -71,7 +71,7 @@ def span(interval: tuple[float, float] | None, decimals: int) -> str:
 
 
 def open_span(interval: tuple[float, float]) -> str:
-    """An interval of positive numbers; an end that is 0 or infinite was not reached."""
+    """Returns an interval of positive numbers; an end that is 0 or infinite was not reached."""
     low, high = interval
     if math.isinf(high):
         return f"above {low:.3g}" if low > 0 else "no bound"
@@ -96,13 +96,13 @@ def plural(number: int, noun: str) -> str:
 
 
 def mean_text(mean: float, half: float) -> str:
-    """A mean and the half width of its interval, which may be NaN."""
+    """Returns a mean and the half width of its interval, which may be NaN."""
     places = decimals_for(half, mean)
     return fixed(mean, places) + (f" ± {fixed(half, places)}" if math.isfinite(half) else "")
 
 
 def si(value: float, unit: str = "") -> str:
-    """At most three digits and an SI prefix: 1234567 -> '1.23 M'; 0.00021 -> '2.1e−4'."""
+    """Returns at most three digits and an SI prefix: 1234567 -> '1.23 M'; 0.00021 -> '2.1e−4'."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     size, sign, power = abs(value), "−" if value < 0 else "", 0
@@ -120,7 +120,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def setting(value: Any) -> str:
-    """The value of a varied factor."""
+    """Returns the value of a varied factor."""
     if isinstance(value, float):
         return f"{value:#.3g}".rstrip(".")
     return value if isinstance(value, str) else json.dumps(value)

@@ -88,7 +88,7 @@ class Group(NamedTuple):
 
 
 def pairs_and_compute(groups: Sequence[Group], *, width: int = 780, height: int = 300) -> str:
-    """A row per group: the pairs by seed, and beside them the same values against cost."""
+    """Returns a row per group: the pairs by seed, and beside them the same values against cost."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(width, height * len(groups))
         for row, group in enumerate(groups):
@@ -177,7 +177,7 @@ class Effect(NamedTuple):
 
 
 def effects(panels: Sequence[Effect], label: str, *, width: int = 1000, height: int = 230) -> str:
-    """Small multiples, three per row: a point per completed trial, and each label's mean with its interval."""
+    """Draws small multiples, three per row: a point per completed trial, and each label's mean with its interval."""
     with matplotlib.rc_context(_STYLE):
         rows = math.ceil(len(panels) / 3)
         figure = _figure(width, height * rows + 16)
@@ -221,7 +221,8 @@ class Spot(NamedTuple):
 
 
 def trade_off(panels: Sequence[tuple[str, Sequence[Spot]]], label: str, *, width: int = 440, height: int = 290) -> str:
-    """A panel below the other: quality against cost. Marks that no other dominates are filled, and joined by a line.
+    """Returns a panel below the other: quality against cost. Marks that no other dominates are filled, and joined by a
+    line.
 
     Narrow, so that the text stays legible on a phone; `label` names the x axis.
     """

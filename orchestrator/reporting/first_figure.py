@@ -25,7 +25,7 @@ _COST: Mapping[CostAxis, tuple[str, str]] = {  # the column, and the label of th
 
 
 def styles(study: Study) -> dict[str, int]:
-    """Arm -> colour and marker, the same in every figure; the most frequent baseline is grey."""
+    """Returns arm -> colour and marker, the same in every figure; the most frequent baseline is grey."""
     base = Counter(filter(None, (baseline_of(study, arm) for arm in study.arms))).most_common(1)
     order = sorted(study.arms, key=lambda arm: bool(base) and arm != base[0][0])
     return {arm: i for i, arm in enumerate(order)}
@@ -84,7 +84,7 @@ def _group(
 def _against_cost(
     tables: Tables, query: MetricQuery, arm: figures.Series, read: Collection[tuple[int, float]]
 ) -> figures.Series:
-    """`read`: (seed, progress) at which the arm was evaluated at equal cost."""
+    """Draws values against cost. `read`: (seed, progress) at which the arm was evaluated at equal cost."""
     column = _COST[query.equal or "flops"][0]
     trials = with_phases_of(ended(tables, "trial", arm.name), query.phase, query.tasks)
     curve, before = curve_of(tables, query, trials), costs(tables, trials, query)

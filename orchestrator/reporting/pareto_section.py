@@ -39,7 +39,7 @@ def good_enough_line(study: Study, tables: Tables) -> str | None:
 
 
 def quality_and_cost(study: Study, tables: Tables, points: pd.DataFrame) -> Section | None:
-    """`points` as `point_scores` returns them. None before two recipes have ended."""
+    """Compares recipes by quality and cost; `points` are what `point_scores` returns. None before two recipes have ended."""
     lower = study.objective.mode == "min"
     arms, rows = _arms(study, tables, lower_is_better=lower)
     searched = _searched(study, tables, points, lower_is_better=lower)
@@ -81,7 +81,7 @@ def _arms(study: Study, tables: Tables, *, lower_is_better: bool) -> tuple[list[
 
 
 def _searched(study: Study, tables: Tables, points: pd.DataFrame, *, lower_is_better: bool) -> list[figures.Spot]:
-    """Points within the constraints, of which those on the front are named."""
+    """Returns points within the constraints, of which those on the front are named."""
     done, trials = completed(points), planned(tables.trials)
     done = done[done["feasible"]] if study.constraints else done
     spent = measured_of(study, tables, cost_of(study), trials[trials["trial"].isin(set(done["trial"]))])

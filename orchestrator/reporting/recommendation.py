@@ -50,7 +50,7 @@ class Advice:
 
 def advice(study: Study, tables: Tables, points: pd.DataFrame, verdicts: Sequence[Verdict], *,
            storage: str = DEFAULT_STORAGE) -> Advice:  # fmt: skip
-    """`points` as `point_scores` returns them."""
+    """Recommends a recipe. `points` are what `point_scores` returns."""
     if study.search is None:
         return _best_arm(study, tables, verdicts, storage)
     title, done, trials = "Recommended recipe", curves.best_first(study, points), curves.planned(tables.trials)
@@ -161,7 +161,7 @@ def _best(study: Study, scores: Mapping[str, float]) -> str:
 
 
 def _shrinkage(confirmation: Confirmation, difference: float, score: float, again: Sequence[float]) -> Facts:
-    """Shrinkage of the difference to the baseline; without one in the search, of the score itself on dev."""
+    """Returns the shrinkage of the difference to the baseline; without one in the search, of the score itself on dev."""
     if confirmation.shrinkage is not None:
         effect = difference - confirmation.shrinkage
         values = (difference, effect, confirmation.shrinkage)
@@ -175,7 +175,7 @@ def _shrinkage(confirmation: Confirmation, difference: float, score: float, agai
 
 
 def _num_tuned(study: Study, tables: Tables, base: str, params: Mapping[str, Any]) -> int:
-    """How many values the baseline was selected from."""
+    """Returns how many values the baseline was selected from."""
     sizes, tried = curves.match(study, 0, params), ended(tables, "tune", base)["params"]
     return max(1, len({cell for cell in tried if curves.match(study, 0, parsed(cell)) == sizes}))
 
@@ -183,7 +183,7 @@ def _num_tuned(study: Study, tables: Tables, base: str, params: Mapping[str, Any
 def _search_difference(
     study: Study, tables: Tables, base: str, params: Mapping[str, Any], *, winner: pd.DataFrame
 ) -> float:
-    """Winner minus `base` on dev in the search; NaN where the search has no such pair."""
+    """Returns the winner minus `base` on dev in the search; NaN where the search has no such pair."""
     if winner.empty:
         return math.nan
     score, minus = float(winner["score"].mean()), study.objective.minus
@@ -228,7 +228,7 @@ def _confirmed(study: Study, confirmation: Confirmation, winner: str) -> Facts:
 
 
 def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict], storage: str) -> Advice:
-    """Without a search, the arm that is best on dev; the claims say whether the arm is better."""
+    """Recommends, without a search, the arm that is best on dev; the claims say whether the arm is better."""
     query, title = objective_reading(study), "Recommended arm"
     scores = {arm: list(values_of(tables, query, ended(tables, "trial", arm)).values()) for arm in study.arms}
     means = {arm: sum(values) / len(values) for arm, values in scores.items() if values}
@@ -255,7 +255,7 @@ def _best_arm(study: Study, tables: Tables, verdicts: Sequence[Verdict], storage
 
 
 def _cost(study: Study, tables: Tables, trials: pd.DataFrame, beside: tuple[str, pd.DataFrame] | None = None) -> str:
-    """The mean cost of a trial, teacher included; and its ratio to the cost of an arm beside it."""
+    """Returns the mean cost of a trial, teacher included; and its ratio to the cost of an arm beside it."""
     query = objective_reading(study)
     cost = costs(tables, trials[trials["status"] == "ended"], query)
     if cost.empty:

@@ -44,7 +44,7 @@ BEST = 10  # points listed
 
 
 def search_points(study: Study, points: pd.DataFrame) -> Section:
-    """`points` as `point_scores` returns them, here and below."""
+    """Tabulates the points of a search. `points` are what `point_scores` returns, here and below."""
     title, done = "Points of the search", completed(points)
     if study.search is None:
         return Section(title, ("The study has no search.",))
@@ -66,7 +66,7 @@ def search_points(study: Study, points: pd.DataFrame) -> Section:
 
 
 def _listed(study: Study, ranked: pd.DataFrame, done: pd.DataFrame) -> Table:
-    """The best points; with several objectives, each of them, and whether the point is on the front."""
+    """Returns the best points; with several objectives, each of them, and whether the point is on the front."""
     columns, several = score_columns(study), len(study.objectives) > 1
     places = decimals_for(float(done["score"].std()) if len(done) > 1 else None, float(done["score"].iloc[0]))
     signed = [[p[c] if o.mode == "min" else -p[c] for c, o in zip(columns, study.objectives, strict=True)]
@@ -144,7 +144,7 @@ def effects(study: Study, points: pd.DataFrame) -> Section:
 
 def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, float] | None, evaluator: str,
                 *, chance: Callable[[], Chance] | None = None) -> Section:  # fmt: skip
-    """`chance`: computes the importances of permuted scores, which takes seconds."""
+    """Tabulates the importance of each factor. `chance`: computes the importances of permuted scores, which takes seconds."""
     title, done = "Importance", completed(points)
     if reason := _reason_not_shown(study, len(done)):
         return Section(title, (reason,))
@@ -170,7 +170,7 @@ def importances(study: Study, points: pd.DataFrame, importance: Mapping[str, flo
 def other_importances(
     study: Study, points: pd.DataFrame, others: Mapping[str, Mapping[str, float]] | None
 ) -> Section | None:
-    """`others`: importance for the objectives after the first, by their words. None where there are none to show."""
+    """Tabulates `others`: importance for the objectives after the first, by their words. None where there are none to show."""
     if not others or _reason_not_shown(study, len(completed(points))):
         return None
     names = short_names(tuple(study.vary))

@@ -83,7 +83,7 @@ def _standing(c: Comparison, places: int) -> str:
 
 
 def _teachers(spec: TrialSpec, study: Study) -> dict[str, tuple[str, float]]:
-    """Teacher of the objective's model -> phase and progress at which the teacher was as good as when it taught."""
+    """Returns teacher of the objective's model -> phase and progress at which the teacher was as good as when it taught."""
     phase, taught = study.objective.phase, study.objective.model
     flows = (t for t in spec.phases[phase].terms.values() if t.target == taught and not t.weight.is_off)
     sources = [term.source for term in flows if term.source is not None]

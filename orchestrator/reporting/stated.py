@@ -18,7 +18,7 @@ SHOWN = 3  # edits on the first screen
 
 
 def stated(history: ClaimHistory | None, name: str) -> str:
-    """When a claim was stated, and whether the seeds are those of the plan."""
+    """Tells when a claim was stated, and whether the seeds are those of the plan."""
     if history is None:
         return ""
     text = history.stated(name).text()
@@ -26,7 +26,7 @@ def stated(history: ClaimHistory | None, name: str) -> str:
 
 
 def cautions(history: ClaimHistory | None) -> list[str]:
-    """What a reader must know before the verdicts: edits after results, and what the history cannot tell."""
+    """Returns what a reader must know before the verdicts: edits after results, and what the history cannot tell."""
     if history is None:
         return []
     lines, edits = [], history.edits()
@@ -73,8 +73,8 @@ def section(history: ClaimHistory | None) -> Section | None:
 
 
 def savings(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> str:
-    """What planned looks saved against as many seeds of each arm as the last look has, or what they may still ask for; empty
-    for a single look."""
+    """Returns what planned looks saved against as many seeds of each arm as the last look has, or what they may still
+    ask for; empty for a single look."""
     if len(study.looks) < 2 or not verdicts:
         return ""
     trials = planned(tables.trials)
@@ -91,7 +91,7 @@ def savings(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> str:
 
 
 def _mean_seconds(trials: pd.DataFrame) -> float:
-    """Device seconds of a trial that has ended, without phases that it found in the store."""
+    """Returns the device seconds of a trial that has ended, without phases that it found in the store."""
     ended = trials.loc[trials["status"] == "ended", "phases"]
     done = [phase for cell in ended for phase in parsed(cell).values() if not phase["reused"]]
     return sum(float(phase["device_seconds"]) for phase in done) / max(1, len(ended))

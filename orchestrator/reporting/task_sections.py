@@ -23,7 +23,7 @@ WEIGHTS = ("parameters", "forward_flops", "latency_ms")
 
 
 def by_task(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Section | None:
-    """Each arm's score on each task, and each claim's difference there; None with one task.
+    """Returns each arm's score on each task, and each claim's difference there; None with one task.
 
     With WNLI, whose labels contradict its training set, means are shown with and without WNLI: papers report either.
     """
@@ -66,12 +66,12 @@ def by_task(study: Study, tables: Tables, verdicts: Sequence[Verdict]) -> Sectio
 
 
 def _over(tasks: Sequence[str], by_task: Mapping[str, Mapping[int, float]], seeds: Iterable[int]) -> list[float]:
-    """The mean over the tasks at each seed."""
+    """Returns the mean over the tasks at each seed."""
     return [math.fsum(by_task[task][seed] for task in tasks) / len(tasks) for seed in seeds]
 
 
 def _means(v: Verdict, wnli: Collection[str]) -> Iterator[tuple[str, Sequence[Comparison]]]:
-    """The claim's difference of means, and the same without WNLI, which is not tested."""
+    """Yields the claim's difference of means, and the same without WNLI, which is not tested."""
     less = [task for task in v.by_task if task not in wnli]
     if v.by_task:
         yield "mean", v.parts
@@ -83,7 +83,7 @@ def _means(v: Verdict, wnli: Collection[str]) -> Iterator[tuple[str, Sequence[Co
 
 
 def _without(whole: Comparison, of_tasks: Sequence[Sequence[Comparison]]) -> Comparison:
-    """The same comparison over some of the tasks."""
+    """Returns the same comparison over some of the tasks."""
     own = {str(i): c for i, compared in enumerate(of_tasks) for c in compared if c.against == whole.against}
     arm, against = (
         {task: dict(zip(c.seeds, getattr(c, side), strict=True)) for task, c in own.items()}
@@ -96,7 +96,7 @@ def _without(whole: Comparison, of_tasks: Sequence[Sequence[Comparison]]) -> Com
 
 
 def _mean(values: Iterable[float]) -> str:
-    """The mean (SD, n)."""
+    """Returns the mean (SD, n)."""
     if not (listed := list(values)):
         return "–"
     mean, sd = float(np.mean(listed)), float(np.std(listed, ddof=1)) if len(listed) > 1 else math.nan
@@ -110,7 +110,7 @@ def _difference(c: Comparison) -> tuple[str, ...]:
 
 
 def models(study: Study, tables: Tables) -> Section | None:
-    """Size and speed of each arm's models after the last phase that trained them; None where not recorded."""
+    """Tabulates size and speed of each arm's models after the last phase that trained them; None where not recorded."""
     rows = tables.results
     rows = rows[(rows["split"] == "system") & rows["metric"].isin(WEIGHTS)]
     lengths = {name: data.length for name, data in study.spec(seed=0).data.items()}

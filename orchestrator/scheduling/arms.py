@@ -35,7 +35,7 @@ class Arms:
         self._plan()
 
     def stand_ins(self) -> list[PlannedTrial]:
-        """Trials without a tuned value, for the arms that are still being tuned: not planned, but as many."""
+        """Returns trials without a tuned value, for the arms that are still being tuned: not planned, but as many."""
         return [trial for arm in self._untuned for trial in self._planner.untuned(arm)]
 
     @property

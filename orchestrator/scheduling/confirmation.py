@@ -71,13 +71,13 @@ class ConfirmStage:
                 self._queue.push(longer, 2, seed)
 
     def _score(self, trials: Sequence[PlannedTrial]) -> float:
-        """The mean objective on dev, where lower is better."""
+        """Returns the mean objective on dev, where lower is better."""
         scores = [score for t in trials if (score := self._ledger.value(t.id)) is not None]
         sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
         return sign * math.fsum(scores) / len(scores) if scores else math.inf
 
     def _flops(self, trials: Sequence[PlannedTrial]) -> tuple[float, float]:
-        """Mean FLOPs of the phases before that of the objective, and of this phase; 0 where no trial ended."""
+        """Returns the mean FLOPs of the phases before that of the objective, and of this phase; 0 where no trial ended."""
         own, spent = self._ledger.study.objective.phase, list[tuple[float, float]]()
         for planned in trials:
             row, needed = self._ledger.rows[planned.id], planned.spec.upto(own).phases

@@ -61,25 +61,26 @@ class Ledger:
         return row is not None and row["status"] != Status.RUNNING and trial not in self.reopened
 
     def is_planned(self, trial: str) -> bool:
-        """Whether the study asks for a trial, or still reads the phase of an earlier teacher."""
+        """Returns whether the study asks for a trial, or still reads the phase of an earlier teacher."""
         return trial in self.planned or self.uses[self._teacher_keys.get(trial, "")] > 0
 
     def value(self, trial: str, what: Measured | None = None) -> float | None:
-        """What a trial that has run to its end measured; by default the first objective."""
+        """Returns what a trial that has run to its end measured; by default the first objective."""
         row = self.rows.get(trial)
         if row is None or row["status"] != Status.ENDED:
             return None
         return measured(self.study, what or self.study.objective, self.records.get(trial, []), row["phases"])
 
     def row(self, trial: str) -> Row:
-        """The row of the trials table: point, arm and kind are those of the study now, not of when the trial ran."""
+        """Returns the row of the trials table: point, arm and kind are those of the study now, not of when the trial
+        ran."""
         row = {"study": self.study.folder, **self.rows[trial], "planned": self.is_planned(trial)}
         if (now := self.planned.get(trial)) is not None:
             row |= {"kind": now.kind, "point": now.point, "arm": now.arm, "params": dict(now.params)}
         return row
 
     def all_rows(self) -> list[Row]:
-        """The rows of all trials, planned or not, in the order in which the trials began."""
+        """Returns the rows of all trials, planned or not, in the order in which the trials began."""
         return [self.row(trial) for trial in sorted(self.rows, key=lambda t: (self.rows[t].get("started") or 0, t))]
 
     # --------------------------------------------------------------------------------------------------------- events
@@ -171,5 +172,5 @@ class Ledger:
 
 
 def _may_run_again(row: Mapping[str, object]) -> bool:
-    """Whether `--retry-failed` runs a trial again: one that failed, or that was stopped by hand."""
+    """Returns whether `--retry-failed` runs a trial again: one that failed, or that was stopped by hand."""
     return row["status"] == Status.FAILED or (row["status"] == Status.STOPPED and row["reason"] != StopReason.EARLY)

@@ -33,7 +33,8 @@ class Teachers:
         self._store = PhaseStore(self.ledger.storage)
 
     def before(self, planned: PlannedTrial) -> PlannedTrial | WaitsFor:
-        """The trial to start now so that `planned` can run: `planned` itself or a teacher; or the trial that both wait for."""
+        """Returns the trial to start now so that `planned` can run: `planned` itself or a teacher; or the trial that
+        both wait for."""
         own = self._own(planned)
         for phase_run in planned.upstream:
             key = planned.keys[phase_run]
@@ -51,7 +52,8 @@ class Teachers:
         return planned
 
     def _own(self, planned: PlannedTrial) -> Collection[str]:
-        """Phase runs that a trial trains for itself: reached by a continuous parameter, or needed by no other trial."""
+        """Returns phase runs that a trial trains for itself: reached by a continuous parameter, or needed by no other
+        trial."""
         if not planned.is_point:
             return {name for name in planned.upstream if self._num_uses(planned.keys[name]) < 2}
         vary = self.ledger.study.vary
@@ -100,7 +102,8 @@ class OpenTrials:
                 self._put(waiting)
 
     def first(self) -> PlannedTrial | None:
-        """The trial to start now: the first that can run, or the teacher that it needs. None where all wait or run."""
+        """Returns the trial to start now: the first that can run, or the teacher that it needs. None where all wait or
+        run."""
         while self._heap:
             trial = self._heap[0][1]
             if not self._ledger.is_over(trial) and trial not in self._ledger.running:

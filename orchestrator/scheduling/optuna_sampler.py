@@ -99,7 +99,7 @@ class Sampler:
         self._optuna.tell(trial, _listed(values) if status == Status.ENDED else None, state=STATES[status])
 
     def ask(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
-        """The point's params (labels for choices), or None where the space holds no new point.
+        """Returns the point's params (labels for choices), or None where the space holds no new point.
 
         `is_new` is called last with the params that are returned.
         """
@@ -121,7 +121,7 @@ class Sampler:
         return self._next_listed(number, is_new) if is_list else None
 
     def _next_listed(self, number: int, is_new: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any] | None:
-        """The next of all combinations. A combination that is refused once is refused for good."""
+        """Returns the next of all combinations. A combination that is refused once is refused for good."""
         if self._left is None:
             self._left = self._grid()
         while self._left:
@@ -140,7 +140,7 @@ class Sampler:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
     def _grid(self) -> list[dict[str, Any]]:
-        """Every combination of choices, conditions respected, in an order drawn once."""
+        """Returns every combination of choices, conditions respected, in an order drawn once."""
         combinations: dict[str, dict[str, Any]] = {}
         for labels in itertools.product(*(axis.ends() for axis in self._study.vary.values())):
             params: dict[str, Any] = {}
@@ -152,7 +152,7 @@ class Sampler:
         return [combinations[key] for key in sorted(combinations)]
 
     def importance(self, objective: int = 0) -> tuple[str, dict[str, float]] | None:
-        """(evaluator, importance by axis for an objective) over completed points, or None where Optuna has too few."""
+        """Returns (evaluator, importance by axis for an objective) over completed points, or None where Optuna has too few."""
         if sum(trial.state == TrialState.COMPLETE for trial in self._optuna.get_trials(deepcopy=False)) < 2:
             return None
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -167,7 +167,7 @@ class Sampler:
         return "PED-ANOVA", dict(found)
 
     def importance_by_chance(self) -> Chance:
-        """The importances of the completed points where their scores are permuted; there are importances."""
+        """Returns the importances of the completed points where their scores are permuted; there are importances."""
         done = [trial for trial in self._optuna.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
 
         def importances(scores: Sequence[float]) -> dict[str, float]:

@@ -61,24 +61,24 @@ class Scheduler:
         return self._stages.search
 
     def tuned(self, arm: str, sizes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """The tuned value of an arm; {} where it is not tuned, None while the value is not known."""
+        """Returns the tuned value of an arm; {} where it is not tuned, None while the value is not known."""
         return self._stages.tuning.tuned(arm, sizes)
 
     # ------------------------------------------------------------------------------------------------------ questions
 
     def known(self) -> list[PlannedTrial]:
-        """The trials that can be named now, with stand-ins for those of arms that are still being tuned."""
+        """Returns the trials that can be named now, with stand-ins for those of arms that are still being tuned."""
         later, planned = self._stages.arms.stand_ins(), self.ledger.planned
         return [*planned.values(), *(trial for trial in later if trial.id not in planned)]
 
     def num_left(self) -> int:
-        """Trials still to come, as far as is known; teachers and later looks not counted."""
+        """Counts trials still to come, as far as is known, without teachers and later looks."""
         ledger = self.ledger
         later = sum(t.id not in ledger.planned and not ledger.is_over(t.id) for t in self._stages.arms.stand_ins())
         return len(ledger.unfinished) + later + (self.search.num_unplanned if self.search else 0)
 
     def claim_history(self) -> ClaimHistory:
-        """The history of the claims, with those of the study now.
+        """Returns the history of the claims, with those of the study now.
 
         Where it begins, trials count whose phases are stored already: another folder may have had their results.
         """
@@ -99,11 +99,12 @@ class Scheduler:
         return self._stages.arms.most_to_follow
 
     def is_complete(self) -> bool:
-        """Whether every trial is over. A space that is used up shows only once `next` has asked for a point."""
+        """Returns whether every trial is over. A space that is used up shows only once `next` has asked for a point."""
         return not self.ledger.unfinished and (self.search is None or self.search.num_unasked == 0)
 
     def nothing_follows(self) -> bool:
-        """Whether all that will ever run is running, so that a slot that is idle now stays idle. False where unknown."""
+        """Returns whether all that will ever run is running, so that a slot that is idle now stays idle. False where
+        unknown."""
         if (
             self.most_at_later_looks
             or not self._stages.tuning.is_complete
@@ -115,7 +116,8 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------------------- events
 
     def next(self) -> PlannedTrial | None:
-        """The next trial to start, the same until it is started. None: nothing now (something runs), or nothing at all.
+        """Returns the next trial to start, the same until it is started. None: nothing now (something runs), or nothing
+        at all.
 
         A search may plan a new point to answer.
         """

@@ -44,7 +44,7 @@ def name_of(number: int) -> str:
 
 
 def is_in_space(study: Study, params: Mapping[str, Any]) -> bool:
-    """Whether the study can still ask for a point."""
+    """Returns whether the study can still ask for a point."""
     seen: dict[str, Any] = {}
     for name, axis in study.vary.items():
         if not study.is_active(name, seen):
@@ -123,12 +123,13 @@ class SearchStage:
         return [self._points[number] for number in sorted(self._points)]
 
     def score(self, point: Point) -> float | None:
-        """The first objective, as the search sees it."""
+        """Returns the first objective, as the search sees it."""
         scores = self.scores(point)
         return None if scores is None else scores.values[0]
 
     def scores(self, point: Point) -> Scores | None:
-        """What the search sees: each objective, minus that of the tuned baseline of the same sizes if the study says so."""
+        """Returns what the search sees: each objective, minus that of the tuned baseline of the same sizes if the study
+        says so."""
         study = self._ledger.study
         values = [self._objective(point, objective) for objective in study.objectives]
         bounded = [self._ledger.value(point.trial.id, bound) for bound in study.constraints]
@@ -146,7 +147,7 @@ class SearchStage:
         return None if baseline is None else value - baseline
 
     def winner(self) -> Point | None:
-        """The best on the first objective of the points that ran to their end within the constraints."""
+        """Returns the best on the first objective of the points that ran to their end within the constraints."""
         return None if self._best is None else self._points[self._best[1]]
 
     def importance(self, objective: int = 0) -> tuple[str, dict[str, float]] | None:
@@ -158,7 +159,7 @@ class SearchStage:
     # --------------------------------------------------------------------------------------------------------- events
 
     def next(self) -> PlannedTrial | None:
-        """The next trial to start. Asks the sampler for a new point where every known one runs or waits."""
+        """Returns the next trial to start. Asks the sampler for a new point where every known one runs or waits."""
         while self.has_baselines:
             first = self._queue.first()
             if first is not None or not self._ask_point():

@@ -97,7 +97,7 @@ class Ending:
 
 @contextlib.contextmanager
 def _lock(home: Storage) -> Iterator[bool | None]:
-    """Whether this process alone drives the study, and keeps others from driving meanwhile. None: storage that is not
+    """Yields whether this process alone drives the study, and keeps others from driving meanwhile. None: storage that is not
     local has no locks. The lock ends with its process, so none is ever stale."""
     if not home.is_local:
         yield None
@@ -122,7 +122,7 @@ def only_driver(home: Storage) -> Iterator[None]:
 
 
 def is_driven(home: Storage) -> bool | None:
-    """Whether a sweep of this study runs on this machine; None where the storage is not local."""
+    """Returns whether a sweep of this study runs on this machine; None where the storage is not local."""
     with _lock(home) as is_alone:
         return None if is_alone is None else not is_alone
 

@@ -78,7 +78,7 @@ def run_in_slot(config: dict[str, Any]) -> None:
 
 @cache
 def own_fault(expected: str) -> str | None:
-    """What keeps this process from running trials; checked once."""
+    """Returns what keeps this process from running trials; checked once."""
     return fault(Expected(**json.loads(expected)))
 
 

@@ -103,7 +103,7 @@ def read_end(home: Storage, trial: str) -> tuple[Row, Records] | None:
 
 
 def is_running(home: Storage, trial: str) -> bool:
-    """Whether a trial has begun and has no end, or has begun an attempt after its end (a retry, or an audit)."""
+    """Returns whether a trial has begun and has no end, or has begun an attempt after its end (a retry, or an audit)."""
     if read_start(home, trial) is None:
         return False
     end = read_end(home, trial)

@@ -62,7 +62,7 @@ class Fingerprints:
     _weights: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
     def of(self, spec: TrialSpec) -> dict[str, str]:
-        """`data:<name>` and `model:<name>` -> fingerprint. Raises StudyError naming the data or the model."""
+        """Returns `data:<name>` and `model:<name>` -> fingerprint. Raises StudyError naming the data or the model."""
         prints = {}
         for name, (item, tokenizer) in spec.readings().items():
             try:
@@ -153,7 +153,7 @@ class Planner:
     def plan(
         self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None = None, params: Mapping[str, Any]
     ) -> PlannedTrial:
-        """A trial that is only searched or tuned ends with the phases by which it is chosen."""
+        """Returns a trial that is only searched or tuned ends with the phases by which it is chosen."""
         is_chosen = kind == "tune" or (kind == "trial" and arm is None)
         lean = (spec.upto(*self.study.phases_chosen_by) if is_chosen else spec).pruned()
         return self._planned(lean, kind, point, arm=arm, params={**strata_of(self.study, spec), **params})
@@ -167,7 +167,7 @@ class Planner:
 
 
 def strata_of(study: Study, spec: TrialSpec) -> dict[str, Any]:
-    """The labels of the size axes that a trial has, whether a point or an arm set the sizes."""
+    """Returns the labels of the size axes that a trial has, whether a point or an arm set the sizes."""
     labels: dict[str, Any] = {}
     axes = study.size_axes()
     dumped = spec.model_dump(mode="json") if axes else {}
@@ -183,7 +183,7 @@ def strata_of(study: Study, spec: TrialSpec) -> dict[str, Any]:
 
 
 def _located(study: Study, value: Any) -> Any:
-    """The folder that a choice names, as a trial has it."""
+    """Returns the folder that a choice names, as a trial has it."""
     return study.locate(value, may_be_id=True) if isinstance(value, str) else value
 
 

@@ -101,7 +101,7 @@ def _device(slot: Slot) -> str:
 
 
 def _resources(slot: Slot) -> dict[str, float]:
-    """What Tune reserves for a slot; Ray Train reserves the workers of a group."""
+    """Returns what Tune reserves for a slot; Ray Train reserves the workers of a group."""
     return {"cpu": slot.cpus, "gpu": slot.gpus} if slot.workers == 1 else {"memory": 1}
 
 
@@ -209,12 +209,13 @@ class TrialSource(Searcher):  # type: ignore[misc]
         self.scheduler.requeue(self.active.pop(trial_id))
 
     def is_unwanted(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-        """Whether Tune shall end one of its trials: a requeued one, unless it occupies an unfit slot while others run."""
+        """Returns whether Tune shall end one of its trials: a requeued one, unless it occupies an unfit slot while
+        others run."""
         is_needed = "fault" in result and not (self.is_finished and not self.active)
         return trial_id not in self.active and not is_needed
 
     def only_waits(self) -> bool:
-        """Whether nothing new is to start, and every active trial still waits for a machine."""
+        """Returns whether nothing new is to start, and every active trial still waits for a machine."""
         return bool(self.scheduler.closed and self.active) and not self.active.keys() & self.begun
 
     def requeue_waiting(self) -> None:
@@ -254,7 +255,7 @@ class TrialSource(Searcher):  # type: ignore[misc]
             self.scheduler.suspend(trial)
 
     def _cannot_write(self, error: OSError) -> None:
-        """Running trials may go on; nothing new is started."""
+        """Starts nothing new; running trials may go on."""
         why = f"the storage cannot be written ({error.strerror or error}): nothing new was started"
         self.scheduler.close(why, is_broken=True)
 
@@ -324,5 +325,5 @@ def has_node() -> bool:
 
 
 def now() -> int:
-    """UTC, milliseconds."""
+    """Returns the time, UTC, in milliseconds."""
     return int(time.time() * 1000)

@@ -36,7 +36,7 @@ class _Grid:
 
 
 def tuning_targets(study: Study) -> list[Target]:
-    """Each arm, and each baseline arm at each combination of sizes; without a grid, the baselines alone."""
+    """Returns each arm, and each baseline arm at each combination of sizes; without a grid, the baselines alone."""
     minus, confirm = study.objective.minus, study.confirm
     names = sorted({arm for arm in (minus, confirm and confirm.against) if arm}) if study.search else []
     baselines = [_target(arm, sizes) for arm in names for sizes in strata(study) if sizes or arm == minus]
@@ -79,13 +79,13 @@ class Tuning:
         return all(grid.tuned is not None for grid in self._grids.values())
 
     def tuned(self, arm: str, sizes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """The tuned value of an arm; {} where it is not tuned, None while the value is not known."""
+        """Returns the tuned value of an arm; {} where it is not tuned, None while the value is not known."""
         grid = self._grids.get(_target(arm, sizes or {}))
         return {} if grid is None else grid.tuned
 
     def best_value(self, arm: str, sizes: Mapping[str, str], what: Measured | None = None) -> float | None:
-        """What the best trial of a tuned arm at these sizes and the seed of the search measured, by default the objective by
-        which it is the best.
+        """Returns what the best trial of a tuned arm at these sizes and the seed of the search measured, by default the
+        objective by which it is the best.
 
         None where this is not known or every trial failed.
         """
@@ -140,7 +140,7 @@ class Tuning:
             self._plan(target, [best * factor if best == values[-1] else best / factor], range(grid.num_seeds))
 
     def _scores(self, grid: _Grid) -> dict[float, dict[int, float]]:
-        """The objective by value and seed, with the sign that makes lower better."""
+        """Returns the objective by value and seed, with the sign that makes lower better."""
         sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
         return {
             value: {t.seed: sign * score for t in trials if (score := self._ledger.value(t.id)) is not None}

@@ -44,7 +44,7 @@ def _stage(row: Row) -> str:
 
 
 def _best(study: Study, found: Found) -> tuple[str, float] | None:
-    """The arm or point with the best objective, a mean over its seeds."""
+    """Returns the arm or point with the best objective, a mean over its seeds."""
     values: dict[str, list[float]] = {}
     for row, records in found.values():
         is_over = row["kind"] == "trial" and row["status"] == Status.ENDED

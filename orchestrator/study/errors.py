@@ -56,7 +56,7 @@ _KEY = re.compile(
 
 
 def has_secret(text: str) -> bool:
-    """Whether the text holds a URI with a password or a token."""
+    """Returns whether the text holds a URI with a password or a token."""
     return "://" in text and bool(_PASSWORD.search(text) or _KEY.search(text))
 
 
@@ -90,7 +90,7 @@ def nearest(word: str, among: Iterable[str]) -> str:
 
 
 def line_of(lines: Lines, *path: str) -> int:
-    """The line of the path, or of its longest part that the file has."""
+    """Returns the line of the path, or of its longest part that the file has."""
     for i in range(len(path), 0, -1):
         if path[:i] in lines:
             return lines[path[:i]]
@@ -167,7 +167,7 @@ def _walk(cls: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def _values(options: Iterable[Any]) -> list[Any]:
-    """The types of the values of the mappings among the options."""
+    """Returns the types of the values of the mappings among the options."""
     return [m for o in options if typing.get_origin(o) is dict for m in _members(typing.get_args(o)[-1])]
 
 

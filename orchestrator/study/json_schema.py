@@ -70,7 +70,8 @@ def field_texts(cls: type[BaseModel]) -> dict[str, str]:
 
 
 def _sentences(docstring: str, key: str) -> str:
-    """The sentences that have the field's name in backticks; where one starts with the name and a colon, what follows it."""
+    """Returns the sentences that have the field's name in backticks; where one starts with the name and a colon, what
+    follows it."""
     name = key.rstrip("_")  # of a field whose alias is a word of Python
     sentences = re.split(r"(?<=[.;])(?<!al\.)\s+", " ".join(docstring.split()))
     named = [sentence for sentence in sentences if re.search(rf"`{name}\b", sentence)]
@@ -78,7 +79,7 @@ def _sentences(docstring: str, key: str) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comments of a class's own fields: at the end of the field's last line, else in the lines above it."""
+    """Returns the comments of a class's own fields: at the end of the field's last line, else in the lines above it."""
     tree, beside, alone = _read(inspect.getfile(cls))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     found = dict[str, str]()
@@ -95,7 +96,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 @cache
 def _read(file: str) -> tuple[ast.Module, dict[int, str], dict[int, str]]:
-    """A module's tree, and its comments by line: those beside code, and those alone in their line."""
+    """Returns a module's tree, and its comments by line: those beside code, and those alone in their line."""
     text = Path(file).read_text()
     beside, alone = dict[int, str](), dict[int, str]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -88,7 +88,7 @@ def _check_names(raw: dict[str, Any], file: str, lines: Lines) -> None:
 
 
 def _items(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Each entry of nested mappings and lists, with its path."""
+    """Yields each entry of nested mappings and lists, with its path."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*path, str(key)), item
         yield from _items(item, (*path, str(key)))

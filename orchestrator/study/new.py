@@ -130,7 +130,7 @@ class NewStudy:
         )
 
     def _classes(self, column: str) -> dict[str, str]:
-        """The classes, in order; none where the labels are numbers with a fraction."""
+        """Returns the classes, in order; none where the labels are numbers with a fraction."""
         from trainables.data.sources.files import Wanted, find, read
 
         tables = read(find(self.data, "data"), Wanted((), (column,), {column: "columns.label"}), what="data")
@@ -150,21 +150,21 @@ class NewStudy:
             )
 
     def _path(self, text: str, folder: str) -> str:
-        """A path as it starts at the study's file; ids of the hub, URIs and absolute paths stay as they are."""
+        """Returns a path as it starts at the study's file; ids of the hub, URIs and absolute paths stay as they are."""
         path = os.path.expanduser(text)
         is_id = "://" in text or (not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", text))
         return flow(text if is_id or os.path.isabs(path) else f"./{os.path.relpath(path, folder)}")
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """Whether a local folder's tokenizer brings a chat template."""
+    """Returns whether a local folder's tokenizer brings a chat template."""
     config = folder / "tokenizer_config.json"
     is_in_config = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
     return (folder / "chat_template.jinja").is_file() or is_in_config
 
 
 def flow(value: Any) -> str:
-    """A value as one line of YAML; text in quotes where it would be read as more than text."""
+    """Returns a value as one line of YAML; text in quotes where it would be read as more than text."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -219,7 +219,7 @@ TEACH = Template("""\
 
 
 def _of_task(task: Task, masked: bool) -> dict[str, str]:
-    """What depends on the task: the kind of data, the metric, and whether the teacher learns first."""
+    """Returns what depends on the task: the kind of data, the metric, and whether the teacher learns first."""
     match task:
         case "instructions":
             teach = TEACH.substitute(how="{kind: lora, rank: 16}", lr="1e-3", epochs=3)

@@ -54,7 +54,8 @@ def parse_value(text: str, override: str) -> Any:
 
 
 def _not_plain(text: str) -> tuple[int, str] | None:
-    """The first line that is more than plain data, and why the line is refused. Parses the text; constructs nothing."""
+    """Returns the first line that is more than plain data, and why the line is refused. Parses the text; constructs
+    nothing."""
     for event in _yaml().parse(io.StringIO(text)):
         line = event.start_mark.line + 1
         if getattr(event, "ctag", None) is not None or getattr(event, "tag", None) not in (None, "!"):

@@ -19,7 +19,7 @@ LayerMap = Annotated[
 
 
 def layer_pairs(layers: LayerMap, num_from: int, num_to: int) -> Pairs:
-    """Pairs (from, to) of layers whose outputs are compared, counted from 1 as executed; 0 is the embeddings.
+    """Returns pairs (from, to) of layers whose outputs are compared, counted from 1 as executed; 0 is the embeddings.
 
     A layer that runs twice counts twice. `even`: each layer of `to` except the last, where its fraction of the depth is
     a whole layer of `from` (Patient-KD's "skip"; for 12 layers Pea-KD's maps). `last`: each layer of `to` except the
@@ -60,7 +60,7 @@ def layer_pairs(layers: LayerMap, num_from: int, num_to: int) -> Pairs:
 
 
 def depth_plan(depth: Depth, num_source: int, num_target: int) -> Layers:
-    """The source layer of each target layer. Raises RemapError.
+    """Returns the source layer of each target layer. Raises RemapError.
 
     copy_last: in order, the last one repeated (DWT's remapping, section 3; FNA++). stack: the whole block repeated
     (G_stack). interpolate: each layer repeated in place, evenly (also downwards). spread: evenly, the first and the last

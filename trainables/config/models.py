@@ -137,8 +137,8 @@ class Model(Value):
         return None if self.pretrained is None else (self.pretrained, self.revision)
 
     def by_content(self, fingerprint: str | None, **dump: Any) -> dict[str, Any]:
-        """The fields as JSON, with the fingerprint of a folder that gives the shape in place of its path; without the name of
-        a tokenizer."""
+        """Returns the fields as JSON, with the fingerprint of a folder that gives the shape in place of its path;
+        without the name of a tokenizer."""
         value = self.model_dump(mode="json", **dump)
         value.pop("tokenizer", None)
         if isinstance(self.like, Model) and fingerprint is not None:

@@ -75,7 +75,7 @@ class PredictionQuality(Value):
     permuted: bool = False  # at random over the examples: a control with the same label counts
 
     def on(self, data: str) -> PredictionQuality:
-        """The rule with the thresholds of this data set only."""
+        """Returns the rule with the thresholds of this data set only."""
         if not isinstance(self.thresholds, dict):
             return self
         return self.model_copy(update={"thresholds": self.thresholds[data]})
@@ -103,7 +103,7 @@ class Replay(Value):
     fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"  # trend over the budget
 
     def fresh_share(self, progress: float) -> float:
-        """The fraction of fresh steps once `size` replies are kept."""
+        """Returns the fraction of fresh steps once `size` replies are kept."""
         return {"decreasing": 1 - progress, "constant": 0.5, "increasing": progress}[self.fresh]
 
 
@@ -332,7 +332,7 @@ class Phase(Value):
         return of_terms | {model for stream in self.streams.values() for model in stream.models}
 
     def readers(self, stream: str) -> tuple[str, ...]:
-        """The models that a stream's terms read, those that learn first."""
+        """Returns the models that a stream's terms read, those that learn first."""
         terms = [term for term in self.terms.values() if term.on == stream]
         return tuple(dict.fromkeys([*(term.target for term in terms), *(m for term in terms for m in term.reads)]))
 

@@ -22,7 +22,7 @@ class _Schedule:
     """How every schedule behaves, unless its class says otherwise."""
 
     def value_at(self, progress: float, state: State = START) -> float:
-        """The value at a fraction of the budget."""
+        """Returns the value at a fraction of the budget."""
         raise NotImplementedError
 
     @property
@@ -41,8 +41,8 @@ class _Schedule:
         return 0 in self.ends
 
     def observe(self, state: State, loss: Callable[[], float], source_loss: Callable[[], float]) -> State:
-        """The state after an evaluation. `loss`, `source_loss`: compute the dev losses of the model that learns and of
-        the model that teaches."""
+        """Returns the state after an evaluation. `loss`, `source_loss`: compute the dev losses of the model that learns
+        and of the model that teaches."""
         return state
 
 

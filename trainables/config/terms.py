@@ -61,7 +61,7 @@ class _Term(Value):
         return ()
 
     def at_state(self, state: State) -> Self:
-        """The term as it is at a step."""
+        """Returns the term as it is at a step."""
         return self
 
     def next_state(self, state: State, loss: float, progress: float) -> State:
@@ -211,7 +211,7 @@ class InterpolatedKL(_Soft):
         return self
 
     def at_state(self, state: State) -> InterpolatedKL:
-        """The term whose `start` is the t of the step."""
+        """Returns the term whose `start` is the t of the step."""
         return self.model_copy(update={"start": state["t"]}) if state else self
 
     def next_state(self, state: State, loss: float, progress: float) -> State:
@@ -261,7 +261,7 @@ class HiddenMSE(_Hidden):
         return "rows" if self.positions == "first" else "tokens"
 
     def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
-        """Patient KD's maps leave out the last layer: a `to` of one layer has no pairs and the loss 0, as published."""
+        """Pairs the layers; Patient KD's maps leave out the last one: a `to` of one layer has no pairs and the loss 0, as published."""
         pairs = layer_pairs(self.layers, num_from, num_to)
         return pairs if self.layers in ("even", "last") and num_to == 1 else _not_empty(pairs)
 

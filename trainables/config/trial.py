@@ -108,7 +108,7 @@ class TrialSpec(Value):
         return latest
 
     def models_of(self, phase: str) -> tuple[str, ...]:
-        """The models that a phase trains or reads, in the order of the file."""
+        """Returns the models that a phase trains or reads, in the order of the file."""
         return tuple(name for name in self.models if name in self.phases[phase].models)
 
     def reading(self, item: str, model: str) -> str:
@@ -306,7 +306,7 @@ def _check_replies(read: _Read) -> None:
 
 
 def _check_heads(spec: TrialSpec) -> None:
-    """A model has one head in a phase, so streams of a task are read by no model that reads another stream."""
+    """Checks that a model has one head in a phase: streams of a task are read by no model that reads another stream."""
     for name, phase in spec.phases.items():
         for model in spec.models_of(name):
             streams = [phase.streams[on] for on in {t.on for t in phase.terms.values() if model in t.reads}]
@@ -338,7 +338,7 @@ def _check_widths(spec: TrialSpec) -> None:
 
 
 def _reaches(earlier: Phase, later: Phase) -> bool:
-    """Whether `later`, or each of its branches, can start from `earlier` without a branch being named."""
+    """Returns whether `later`, or each of its branches, can start from `earlier` without a branch being named."""
     return not earlier.for_each_dataset or (
         bool(later.for_each_dataset) and set(later.for_each_dataset) <= set(earlier.for_each_dataset)
     )

@@ -101,7 +101,7 @@ def _folder_or_id(name: str) -> str:
 
 
 def reads_alike(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers give a text of all kinds of characters the same ids."""
+    """Returns whether two tokenizers give a text of all kinds of characters the same ids."""
     return encode(tokenizer, [PROBE]) == encode(other, [PROBE])
 
 
@@ -196,5 +196,5 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _splits_words(char: str) -> bool:
-    """Whether BERT's pre-tokenizer makes a word of the character, so that it never continues a word."""
+    """Returns whether BERT's pre-tokenizer makes a word of the character, so that it never continues a word."""
     return unicodedata.category(char).startswith("P") or (char.isascii() and not char.isalnum())

@@ -53,7 +53,7 @@ class Placement:
     rows: int = ROWS  # sequences of a batch
 
     def is_mine(self, index: int) -> bool:
-        """Whether this rank evaluates batch `index`."""
+        """Returns whether this rank evaluates batch `index`."""
         return index % self.ranks.world == self.ranks.rank
 
     def total(self, values: Floats) -> Floats:

@@ -31,7 +31,7 @@ class GenerationContext:
     rows: int | None = None  # prompts at a time; by default all
 
     def has_ended(self, reply: Tokens) -> bool:
-        """Whether a reply was not cut."""
+        """Returns whether a reply was not cut."""
         return int(reply[-1]) in self.end_ids
 
 

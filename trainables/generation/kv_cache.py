@@ -169,7 +169,7 @@ class KeyValueCache(DynamicLayer):  # type: ignore[misc]
 
 
 def _roomy(num: int) -> int:
-    """`num` slots and extra ones."""
+    """Returns `num` slots and extra ones."""
     return num + num // 4 + 32
 
 

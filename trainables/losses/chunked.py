@@ -109,7 +109,7 @@ class _Head:
 
     @torch.no_grad()
     def logits(self, part: slice) -> Tensor:
-        """[C, V]; a leaf that requires a gradient, if any tensor of this side learns."""
+        """Returns logits [C, V]; a leaf that requires a gradient, if any tensor of this side learns."""
         if self.weight_VD is None:
             logits_CV = self.hidden_ND[part, : self.num_rows].detach()
         else:

@@ -45,7 +45,7 @@ def hidden_mse(
 
 
 def hidden_cosine(from_BTD: Tensor, to_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """1 - cosine of the two states of a position, sum over tokens (DistilBERT, Sanh et al. 2019, on the last layer)."""
+    """Computes 1 - cosine of the two states of a position, sum over tokens (DistilBERT, Sanh et al. 2019, on the last layer)."""
     _check([from_BTD], [to_BTD])
     source, to = (_tokens(side, mask_BT) for side in (from_BTD.detach(), to_BTD))
     away_BT = 1 - F.cosine_similarity(to, source, dim=-1)
@@ -71,7 +71,7 @@ def attention_mse(from_LBHTT: Sequence[Tensor], to_LBHTT: Sequence[Tensor], mask
 
 
 def relation_kl(from_qkv: Sequence[Tensor], to_qkv: Sequence[Tensor], mask: Tensor | None, *, num_heads: int) -> Tensor:
-    """KL(from || to) of the relations among queries, among keys and among values, in nats.
+    """Computes KL(from || to) of the relations among queries, among keys and among values, in nats.
 
     Each of the three [B, T, D] is split into `num_heads` relation heads, whatever heads the model has: D may differ
     between the sides. A relation is softmax(x x^T / sqrt(D / num_heads)) over the tokens of a row. Mean over relation
@@ -121,7 +121,7 @@ def _tokens(side_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
 
 
 def _sees(mask: Tensor | None, side: Tensor) -> Tensor:
-    """[B, T, T]: the keys that each query sees. `side`: rows first, positions second to last."""
+    """Returns the keys that each query sees, [B, T, T]. `side`: rows first, positions second to last."""
     if mask is None:
         num, length = len(side), side.shape[-2]
         return torch.ones(num, length, length, dtype=torch.bool, device=side.device)
@@ -130,7 +130,7 @@ def _sees(mask: Tensor | None, side: Tensor) -> Tensor:
 
 
 def _log_relation(side_BTD: Tensor, sees_BTT: Tensor, num_heads: int) -> Tensor:
-    """log softmax over the seen keys: [B, num_heads, T, T]; finite at the others, with exp 0.
+    """Computes the log softmax over the seen keys, [B, num_heads, T, T]; finite at the others, with exp 0.
 
     For a query that sees none the distribution is uniform on both sides, so that the divergence is exactly 0.
     """

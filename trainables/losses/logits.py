@@ -63,7 +63,7 @@ def log_mixture(log_p_NV: Tensor, log_q_NV: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def head_share(log_p_NV: Tensor, log_q_NV: Tensor, head: float) -> Tensor:
-    """[N]: the share of sum |p - q| that lies in the head of p (Wu et al. 2024). A constant, without a gradient.
+    """Computes the share of sum |p - q| that lies in the head of p, [N] (Wu et al. 2024). A constant, without a gradient.
 
     The head: the likeliest tokens while their mass is at most `head`, and always the first. Mass and differences are
     both in sorted order (some public code mixes the orders and gets other weights). Where both sides agree: a half.
@@ -77,5 +77,5 @@ def head_share(log_p_NV: Tensor, log_q_NV: Tensor, head: float) -> Tensor:
 
 
 def kl_N(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """[N]: KL(p_n || q_n)."""
+    """Computes KL(p_n || q_n), [N]."""
     return F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)

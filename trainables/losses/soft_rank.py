@@ -52,7 +52,7 @@ def soft_rank(values_NK: Tensor, is_item_NK: Tensor, strength: float) -> Tensor:
 
 
 def correlation(a_NK: Tensor, b_NK: Tensor, is_item_NK: Tensor) -> Tensor:
-    """[N]: Pearson's, over the items of each position; 0 where a side does not vary by more than rounding errors."""
+    """Computes Pearson's correlation over the items of each position, [N]; 0 where a side does not vary by more than rounding errors."""
     a_NK, b_NK = (_centred(side, is_item_NK) for side in (a_NK, b_NK))
     squares_N = a_NK.square().sum(-1), b_NK.square().sum(-1)
     num = a_NK.shape[-1]

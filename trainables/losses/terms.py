@@ -81,7 +81,7 @@ def _interpolated_kl(term: terms.InterpolatedKL, log_p_NV: Tensor, log_q_NV: Ten
 
 
 def _rank_correlation(term: terms.RankCorrelation, from_NV: Tensor, to_NV: Tensor) -> Tensor:
-    """1 - Pearson's correlation of soft ranks among the `top` likeliest of either side (RLKD, arXiv 2409.12545),
+    """Computes 1 - Pearson's correlation of soft ranks among the `top` likeliest of either side (RLKD, arXiv 2409.12545),
     summed.
 
     Of softened logits instead of log-probabilities: ranks do not change when a constant is added.

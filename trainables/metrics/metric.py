@@ -69,7 +69,7 @@ class Metric:
         return (high, low) if self.lower_is_better else (low, high)
 
     def is_recorded_as(self, name: str) -> bool:
-        """Whether tables may call this metric `name`."""
+        """Returns whether tables may call this metric `name`."""
         if self.beside_model:
             return name.endswith(f"_{self.name}") and len(name) > len(self.name) + 1
         return name == self.name or (self.by_part and name in [f"{self.name}_{part}" for part in TEST_SET_PARTS])

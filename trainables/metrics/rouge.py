@@ -34,7 +34,7 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 def _is_latin(text: str) -> bool:
-    """Whether at least half of the letters are Latin."""
+    """Returns whether at least half of the letters are Latin."""
     letters = [char for char in text if char.isalpha()]
     return 2 * sum(map(_is_latin_letter, letters)) >= len(letters)
 

@@ -76,7 +76,7 @@ def _confusion(examples: Examples) -> Sequence[ArrayLike]:
 
 
 def _matthews(right_C: Floats, total_C: Floats, *counts: Floats) -> Floats:
-    """Gorodkin (2004), for any number of classes."""
+    """Computes Matthews' correlation for any number of classes (Gorodkin 2004)."""
     predicted, true = np.split(np.array(counts), 2)
     covariance_C = right_C * total_C - (predicted * true).sum(0)
     spread_C = (total_C**2 - (predicted**2).sum(0)) * (total_C**2 - (true**2).sum(0))
@@ -95,7 +95,7 @@ def _correlations(examples: Examples, clusters_E: Clusters, *, ranked: bool) -> 
 
 
 def _correlation(x: Floats, y: Floats, weights_RE: Floats) -> Floats:
-    """x and y are [E], or [R, E] where each subset R of the examples has its own."""
+    """Computes Pearson's correlation; x and y are [E], or [R, E] where each subset R of the examples has its own."""
     share_RE = weights_RE / weights_RE.sum(1, keepdims=True)
     x_RE, y_RE = (v - (share_RE * v).sum(1, keepdims=True) for v in (x, y))
     spread_R = np.sqrt((share_RE * x_RE**2).sum(1) * (share_RE * y_RE**2).sum(1))

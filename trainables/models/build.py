@@ -93,7 +93,7 @@ def check_types(precision: str, models: Mapping[str, Model], device: str) -> Non
 
 
 def initial(model: Model) -> Random:
-    """How weights are drawn that no other model's weights replace."""
+    """Returns how weights are drawn that no other model's weights replace."""
     return model.init if isinstance(model.init, Random) else model.init.rest
 
 
@@ -154,7 +154,8 @@ def _are_names(classes: Sequence[str]) -> bool:
 
 
 def _order_of_classes(folder: Folder, ours: Sequence[str]) -> tuple[int, ...]:
-    """The folder's number of each of our classes: by name, or by number. Raises ModelError where the names differ."""
+    """Returns the folder's number of each of our classes: by name, or by number. Raises ModelError where the names
+    differ."""
     theirs = [str(folder.config.id2label[i]) for i in range(folder.config.num_labels)]
     if sorted(ours) == sorted(map(str, range(len(theirs)))):
         return tuple(map(int, ours))
@@ -183,7 +184,7 @@ def _load(start: Start, dtype: torch.dtype, *, name: str, seed: int) -> Any:
 
 
 def _text_model(net: Any) -> Any:
-    """The language model within one that also reads images or sound; another model as it is."""
+    """Returns the language model within one that also reads images or sound; another model as it is."""
     if (part := text_part(net.config)) is net.config:
         return net
     text = from_config(part)
@@ -205,7 +206,8 @@ def _draw_again(net: PreTrainedModel, paths: set[str], *, name: str, seed: int) 
 
 
 def restore(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """A model as it was stored by `plain_config` and `weights_of`, types included. Raises ModelError if they do not fit."""
+    """Returns a model as it was stored by `plain_config` and `weights_of`, types included. Raises ModelError if they do
+    not fit."""
     made = AutoConfig.for_model(**config)
     num_labels = made.num_labels if _is_classifier(config) else None
     net = _typed(from_config(made, num_labels, tuple(made.id2label.values())), weights)
@@ -232,7 +234,8 @@ def with_head(
     class_names: Sequence[str] = (),
     special_ids: Mapping[str, int] | None = None,
 ) -> Any:
-    """A stored model with a fresh head for `num_labels` classes (None: of a language model), in the type of the weights.
+    """Returns a stored model with a fresh head for `num_labels` classes (None: of a language model), in the type of the
+    weights.
 
     As in transformers, tensors of equal name and shape are copied; from one classifier to another only the trunk's, since
     as many labels may mean something else.
@@ -263,7 +266,8 @@ def from_config(
     class_names: Sequence[str] = (),
     special_ids: Mapping[str, int] | None = None,
 ) -> Any:
-    """A language model, or a classifier of named classes, of this config, with arbitrary weights (none on the meta device).
+    """Returns a language model, or a classifier of named classes, of this config, with arbitrary weights (none on the
+    meta device).
 
     A classifying decoder finds the last token by the padding token: the tokenizer's, or the config's where that has none.
     """
@@ -298,7 +302,7 @@ def enable_gradient_checkpointing(net: Any) -> None:
 
 
 def weights_of(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tied tensor once, under its first name: safetensors refuses a second one."""
+    """Returns the state dict with each tied tensor once, under its first name: safetensors refuses a second one."""
     seen: set[int] = set()
     state = {}
     for name, tensor in net.state_dict().items():
@@ -309,13 +313,13 @@ def weights_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """The fields of a transformers config that `restore` needs."""
+    """Returns the fields of a transformers config that `restore` needs."""
     drop = ("transformers_version", "_name_or_path", "dtype")
     return {key: value for key, value in config.to_dict().items() if key not in drop}
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str:
-    """SHA-256 over the config and weights of a folder, or of a revision of a hub repository. Raises ModelError where the
+    """Computes SHA-256 over the config and weights of a folder, or of a revision of a hub repository. Raises ModelError where the
     folder is none that can be loaded."""
     folder = Folder.read(name, revision)
     # earlier versions took named classes in the folder's order: what they stored must not be taken for this
@@ -328,5 +332,5 @@ def weights_fingerprint(name: str, revision: str | None) -> str:
 
 
 def num_parameters(net: nn.Module) -> int:
-    """Number of distinct parameters: tied ones count once."""
+    """Returns number of distinct parameters: tied ones count once."""
     return sum(p.numel() for p in net.parameters())

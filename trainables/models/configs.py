@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 
 def make_config(model: Model, *, vocab_size: int, special_ids: Mapping[str, int], length: int) -> Any:
-    """The transformers config of a shape. Raises ModelError for what the family does not have or transformers rejects.
+    """Returns the transformers config of a shape. Raises ModelError for what the family does not have or transformers
+    rejects.
 
     Nested mappings in `config` are merged into those of the family, or of the model that this one is like.
     """
@@ -63,7 +64,7 @@ def make_config(model: Model, *, vocab_size: int, special_ids: Mapping[str, int]
 
 
 def config_of(model: Model, *, vocab_size: int, special_ids: Mapping[str, int], length: int) -> Any:
-    """The transformers config of a shape or of pretrained weights. Raises ModelError."""
+    """Returns the transformers config of a shape or of pretrained weights. Raises ModelError."""
     if model.pretrained is None:
         return make_config(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
     config = text_part(Folder.read(model.pretrained, model.revision).config)
@@ -73,7 +74,8 @@ def config_of(model: Model, *, vocab_size: int, special_ids: Mapping[str, int], 
 
 
 def family_config(family: str) -> Any:
-    """The default config of a family of language models; of one that also reads images or sound, that of its text part."""
+    """Returns the default config of a family of language models; of one that also reads images or sound, that of its
+    text part."""
     if not is_language_model(family):
         raise ModelError(f"transformers has no language model of family {family!r}; expected bert, modernbert, gpt2 …")
     config = text_part(by_transformers(f"make a {family}", lambda: AutoConfig.for_model(family)))
@@ -97,19 +99,20 @@ def is_masked_lm(family: str) -> bool:
 
 
 def auto_class(family: str) -> Any:
-    """transformers' class for language models of this family."""
+    """Returns transformers' class for language models of this family."""
     return AutoModelForMaskedLM if is_masked_lm(family) else AutoModelForCausalLM
 
 
 def dropouts(config: Any) -> Iterator[str]:
-    """The fields of a transformers config that are dropout rates, except that of a classifier's head."""
+    """Yields the fields of a transformers config that are dropout rates, except that of a classifier's head."""
     for key, value in config.to_dict().items():
         if isinstance(value, float) and key.endswith(("dropout", "dropout_prob", "pdrop")) and "classifier" not in key:
             yield key
 
 
 def one_line(error: BaseException) -> str:
-    """What transformers says of a config or a model that it rejects; of an error without a message in words, the type."""
+    """Returns what transformers says of a config or a model that it rejects; of an error without a message in words,
+    the type."""
     said = " ".join(str(error).split())
     plain = re.sub(r"^(Class v|V)alidation error for .*?: (\w+Error: )?", "", said)
     if plain == said and not isinstance(error, ValueError):
@@ -122,17 +125,17 @@ def one_line(error: BaseException) -> str:
 
 
 def has_field(config: Any, key: str) -> bool:
-    """Whether a config of this class stores a field of this name, or under another one."""
+    """Returns whether a config of this class stores a field of this name, or under another one."""
     return key in config.attribute_map or key in config.to_dict()
 
 
 def _own_names(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by the names under which this class stores them, e.g. n_embd for hidden_size."""
+    """Returns the fields by the names under which this class stores them, e.g. n_embd for hidden_size."""
     return {config.attribute_map.get(key, key): value for key, value in fields.items()}
 
 
 def _sizes(model: Model, config: Any) -> dict[str, Any]:
-    """The sizes of a shape without `like`, and those that follow from these where the family has them."""
+    """Returns the sizes of a shape without `like`, and those that follow from these where the family has them."""
     assert model.width is not None
     fields: dict[str, Any] = {"num_hidden_layers": model.layers, "hidden_size": model.width}
     if lacking := [key for key in (*fields, "vocab_size") if not has_field(config, key)]:
@@ -149,7 +152,7 @@ def _sizes(model: Model, config: Any) -> dict[str, Any]:
 
 
 def _changes(model: Model, config: Any) -> dict[str, Any]:
-    """The fields that a model sets beyond its sizes."""
+    """Returns the fields that a model sets beyond its sizes."""
     changes = {} if model.dropout is None else {key: model.dropout for key in dropouts(config)}
     known = config.to_dict()
     for key, value in _own_names(config, model.config).items():
@@ -166,7 +169,7 @@ def _merged(default: Any, value: Any) -> Any:
 
 
 def _like(model: Model, other: Any) -> dict[str, Any]:
-    """The fields of another model's config with those that `model` changes, and what follows from these."""
+    """Returns the fields of another model's config with those that `model` changes, and what follows from these."""
     fields: dict[str, Any] = other.to_dict() | {"dtype": None}
     asked = {"num_hidden_layers": model.layers, "hidden_size": model.width, "num_attention_heads": model.heads}
     sizes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
@@ -189,7 +192,7 @@ def _like(model: Model, other: Any) -> dict[str, Any]:
 
 
 def per_layer(config: Any) -> dict[str, Any]:
-    """The fields of a config that have a value for each layer, which is not the number of a layer."""
+    """Returns the fields of a config that have a value for each layer, which is not the number of a layer."""
     lists = {key: [*value] for key, value in config.to_dict().items() if isinstance(value, list | tuple)}
     num, others = getattr(config, "num_hidden_layers", None), ("token_id", "architectures")
     found = {key: value for key, value in lists.items() if len(value) == num and not key.endswith(others)}
@@ -197,7 +200,7 @@ def per_layer(config: Any) -> dict[str, Any]:
 
 
 def inner_size(config: Any) -> str | None:
-    """The field for the size of the inner layer."""
+    """Returns the field for the size of the inner layer."""
     return next((key for key in INNER_SIZES if has_field(config, key)), None)
 
 
@@ -210,7 +213,7 @@ def _inner_size(config: Any) -> str:
 
 
 def _takes(config: Any, key: str, value: int | None) -> bool:
-    """Whether a family has this token's id, and may be without one where the tokenizer has none."""
+    """Returns whether a family has this token's id, and may be without one where the tokenizer has none."""
     if not has_field(config, key):
         return False
     try:
@@ -221,7 +224,7 @@ def _takes(config: Any, key: str, value: int | None) -> bool:
 
 
 def _unused_positions(fields: Mapping[str, Any]) -> int:
-    """Rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
+    """Counts rows of the position table that no position uses: RoBERTa counts positions from the padding index."""
     with torch.device("meta"), suppress(Exception):  # that the family rejects these fields, is said when it is made
         table = position_table(auto_class(fields["model_type"]).from_config(AutoConfig.for_model(**fields)))
         return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
@@ -252,7 +255,8 @@ def _read_back(model: Model, config: Any) -> None:
 
 
 def _holds(found: Any, asked: Any) -> bool:
-    """Whether a value is the one asked for; a mapping may have more keys, and a number may stand for each layer."""
+    """Returns whether a value is the one asked for; a mapping may have more keys, and a number may stand for each
+    layer."""
     if isinstance(asked, Mapping):
         return isinstance(found, Mapping) and all(_holds(found.get(key), value) for key, value in asked.items())
     if isinstance(found, list | tuple):

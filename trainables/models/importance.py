@@ -16,7 +16,7 @@ from trainables.models.layouts import family_of, is_transposed, place_of, shape_
 
 
 def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
-    """By layer, scores of hidden channels (`x`, equal in all layers), query heads (`q`) and neurons (`inner`).
+    """Measures, by layer, scores of hidden channels (`x`, equal in all layers), query heads (`q`) and neurons (`inner`).
 
     Channels: mean absolute output of norms. Heads, neurons: mean norm of what they add to the residual stream.
     `layers`: the prefix of the layers in the state dict.
@@ -46,7 +46,7 @@ def scores(net: Any, layers: str) -> list[dict[str, Tensor]]:
 
 
 def shares(net: Any, kept: Tensor) -> dict[str, float]:
-    """By norm: root mean square of the input's kept channels, divided by that of all channels; the gain shrinks so."""
+    """Returns, by norm, the root mean square of the input's kept channels, divided by that of all channels; the gain shrinks so."""
     family, found = family_of(net.config), dict[str, float]()
 
     def record(name: str, module: nn.Module, given: Tensor, _made: Tensor) -> None:

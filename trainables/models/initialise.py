@@ -53,7 +53,7 @@ def _draw_modules(net: PreTrainedModel, module: nn.Module, path: str, *, seed: i
 
 
 def position_table(net: PreTrainedModel) -> nn.Embedding | None:
-    """The embeddings of learned positions; None where the family has none."""
+    """Returns the embeddings of learned positions; None where the family has none."""
     length = getattr(net.config, "max_position_embeddings", None)
     for path, module in net.named_modules():
         is_table = path.rsplit(".", 1)[-1] in ("position_embeddings", "wpe")
@@ -63,8 +63,8 @@ def position_table(net: PreTrainedModel) -> nn.Embedding | None:
 
 
 def num_positions(net: PreTrainedModel) -> int | None:
-    """The most positions that a sequence may have, None where the config has no limit. RoBERTa counts them from the padding
-    index, so that the first rows of its table have none."""
+    """Returns the most positions that a sequence may have, None where the config has no limit. RoBERTa counts them from
+    the padding index, so that the first rows of its table have none."""
     table = position_table(net)
     if table is None:
         return getattr(net.config, "max_position_embeddings", None)
@@ -72,7 +72,7 @@ def num_positions(net: PreTrainedModel) -> int | None:
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Vaswani et al. 2017, section 3.5, scaled to unit standard deviation; [length, width]."""
+    """Computes sinusoids (Vaswani et al. 2017, section 3.5), scaled to unit standard deviation; [length, width]."""
     frequency = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
     angle_TF = torch.arange(length)[:, None] * frequency[None]
     table = torch.zeros(length, width)

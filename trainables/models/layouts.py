@@ -83,19 +83,20 @@ NORM_EPS = {"bert": "layer_norm_eps", "modernbert": "norm_eps", "gpt2": "layer_n
 
 
 def family_of(config: Any) -> str:
-    """The family whose layout a transformers config has; a family with shared layers has that of the plain one."""
+    """Returns the family whose layout a transformers config has; a family with shared layers has that of the plain one."""
     return str(config.model_type).removeprefix("shared_")
 
 
 def place_of(family: str, name: str) -> str | None:
-    """The role of the tensor `name`, by the longest known end of its module's path; None where no role is known."""
+    """Returns the role of the tensor `name`, by the longest known end of its module's path; None where no role is
+    known."""
     path, layout = name.rpartition(".")[0], LAYOUTS.get(family, {})
     known = [end for end in layout if path == end or path.endswith(f".{end}")]
     return layout[max(known, key=len)] if known else None
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether the module's weight is [inputs, outputs] (GPT-2's Conv1D)."""
+    """Returns whether the module's weight is [inputs, outputs] (GPT-2's Conv1D)."""
     return type(module).__name__ == "Conv1D"
 
 
@@ -120,7 +121,7 @@ Outputs = NDArray[np.int64]
 
 
 def projections_of(net: nn.Module) -> dict[str, dict[str, Outputs]]:
-    """Path of a linear layer of attention -> its projections (query, key, value, output) -> the indices of their outputs.
+    """Returns path of a linear layer of attention -> its projections (query, key, value, output) -> the indices of their outputs.
     Families without a layout: where the fused matrix is known, or modules have the usual names."""
     family, found = family_of(net.config), dict[str, dict[str, Outputs]]()
     if family in FUSED:
@@ -188,7 +189,7 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape of a transformers config. Raises ModelError where a size differs between layers."""
+    """Returns the shape of a transformers config. Raises ModelError where a size differs between layers."""
     try:
         return _shape(config)
     except Exception as error:  # of a type of transformers' own

@@ -103,14 +103,14 @@ def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
 
 
 def is_attached(net: nn.Module) -> bool:
-    """Whether a model has LoRA pairs."""
+    """Returns whether a model has LoRA pairs."""
     return next(_layers(net), None) is not None
 
 
 @torch.no_grad()
 def merged(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model with the pairs added to its weights, in names, shapes and types of the family's own
-    class, as `build.weights_of`. (Weights in bf16 round the sum.)"""
+    """Returns the state dict of the plain model with the pairs added to its weights, in names, shapes and types of the
+    family's own class, as `build.weights_of`. (Weights in bf16 round the sum.)"""
     state = {name: tensor for name, tensor in weights_of(net).items() if ".lora_" not in name}
     for path, layer in _layers(net):
         base = state[f"{path}.base_layer.weight"]
@@ -127,7 +127,7 @@ def merged(net: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def original(net: nn.Module) -> Iterator[None]:
-    """Inside, `net` is the base model: its pairs are off."""
+    """Turns the pairs off inside: `net` is then the base model."""
     layers = [layer for _, layer in _layers(net)]
     try:
         for layer in layers:
@@ -139,7 +139,7 @@ def original(net: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(net: nn.Module) -> dict[str, Tensor]:
-    """The pairs, by the path of their projection: `….query.A` [rank, inputs], `….query.B` [outputs, rank]."""
+    """Returns the pairs, by the path of their projection: `….query.A` [rank, inputs], `….query.B` [outputs, rank]."""
     return {name: tensor.detach() for name, tensor in _pairs(net).items()}
 
 
@@ -172,7 +172,7 @@ def _layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
 def _linear_layers(
     net: nn.Module, projections: Mapping[str, Mapping[str, Outputs]]
 ) -> dict[str, Mapping[str, Outputs]]:
-    """The linear layers below the head (peft's `all-linear`): those of attention by projection, others whole."""
+    """Returns the linear layers below the head (peft's `all-linear`): those of attention by projection, others whole."""
     below = {id(module) for module in trunk_of(net).modules()}
     paths = (path for path, module in net.named_modules() if id(module) in below and is_linear(module))
     return {path: projections.get(path, {"": np.empty(0, np.int64)}) for path in paths}

@@ -25,7 +25,7 @@ def logits_at(
     position_ids_BT: Tensor | None = None,
     through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Logits at flat positions only, [N, V]: the head never sees the others. `through`: the wrapper of `net`, if any.
+    """Computes logits at flat positions only, [N, V]: the head never sees the others. `through`: the wrapper of `net`, if any.
 
     `position_ids_BT`: of rows that hold several sequences, the index of each token in its own; no sequence sees another.
     Heads of language models act on each position alone; the parity test holds every family to that. The few families whose
@@ -44,7 +44,8 @@ def class_logits(
     *,
     through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """A classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a family can.
+    """Returns a classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a
+    family can.
 
     A decoder looks for the last token that is no padding token: padding has to be that of its own config.
     """
@@ -62,13 +63,14 @@ def _options(net: nn.Module, position_ids_BT: Tensor | None = None) -> dict[str,
 
 
 def _selected(given: Tensor, ids_BT: Tensor, positions_N: Tensor) -> Tensor:
-    """[N, …] of [1, N, …], or of [B, T, …] where the forward went around the trunk."""
+    """Selects [N, …] of [1, N, …], or of [B, T, …] where the forward went around the trunk."""
     is_whole = given.shape[:2] == ids_BT.shape and ids_BT.shape != (1, len(positions_N))
     return given.flatten(0, 1).index_select(0, positions_N) if is_whole else given[0]
 
 
 def trunk_of(net: Any) -> Any:
-    """The model below the head; transformers' base_model is the whole one where a family's own part has another name (Llama 4)."""
+    """Returns the model below the head; transformers' base_model is the whole one where a family's own part has another
+    name (Llama 4)."""
     if net.base_model is not net:
         return net.base_model
     tokens = net.get_input_embeddings()
@@ -77,7 +79,7 @@ def trunk_of(net: Any) -> Any:
 
 @contextmanager
 def keep_positions(trunk: nn.Module, positions_N: Tensor) -> Iterator[None]:
-    """Inside, the trunk gives its hidden states at these flat positions only, as one row."""
+    """Makes the trunk give, inside, its hidden states at these flat positions only, as one row."""
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden_BTD = output[0]
@@ -101,7 +103,8 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def head_of(net: nn.Module) -> Head | None:
-    """The head of `net`, found by a forward pass; None where logits are more than a linear layer (softcaps, scales).
+    """Returns the head of `net`, found by a forward pass; None where logits are more than a linear layer (softcaps,
+    scales).
 
     Call this under the autocast of later passes: under autocast some families (Mamba) cast their logits back.
     """
@@ -123,7 +126,7 @@ def head_inputs(
     position_ids_BT: Tensor | None = None,
     through: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """What the head turns into logits at flat positions, [N, D]: logits_at = head_inputs @ weight.T + bias.
+    """Returns what the head turns into logits at flat positions, [N, D]: logits_at = head_inputs @ weight.T + bias.
 
     Modules between trunk and head (BERT's transform) have run; the head itself runs on no position.
     Raises ModelError where the model's logits are not the head's own output: see `head_of`.

@@ -95,7 +95,7 @@ class Folder:
             raise ModelError(f"{self.name!r} {what}; expected a language model or a {kind}")
 
     def _other_parts(self, net: PreTrainedModel, unexpected: set[str], *, is_task: bool) -> set[str]:
-        """Those of unexpected tensors that are neither a pooler nor a head beside that of `net`."""
+        """Returns those of unexpected tensors that are neither a pooler nor a head beside that of `net`."""
         prefix, heads = f"{net.base_model_prefix}.", {name.split(".")[0] for name in net.state_dict()}
         trunk = {name.split(".")[0] for name in self.trunk}
         return {

@@ -42,7 +42,7 @@ FREE = re.compile(
 
 
 def check(depth: Depth, source: Any, target: Any, width: Width | None = None) -> Layers:
-    """The plan between two transformers configs. Raises RemapError, which says what differs."""
+    """Returns the plan between two transformers configs. Raises RemapError, which says what differs."""
     for key in ("model_type", "vocab_size"):
         ours, theirs = (family_of(c) if key == "model_type" else getattr(c, key, None) for c in (source, target))
         if ours != theirs:
@@ -75,7 +75,7 @@ def _refuse_widths_that_differ(old: Shape, new: Shape) -> None:
 
 
 def _refuse_settings_that_differ(source: Any, target: Any) -> None:
-    """Copied weights would compute something else: at another rotary base, with another activation or scale …"""
+    """Refuses settings under which copied weights would compute something else: at another rotary base, with another activation or scale …"""
     ours, theirs = source.to_dict(), target.to_dict()
     sizes = {
         target.attribute_map.get(key, key) for key in ("num_hidden_layers", *FIELDS.values(), *INNER_SIZES)
@@ -89,7 +89,7 @@ def _refuse_settings_that_differ(source: Any, target: Any) -> None:
 
 
 def notes(source: Any, target: Any, layers: Layers) -> Iterator[str]:
-    """What a plan does that its name does not say. `source`, `target`: models, of any device."""
+    """Yields what a plan does that its name does not say. `source`, `target`: models, of any device."""
     old, new = shape_of(source.config), shape_of(target.config)
     copied = [layer for layer in layers if isinstance(layer, int)]
     gap = max((abs(b - a) for a, b in pairwise(copied)), default=1)
@@ -111,7 +111,7 @@ def notes(source: Any, target: Any, layers: Layers) -> Iterator[str]:
 
 
 def _is_copied(name: str, prefix: str, layers: Layers) -> bool:
-    """Whether the tensor is part of a layer that is copied."""
+    """Returns whether the tensor is part of a layer that is copied."""
     return name.startswith(prefix) and isinstance(layers[int(name.removeprefix(prefix).partition(".")[0])], int)
 
 
@@ -154,7 +154,7 @@ def apply(source: nn.Module, target: nn.Module, layers: Layers, width: Width | N
 
 
 def _wanted(name: str, prefix: str, layers: Layers, ours: Container[str]) -> str | None:
-    """The name of the source's tensor that becomes `name`, if there is one."""
+    """Returns the name of the source's tensor that becomes `name`, if there is one."""
     wanted = name
     if name.startswith(prefix):
         index, _, rest = name.removeprefix(prefix).partition(".")
@@ -163,13 +163,13 @@ def _wanted(name: str, prefix: str, layers: Layers, ours: Container[str]) -> str
 
 
 def _following(name: str, prefix: str) -> str:
-    """The name of the same tensor in the next layer."""
+    """Returns the name of the same tensor in the next layer."""
     index, _, rest = name.removeprefix(prefix).partition(".")
     return f"{prefix}{int(index) + 1}.{rest}" if name.startswith(prefix) else ""
 
 
 def _is_silent(name: str, prefix: str, layers: Layers, family: str) -> bool:
-    """Whether this tensor is an output projection of an idle layer."""
+    """Returns whether this tensor is an output projection of an idle layer."""
     if not name.startswith(prefix) or layers[int(name.removeprefix(prefix).partition(".")[0])] != "idle":
         return False
     return place_of(family, name) in ("x <- o", "x <- inner")
@@ -187,7 +187,8 @@ def _take_eps(width: Width, source: Any, target: Any) -> None:
 
 
 def layers_prefix(net: nn.Module) -> str:
-    """The prefix of the layers in the state dict: the path of the ModuleList that is as long as the config says."""
+    """Returns the prefix of the layers in the state dict: the path of the ModuleList that is as long as the config
+    says."""
     num = net.config.num_hidden_layers  # type: ignore[union-attr]
     for name, module in net.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num:
@@ -226,9 +227,9 @@ def _logits(net: Any, ids_BT: Tensor, mask_BT: Tensor) -> Any:
 
 
 def preview_remap(init: Remap, source: Any, target: Any) -> tuple[Layers, Measured]:
-    """The plan by which a model is remapped, and its effect on small models of the same configs and proportions, with gains
-    and biases that differ from their start as trained ones do. Raises RemapError; ModelError for a family whose small models
-    transformers cannot compute.
+    """Returns the plan by which a model is remapped, and its effect on small models of the same configs and
+    proportions, with gains and biases that differ from their start as trained ones do. Raises RemapError; ModelError
+    for a family whose small models transformers cannot compute.
 
     `source`, `target`: the transformers configs.
     """

@@ -62,7 +62,7 @@ class Pairs:
         return same and bool((self.write == 1).all() and (self.read == 1).all())
 
     def back(self) -> Pairs:
-        """The inverse direction: undoes these pairs where they lose nothing."""
+        """Returns the inverse direction: undoes these pairs where they lose nothing."""
         return Pairs(self.num_old, self.num_new, self.old, self.new, self.read, self.write)
 
     def each(self, inner: Pairs) -> Pairs:
@@ -78,7 +78,7 @@ class Pairs:
 
 
 def taking(sources: Sequence[int | None], num_old: int) -> Pairs:
-    """New coordinate i is a copy of sources[i] (None: of no old one); readers of several copies share evenly."""
+    """Makes new coordinate i a copy of sources[i] (None: of no old one); readers of several copies share evenly."""
     new, old = torch.tensor([(i, j) for i, j in enumerate(sources) if j is not None]).unbind(1)
     count = old.bincount(minlength=num_old)[old]
     return Pairs(len(sources), num_old, new, old, torch.ones(len(old), dtype=torch.float64), 1 / count.double())
@@ -94,7 +94,7 @@ def fit(width: Width, num_old: int, num_new: int, score: Tensor | None = None) -
 
 
 def chosen(num_old: int, num_new: int, score: Tensor | None = None) -> list[int]:
-    """The best by score, in their order; without scores evenly spread (weight selection, arXiv 2311.18823)."""
+    """Returns the best by score, in their order; without scores evenly spread (weight selection, arXiv 2311.18823)."""
     if score is not None:
         found = score.argsort(descending=True, stable=True)[:num_new].sort().values
     elif num_old % num_new == 0:
@@ -107,7 +107,7 @@ def chosen(num_old: int, num_new: int, score: Tensor | None = None) -> list[int]
 def fit_heads(
     width: Width, old: tuple[int, int], new: tuple[int, int], score: Tensor | None = None
 ) -> tuple[Pairs, Pairs]:
-    """(query heads, key-value heads). `old`, `new`: numbers of both; `score`: [query heads], for a choice.
+    """Returns (query heads, key-value heads). `old`, `new`: numbers of both; `score`: [query heads], for a choice.
 
     Query head j reads key-value head j // group, before and after. So key-value heads come first, and the queries of each
     take the slots of all its copies.
@@ -174,7 +174,7 @@ class Space:
 
 
 def is_padded(width: Width, old: Shape, new: Shape) -> bool:
-    """Whether hidden channels are padded, or padding is removed: gains of norms then scale by sqrt(old/new)."""
+    """Returns whether hidden channels are padded, or padding is removed: gains of norms then scale by sqrt(old/new)."""
     grows, shrinks = new.hidden > old.hidden, new.hidden < old.hidden
     return (width in ("zero_pad", "mean_pad") and (grows or shrinks)) or (width in CHOICES and grows)
 
@@ -182,7 +182,8 @@ def is_padded(width: Width, old: Shape, new: Shape) -> bool:
 def spaces(
     width: Width, old: Shape, new: Shape, *, has_mean: bool, score: Mapping[str, Tensor] | None = None
 ) -> dict[str, Space]:
-    """All spaces of a layer. `has_mean`: of padded channels; `score`: of `x`, `q` and `inner`, for select and importance."""
+    """Returns all spaces of a layer. `has_mean`: of padded channels; `score`: of `x`, `q` and `inner`, for select and
+    importance."""
     score = score or {}
 
     def space(pairs: Pairs, **more: Any) -> Space:
@@ -215,7 +216,8 @@ def spaces(
 
 
 def written(space: Space, old: Tensor, own: Tensor, following: Tensor | None = None) -> Tensor:
-    """A tensor that writes to the space, [new, …] from [old, …]. `own`: [new, …]; `following`: of the next layer."""
+    """Returns a tensor that writes to the space, [new, …] from [old, …]. `own`: [new, …]; `following`: of the next
+    layer."""
     pairs = space.pairs
     if pairs.is_identity:
         return old
@@ -230,7 +232,7 @@ def written(space: Space, old: Tensor, own: Tensor, following: Tensor | None = N
 
 
 def read(space: Space, old: Tensor, own: Tensor | None = None) -> Tensor:
-    """A tensor that reads the space, […, new] from […, old]. `own`: […, new], kept where it meets only zeros."""
+    """Returns a tensor that reads the space, […, new] from […, old]. `own`: […, new], kept where it meets only zeros."""
     pairs = space.pairs
     if pairs.is_identity:
         return old
@@ -239,7 +241,7 @@ def read(space: Space, old: Tensor, own: Tensor | None = None) -> Tensor:
 
 
 def unseen(space: Space, own: Tensor, beside: Tensor) -> Tensor:
-    """own · (1 - B·R), […, new]: unchanged at coordinates without an old one; over copies at NOISE of the copies `beside`."""
+    """Computes own · (1 - B·R), […, new]: unchanged at coordinates without an old one; over copies at NOISE of the copies `beside`."""
     pairs = space.pairs
     if pairs.is_identity or space.own == "nothing":
         return torch.zeros_like(own)
@@ -279,7 +281,7 @@ class Resizing:
 
 
 def plan_resizing(width: Width, source: Any, target: Any, layers: str) -> Resizing:
-    """How `source` becomes as wide as `target`, both of one family of LAYOUTS. `layers`: their prefix."""
+    """Returns how `source` becomes as wide as `target`, both of one family of LAYOUTS. `layers`: their prefix."""
     old, new = shape_of(source.config), shape_of(target.config)
     is_centred = any(isinstance(module, nn.LayerNorm) for module in source.modules())
     has_mean = width == "mean_pad" or (width in CHOICES and is_centred)
@@ -302,7 +304,8 @@ def plan_resizing(width: Width, source: Any, target: Any, layers: str) -> Resizi
 
 
 def resize(how: Resizing, name: str, old: Tensor, own: Tensor, *, following: Tensor | None) -> Tensor:
-    """The source's tensor `name` at the target's width. `own`: the target's; `following`: of the source's next layer."""
+    """Returns the source's tensor `name` at the target's width. `own`: the target's; `following`: of the source's next
+    layer."""
     place = place_of(how.family, name)
     assert place is not None, name
     layer = name.removeprefix(how.layers).partition(".")[0] if name.startswith(how.layers) else "0"
@@ -324,12 +327,13 @@ def resize(how: Resizing, name: str, old: Tensor, own: Tensor, *, following: Ten
 
 
 def with_own_rows(old: Tensor, own: Tensor) -> Tensor:
-    """A table with as many rows as the target's; rows that only the target has (positions) are its own."""
+    """Returns a table with as many rows as the target's; rows that only the target has (positions) are its own."""
     return torch.cat([old[: len(own)], own[len(old) :]])
 
 
 def _linear(writes: Space, reads: Space, tensors: Sequence[Any]) -> Tensor:
-    """A weight [writes, reads] or a bias [writes]. `tensors`: old, the target's own, that of the next layer or None."""
+    """Returns a weight [writes, reads] or a bias [writes]. `tensors`: old, the target's own, that of the next layer or
+    None."""
     old, own, following = tensors
     if old.ndim == 1:
         fresh = writes.pairs.untouched if writes.keeps_vectors else writes.fresh
@@ -339,7 +343,8 @@ def _linear(writes: Space, reads: Space, tensors: Sequence[Any]) -> Tensor:
 
 
 def _norm(how: Resizing, x: Space, name: str, old: Tensor, *, own: Tensor, is_last: bool) -> Tensor:
-    """A gain or a bias. In the last norm before a tied head, copies are divided here, elsewhere in their readers."""
+    """Returns a gain or a bias. In the last norm before a tied head, copies are divided here, elsewhere in their
+    readers."""
     path, _, leaf = name.rpartition(".")
     pairs, is_gain = x.pairs, leaf == "weight"
     if is_last and how.is_tied:

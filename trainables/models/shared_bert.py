@@ -47,7 +47,7 @@ class SharingError(ValueError):
 
 
 def execution(order: str, num_layers: int, swap: bool) -> tuple[tuple[int, bool], ...]:
-    """The runs in order: (layer from 0, whether query and key are swapped). Only further runs swap, if `swap`.
+    """Returns the runs in order: (layer from 0, whether query and key are swapped). Only further runs swap, if `swap`.
 
     For layers 1 2 3 4: twice 1 2 3 4 1 2 3 4, each_twice 1 1 2 2 3 3 4 4, mirror 1 2 3 4 4 3 2 1, upper_twice
     1 2 3 4 3 4, lower_twice 1 2 3 4 1 2. Halves need an even number.
@@ -88,7 +88,7 @@ def check(config: Any) -> None:
 
 
 def shared(config: BertConfig, order: str, swap: bool) -> SharedBertConfig:
-    """A config of the same shape whose layers run in this order. Raises SharingError."""
+    """Returns a config of the same shape whose layers run in this order. Raises SharingError."""
     check(config)
     execution(order, config.num_hidden_layers, swap)
     return SharedBertConfig(**_shape(config), layer_order=order, layer_swap=swap)
@@ -253,8 +253,8 @@ AutoModelForSequenceClassification.register(SharedBertConfig, SharedBertForSeque
 
 @torch.no_grad()
 def unrolled(net: Any) -> Any:
-    """A plain BERT with a layer for each run, equal in all outputs: loads without this package, and holds shared weights
-    as often as they run. `net`: one of the three models above. Its device, dtype and mode are kept."""
+    """Returns a plain BERT with a layer for each run, equal in all outputs: loads without this package, and holds
+    shared weights as often as they run. `net`: one of the three models above. Its device, dtype and mode are kept."""
     config = net.config
     plain = next(kind for kind in (BertForMaskedLM, BertForSequenceClassification, BertModel) if isinstance(net, kind))
     runs = execution(config.layer_order, config.num_hidden_layers, config.layer_swap)
@@ -272,7 +272,7 @@ def unrolled(net: Any) -> Any:
 
 
 def _names(own: str, prefix: str, runs: tuple[tuple[int, bool], ...]) -> list[str]:
-    """Where a layer's tensor, as `0.attention.self.key.weight`, stands if each run is a layer."""
+    """Returns where a layer's tensor, as `0.attention.self.key.weight`, stands if each run is a layer."""
     number, _, rest = own.partition(".")
     crossed = {"query": "key", "key": "query"}
     swapped = ".".join(crossed.get(part, part) for part in rest.split("."))

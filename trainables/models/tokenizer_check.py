@@ -35,7 +35,7 @@ def check_tokenizer(model: Model, data_tokenizer: Any, data_name: str) -> None:
 
 
 def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:
-    """How the token -> id maps of two tokenizers, by their owners, differ; None where they are equal."""
+    """Returns how the token -> id maps of two tokenizers, by their owners, differ; None where they are equal."""
     (first, theirs), (second, ours) = vocabularies.items()
     differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
     if not differ:
@@ -52,7 +52,7 @@ def difference_of(vocabularies: Mapping[str, Mapping[str, int]]) -> str | None:
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
-    """The tokenizer's ids by the names that transformers' configs use."""
+    """Returns the tokenizer's ids by the names that transformers' configs use."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
 

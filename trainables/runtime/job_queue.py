@@ -45,7 +45,8 @@ class Mailbox:
         await self._send({"fault": fault})
 
     async def get(self, done: int, rank: int, worker: Any) -> tuple[int, str | None]:
-        """The job after number `done`, or, in a group that was restarted, the unfinished one. None: end the process."""
+        """Returns the job after number `done`, or, in a group that was restarted, the unfinished one. None: end the
+        process."""
         self.workers[rank] = worker
         if rank == 0 and done == 0 and self.given == self.number and not self.is_over:  # the workers were lost
             self.losses += 1
@@ -83,7 +84,7 @@ class Mailbox:
             await self._send({"end": end})
 
     async def take(self, seconds: float) -> dict[str, Any] | None:
-        """The next message, or None after a while. The caller has dealt with the message before."""
+        """Returns the next message, or None after a while. The caller has dealt with the message before."""
         async with self.changed:
             self.num_reported = self.num_emitted - sum("records" in message for message in self.out)
             self.changed.notify_all()

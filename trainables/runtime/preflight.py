@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def code() -> str:
-    """A hash of the source files of this package."""
+    """Returns a hash of the source files of this package."""
     root, total = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         total.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
@@ -79,7 +79,8 @@ def code() -> str:
 
 
 def fault(expected: Expected, device: str | None = None) -> str | None:
-    """The first fault of this machine, in one line with the machine's name and what is expected; None: there is none.
+    """Returns the first fault of this machine, in one line with the machine's name and what is expected; None: there is
+    none.
 
     `device` is this process's own, where that is not the first that the process sees.
     """

@@ -116,7 +116,7 @@ def run(job: Job, session: Session) -> Outcome:
 
 
 def classify_failure(attempt: Outcome, error: Exception) -> Outcome:
-    """The trial's own failure, or one of the storage or of another rank, after which the trial resumes later."""
+    """Returns the trial's own failure, or one of the storage or of another rank, after which the trial resumes later."""
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, Diverged):
         return replace(attempt, status=Status.FAILED, reason=f"diverged: {error}")
@@ -138,7 +138,7 @@ def _num_lost(storage: Storage, attempts: Sequence[str]) -> int:
 
 @contextmanager
 def _stacks(storage: Storage, folder: str) -> Iterator[Any]:
-    """The file for the stacks of a process that hangs: beside the attempt if the storage is local, else stderr."""
+    """Yields the file for the stacks of a process that hangs: beside the attempt if the storage is local, else stderr."""
     if not storage.is_local:
         yield sys.__stderr__
         return
@@ -176,7 +176,7 @@ def _logged(storage: Storage, name: str | None) -> Any:
 
 
 def versions(device: str) -> dict[str, str]:
-    """What a number may depend on beside its key."""
+    """Returns what a number may depend on beside its key."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

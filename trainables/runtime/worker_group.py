@@ -249,7 +249,7 @@ def close() -> None:
 
 
 def group(workers: int, cpus: float, gpus: float, *, folder: str, expected: Expected) -> Group:
-    """The slot's group, made at the first trial and again after `RENEW_AFTER` trials."""
+    """Returns the slot's group, made at the first trial and again after `RENEW_AFTER` trials."""
     global _GROUP
     if _GROUP is not None and (not _GROUP.is_alive or _GROUP.served >= RENEW_AFTER):
         close()

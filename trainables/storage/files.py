@@ -23,7 +23,7 @@ log = logging.getLogger("codistill")
 
 
 def is_local(uri: str) -> bool:
-    """Whether a text is a path of this machine, and no URI; in a path `::`, `?` and `#` stand for themselves."""
+    """Returns whether a text is a path of this machine, and no URI; in a path `::`, `?` and `#` stand for themselves."""
     return "://" not in uri or uri.startswith(("file://", "local://"))
 
 
@@ -86,7 +86,7 @@ class Storage:
         return Storage(f"{self.uri.rstrip('/')}/{name}")
 
     def path(self, name: str = "") -> Path:
-        """The local path of a name (local storage only)."""
+        """Returns the local path of a name (local storage only)."""
         return Path(self._at(name)[1])
 
     def read(self, name: str) -> bytes | None:
@@ -215,7 +215,7 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 
 def attempts(storage: Storage, home: str) -> list[str]:
-    """The folders of a trial's attempts, by number."""
+    """Returns the folders of a trial's attempts, by number."""
     names = (name for name in storage.list(home) if name.startswith("attempt-"))
     return [f"{home}/{name}" for name in sorted(names, key=lambda name: int(name.removeprefix("attempt-")))]
 

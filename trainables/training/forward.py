@@ -223,7 +223,7 @@ class Projector(nn.Module):
 
 
 def projector_name(term: str) -> str:
-    """The name of a term's projector among the learning modules."""
+    """Returns the name of a term's projector among the learning modules."""
     return f"project {term}"
 
 

@@ -82,7 +82,7 @@ def _attentions(net: Any) -> list[nn.Module]:
 
 
 def _is_attention(family: str, path: str, module: nn.Module) -> bool:
-    """Whether the module projects queries, keys and values; also where it shares these projections with another
+    """Returns whether the module projects queries, keys and values; also where it shares these projections with another
     layer."""
     for names in PROJECTIONS:
         if all(isinstance(getattr(module, name, None), nn.Module) for name in names):

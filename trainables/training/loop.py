@@ -169,7 +169,7 @@ class _Interrupts:
 
 
 def _step_of(fraction: float, total: int) -> int:
-    """The step after which a fraction of the budget is spent; only the fraction 0 is before the first step."""
+    """Returns the step after which a fraction of the budget is spent; only the fraction 0 is before the first step."""
     return max(1, round(fraction * total)) if fraction else 0
 
 
@@ -195,7 +195,7 @@ def _save_weights(phase: PhaseState) -> None:
 
 
 def _weights(net: Any) -> dict[str, Tensor]:
-    """The weights of the family's own class, with adapters merged."""
+    """Returns the weights of the family's own class, with adapters merged."""
     return lora.merged(net) if lora.is_attached(net) else build.weights_of(net)
 
 

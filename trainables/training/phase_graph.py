@@ -88,7 +88,7 @@ def head_of(spec: TrialSpec, instance: PhaseRun, model: str) -> TaskHead | None:
 
 
 def reads_head(spec: TrialSpec, instance: PhaseRun, model: str) -> bool:
-    """Whether a run needs the head of a model: trains the model, or reads its logits, labels or replies."""
+    """Returns whether a run needs the head of a model: trains the model, or reads its logits, labels or replies."""
     phase = spec.phases[instance.phase]
     makers = {maker for stream in phase.streams.values() for maker in stream.models}
     read = {name for term in phase.terms.values() if term.inputs == "logits" for name in term.reads}

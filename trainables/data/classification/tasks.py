@@ -59,7 +59,7 @@ class Examples:
         return len(self.lengths)
 
     def ids(self, index: int) -> Ids:
-        """The tokens of one example, special tokens included; a view of the mapped file."""
+        """Returns the tokens of one example, special tokens included; a view of the mapped file."""
         return self._ids[index]
 
     def clusters(self) -> NDArray[np.int64]:

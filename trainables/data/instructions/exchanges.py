@@ -47,19 +47,19 @@ class Exchanges:
         return len(self.lengths)
 
     def prompt(self, index: int) -> Ids:
-        """The prompt, start token and template included; a view of the mapped file, as `reply`."""
+        """Returns the prompt, start token and template included; a view of the mapped file, as `reply`."""
         return self._prompts[index]
 
     def reply(self, index: int) -> Ids:
-        """The reply, the end token included unless the reply was cut."""
+        """Returns the reply, the end token included unless the reply was cut."""
         return self._replies[index]
 
     def references(self, index: int) -> tuple[str, ...]:
-        """The replies as they were written, of which any is right."""
+        """Returns the replies as they were written, of which any is right."""
         return tuple(self._table.value("references", index))
 
     def around(self, index: int) -> Around:
-        """The texts around a reply; they are stored where other tokenizers read the same exchanges."""
+        """Returns the texts around a reply; they are stored where other tokenizers read the same exchanges."""
         return Around(*self._table.value("around", index))
 
     def rows(self, indices: Tensor | Sequence[int]) -> ExchangeBatch:

@@ -42,7 +42,7 @@ class Rendered(NamedTuple):
 
 
 def alpaca(prompt: str, context: str = "") -> str:
-    """Taori et al. 2023, in both variants, with a line's end after the last word as MiniLLM's code has it."""
+    """Fills in Alpaca's template (Taori et al. 2023) in both variants, with a line's end after the last word as MiniLLM's code has it."""
     paired = ", paired with an input that provides further context" if context else ""
     middle = f"### Input:\n{context}\n\n" if context else ""
     return (
