@@ -181,9 +181,9 @@ class Crossing(_OfScaling):
 
     NUM_COEFFICIENTS = 4
 
-    crossing: Literal["r", "compute"]
-    below: Positive | None = None
-    above: Positive | None = None
+    crossing: Literal["r", "compute"]  # along which the gain falls through 0
+    below: Positive | None = None  # the crossing is claimed to lie below this
+    above: Positive | None = None  # the crossing is claimed to lie above this
 
     @model_validator(mode="after")
     def _has_one_bound(self) -> Crossing:
@@ -220,8 +220,8 @@ class Foretelling(_OfScaling):
 
     NUM_COEFFICIENTS = 5
 
-    foretells: HeldOut
-    error_below: float = Field(gt=0, lt=1)
+    foretells: HeldOut  # the losses that the other arms predict
+    error_below: float = Field(gt=0, lt=1)  # the relative error of the prediction
 
     @property
     def num_parts(self) -> int:

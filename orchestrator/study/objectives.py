@@ -27,10 +27,10 @@ TIMES = ("device_seconds", "latency_ms")  # which other trials on the device mak
 class Measured(Value):
     """A number that is known of each trial that ended: a metric on dev, or a cost."""
 
-    phase: Name
-    model: Name
-    metric: str
-    task: Task | None = None
+    phase: Name  # at whose end the number is taken
+    model: Name  # the model that is measured
+    metric: str  # e.g. mlm_loss, score, rougeL; in later objectives and constraints also a cost
+    task: Task | None = None  # data sets over which the metric is a mean
 
     @property
     def is_cost(self) -> bool:
@@ -48,7 +48,7 @@ class Measured(Value):
 class Objective(Measured):
     """The score of a search: on dev, at the end of `phase`; with `minus`, the paired difference to that arm."""
 
-    mode: Literal["min", "max"]
+    mode: Literal["min", "max"]  # whether less or more is better
     minus: Name | None = None
 
     @model_validator(mode="after")
@@ -64,8 +64,8 @@ class Objective(Measured):
 class Constraint(Measured):
     """A bound on what a searched point may measure: points within it come first, and only they can win."""
 
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: float | None = None  # the largest number within the bound
+    at_least: float | None = None  # the smallest number within the bound
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -85,5 +85,5 @@ class Constraint(Measured):
 class GoodEnough(Value):
     """Asks for the cheapest arm that is no worse than the best arm by `within`, in the first objective's metric on test."""
 
-    within: Positive
-    cost: Cost = "flops"
+    within: Positive  # how much worse than the best arm is good enough
+    cost: Cost = "flops"  # by which the cheapest arm is found

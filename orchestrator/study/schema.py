@@ -56,7 +56,7 @@ class Tune(Value):
 class Looks(Value):
     """Numbers of seeds of each arm at which the claims are judged; after each look, open claims get more seeds."""
 
-    looks: tuple[PositiveInt, ...] = (5, 8, 12, 20)
+    looks: tuple[PositiveInt, ...] = (5, 8, 12, 20)  # numbers of seeds, rising
 
     @field_validator("looks")
     @classmethod
@@ -169,7 +169,7 @@ class Study(Value):
         Annotated[Objective, Tag("one")] | Annotated[tuple[Objective, ...], Tag("several")],
         Discriminator(lambda value: "several" if isinstance(value, list | tuple) and value else "one"),
     ] = Field(alias="objective")
-    good_enough: GoodEnough | None = None
+    good_enough: GoodEnough | None = None  # asks for the cheapest arm that is good enough
     claims: dict[Name, AnyClaim] = {}
     confirm: Confirm | None = None
     limits: Limits = Limits()

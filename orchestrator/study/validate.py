@@ -33,6 +33,8 @@ def check_study(study: Study, lines: Lines) -> None:
 
 @dataclass(frozen=True)
 class _Checker:
+    """Checks a study. One class, because every check names places of the study's file."""
+
     study: Study
     lines: Lines
 

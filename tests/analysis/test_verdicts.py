@@ -30,7 +30,7 @@ from orchestrator.analysis.statistics import (
 )
 from orchestrator.analysis.verdicts import Verdict, confirm_verdict, judge
 from orchestrator.reporting.notes import note_text
-from orchestrator.scheduling.objective import objective
+from orchestrator.scheduling.objective import measured
 from orchestrator.study.claims import Claim
 from orchestrator.study.schema import Study
 from trainables.metrics.known import metric_named
@@ -905,10 +905,12 @@ def test_an_objective_with_a_data_set_missing_is_missing(task: Any) -> None:
     study = Study(name="s", file="s.yaml", question="?", trial=trial, objective=what)  # type: ignore[arg-type]
     row = {"phase": "finetune", "model": "student", "metric": "score", "split": "dev", "progress": 1.0}
     records = [{**row, "task": name, "value": value} for name, value in (("cola", 40.0), ("rte", 60.0), ("other", 0.0))]
-    assert objective(study, records) == (60.0 if task == "rte" else 50.0)
-    assert objective(study, [{**r, "phase": f"finetune[{r['task']}]"} for r in records]) == objective(study, records)
-    assert objective(study, [r for r in records if r["task"] != "rte"]) is None
-    assert objective(study, [{**r, "progress": 0.5} for r in records]) is None
+    assert measured(study, study.objective, records, {}) == (60.0 if task == "rte" else 50.0)
+    assert measured(
+        study, study.objective, [{**r, "phase": f"finetune[{r['task']}]"} for r in records], {}
+    ) == measured(study, study.objective, records, {})
+    assert measured(study, study.objective, [r for r in records if r["task"] != "rte"], {}) is None
+    assert measured(study, study.objective, [{**r, "progress": 0.5} for r in records], {}) is None
 
 
 # --------------------------------------------------------------------------------------------------------- confirm

@@ -41,6 +41,7 @@ def file(lab: Lab, tmp_path: Path) -> Path:
     """A study of three arms, run to its end in this process."""
     raw = {
         "question": "?",
+        "seeds": 1,
         "trial": {"data": {"corpus": lab.data["corpus"]}, **distillation()},
         "objective": {"phase": "distil", "model": "student", "metric": "mlm_loss", "mode": "min"},
         "arms": {

@@ -102,13 +102,13 @@ def test_each_exchange_names_the_text_or_group_that_it_shares(tmp_path: Path) ->
     rows = [{"instruction": f"w{i}", "response": "w1", "context": f"W3  w{i % 2}"} for i in range(6)]
     rows += [{"instruction": f"w{i % 2}", "response": f"w{i}", "context": ""} for i in range(4)]
     how = {"columns": {"context": "context"}}
-    found = opened(tmp_path, rows, **how).test.clusters
+    found = opened(tmp_path, rows, **how).test.clusters()
     assert found is not None and found.dtype == np.int64 and max(found) < 2**53
     numbers = np.unique(found, return_inverse=True)[1].tolist()
     assert [numbers.index(n) for n in numbers] == [0, 1, 0, 1, 0, 1, 6, 7, 6, 7]
     grouped = opened(
         tmp_path, [{**row, "book": i // 5} for i, row in enumerate(rows)], split_by="book", **how
-    ).test.clusters
+    ).test.clusters()
     assert grouped is not None and [len(set(grouped[:5])), len(set(grouped[5:])), len(set(grouped))] == [1, 1, 2]
     user, other = ({"role": "user", "content": text} for text in ("w1", "w2"))
     reply = {"role": "assistant", "content": "w3"}
@@ -119,7 +119,7 @@ def test_each_exchange_names_the_text_or_group_that_it_shares(tmp_path: Path) ->
     assert one == first == begins_alike != alone
     older = tmp_path / "older.arrow"
     write_table(older, pa.schema(list(SCHEMA)[:3]), [([[1]], [[2]], [["w1"]])])
-    assert Exchanges(older, length=8, pad_id=0).clusters is None
+    assert Exchanges(older, length=8, pad_id=0).clusters() is None
 
 
 def test_the_boundary_is_that_of_generation(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_reply_is_scored_against_the_best_of_its_references(tmp_path: Path) ->
     ]
     scored = evaluate_exchanges(net, data, "test", on=Placement("cpu"))
     assert scored.predictions_E is not None and scored.predictions_E.tolist() == pytest.approx(expected)
-    assert scored.clusters_E is not None and scored.clusters_E.tolist() == data.test.clusters.tolist()  # type: ignore[union-attr]
+    assert scored.clusters_E is not None and scored.clusters_E.tolist() == data.test.clusters().tolist()  # type: ignore[union-attr]
     assert scored.metrics["rougeL"] == pytest.approx(np.mean(expected)) == scored.metrics["greedy_rougeL"]
     assert [expected[i] > 0 for i in range(6)] == [i % 4 > 0 for i in range(6)]  # the first one says nothing
     assert "scored against the best of up to 4 references" in data.summary()

@@ -635,7 +635,8 @@ def test_points_within_a_constraint_come_first_and_one_of_them_wins(make: Make, 
     within = [point for point in w.search.points if spent[point.name] <= 30]
     assert w.search.score(winner) == min(w.search.score(point) for point in within)  # type: ignore[type-var]
     assert len(within) > 6 and sum(spent[f"p{i:03d}"] <= 30 for i in range(12, 24)) >= 6
-    assert {row["point"] for row in w.rows(kind="confirm")} == {winner.name, "alone"}
+    confirmed = {row["point"] for row in w.rows(kind="confirm")}
+    assert {winner.name, "alone"} <= confirmed and all(winner.name in point or point == "alone" for point in confirmed)
     none = traded(world).open(trade_study(make, 6, constraints=[{"metric": "flops", "at_most": -1}])).run()
     assert none.search.winner() is None and none.scheduler.is_complete() and not none.rows(kind="confirm")
 

@@ -50,7 +50,7 @@ def test_the_studies_that_the_documents_print_fit() -> None:
         ("trial: {phases: {distil: {terms: {soft: {kind: forward}}}}}", "$.trial.phases.distil.terms.soft"),
         ("trial: {data: {kind: filez, train: x}}", "$.trial.data"),
         ("trial: {seed: 1}", "$.trial"),
-        ("objective: {mode: less}", "$.objective.mode"),
+        ("objective: {mode: less}", "$.objective"),
         ("profiles: {laptop: [1]}", "$.profiles.laptop"),
     ],
 )

@@ -59,7 +59,7 @@ def evaluate_exchanges(
         "greedy_rougeL": float(generated[None][0].mean()),
         "unfinished": float(100 * np.mean([unfinished for _, unfinished in sampled])),
     }
-    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters)
+    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters())
 
 
 def _score_replies(

@@ -36,8 +36,6 @@ class Exchanges:
     def __init__(self, path: Path, *, length: int, pad_id: int) -> None:
         self._table = MappedTable(path)
         self._prompts, self._replies = Lists(self._table, "prompt"), Lists(self._table, "reply")
-        has_clusters = "cluster" in self._table.schema.names and len(self._table)  # files of before have none
-        self.clusters: NDArray[np.int64] | None = self._table.column("cluster") if has_clusters else None
         self._pad_id = pad_id
         self.is_packed = True
         self.length = length  # tokens of prompt and reply at most
@@ -45,6 +43,11 @@ class Exchanges:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def clusters(self) -> NDArray[np.int64] | None:
+        """Returns the number of the text or group that each exchange shares with others; None for files of before."""
+        has_clusters = "cluster" in self._table.schema.names and len(self._table)
+        return self._table.column("cluster") if has_clusters else None
 
     def prompt(self, index: int) -> Ids:
         """Returns the prompt, start token and template included; a view of the mapped file, as `reply`."""
