@@ -95,9 +95,10 @@ class Shapes:
 
     def _config(self, model: Model, length: int) -> Any:
         vocab_size, special_ids = self.vocabulary(model)
-        if model.pretrained is None:
-            return configs.config_of(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
-        config = copy.deepcopy(text_part(self.folder(model).config))
+        if model.pretrained is not None:
+            config = copy.deepcopy(text_part(self.folder(model).config))
+        else:
+            config = configs.config_of(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
         if not configs.is_masked_lm(config.model_type):  # as where a decoder classifies
             config.pad_token_id = special_ids.get("pad_token_id", config.pad_token_id)
         return config

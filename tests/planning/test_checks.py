@@ -116,6 +116,16 @@ def test_a_trunk_teaches_what_lies_below_the_head_and_nothing_else(planned: Plan
     assert code == 2 and "(BertModel) has other tensors than BertForMaskedLM with this config" in said
 
 
+def test_a_classifier_like_a_decoder_without_a_padding_token_pads_as_the_tokenizer_does(
+    planned: Planned, folder: Any
+) -> None:
+    teacher = folder("big", "llama", config={"pad_token_id": None})
+    like = {"like": "teacher", "layers": 1, "init": {"kind": "remap", "from": "teacher", "depth": "first"}}
+    teach = phase("teacher", {"h": hard("teacher")}, **ON_TASK)
+    code, said = planned({"teacher": teacher, "student": like}, {"teach": teach, **distilling()})
+    assert code == 0, said
+
+
 def test_special_tokens_are_the_tokenizers_and_where_the_config_differs_it_is_said(
     planned: Planned, folder: Any
 ) -> None:
