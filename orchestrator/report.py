@@ -10,12 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from orchestrator.analysis.claim_history import count_results, note_report, read_history
-from orchestrator.analysis.tables import read
 from orchestrator.cli import add_study_arguments, open_storage
 from orchestrator.cluster.machine import start
 from orchestrator.reporting.commands import sweep_command
-from orchestrator.reporting.page import make_report
 from orchestrator.study.errors import StudyError
 from orchestrator.study.load import load_study
 
@@ -25,7 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m orchestrator.report", description="Writes report.html and report.md again from the tables."
     )
     add_study_arguments(parser)
-    arguments = parser.parse_args(argv)
+    return _write(parser.parse_args(argv))
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    # imported here, so that `--help` is quick
+    from orchestrator.analysis.claim_history import count_results, note_report, read_history
+    from orchestrator.analysis.tables import read
+    from orchestrator.reporting.page import make_report
+
     uri = arguments.storage
     try:
         study = load_study(arguments.study, arguments.profile, arguments.set)
