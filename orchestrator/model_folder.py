@@ -169,7 +169,7 @@ def name_for_older_loaders(to: Path) -> None:
     family's default otherwise; these unless the loaders of today would then read others (Gemma 4, which has no older ones)."""
     path = to / "config.json"
     about = json.loads(path.read_text())
-    rotary = about.get("rope_parameters") or {}
+    rotary = {key: value for key, value in (about.get("rope_parameters") or {}).items() if value is not None}
     older: dict[str, Any] = {}
     for kind, names in OLDER_BASES.items():
         if (base := rotary.get(kind, {}).get("rope_theta")) is not None:
