@@ -116,9 +116,7 @@ def test_a_trunk_teaches_what_lies_below_the_head_and_nothing_else(planned: Plan
     assert code == 2 and "(BertModel) has other tensors than BertForMaskedLM with this config" in said
 
 
-def test_a_classifier_like_a_decoder_without_padding_pads_as_the_tokenizer_does(
-    planned: Planned, folder: Any
-) -> None:
+def test_a_classifier_like_a_decoder_without_padding_pads_as_the_tokenizer_does(planned: Planned, folder: Any) -> None:
     teacher = folder("big", "llama", config={"pad_token_id": None})
     like = {"like": "teacher", "layers": 1, "init": {"kind": "remap", "from": "teacher", "depth": "first"}}
     teach = phase("teacher", {"h": hard("teacher")}, **ON_TASK)
