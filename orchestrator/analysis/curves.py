@@ -136,7 +136,7 @@ def baseline_scores(study: Study, tables: Tables, arm: str, what: Objective | No
     `what`: by default the first objective, by which the trial is the best.
     """
     found: dict[Hashable, float] = {}
-    best = min if study.objective.mode == "min" else max
+    sign = study.objective.sign
     for kind in ("trial", "tune"):
         trials = ended(tables, kind, arm)
         values, by_match = values_of(tables, objective_reading(study), trials), dict[Hashable, list[str]]()
@@ -145,7 +145,7 @@ def baseline_scores(study: Study, tables: Tables, arm: str, what: Objective | No
             if trial["trial"] in values:
                 key = match(study, trial["seed"], parsed(trial["params"]))
                 by_match.setdefault(key, []).append(trial["trial"])
-        chosen = {key: best(tried, key=values.__getitem__) for key, tried in by_match.items()}
+        chosen = {key: min(tried, key=lambda trial: sign * values[trial]) for key, tried in by_match.items()}
         found = {key: shown[trial] for key, trial in chosen.items() if trial in shown} | found
     return found
 
@@ -156,7 +156,7 @@ def tuning_scores(study: Study, tables: Tables) -> dict[tuple[str, str], dict[fl
     Values of which no trial has ended are empty.
     """
     path = next(iter(study.tune.grid)) if study.tune else ""
-    trials, sign = planned(tables.trials), 1.0 if study.objective.mode == "min" else -1.0
+    trials, sign = planned(tables.trials), study.objective.sign
     trials = trials[trials["kind"] == "tune"]
     values = values_of(tables, objective_reading(study), trials[trials["status"] == "ended"])
     found: dict[tuple[str, str], dict[float, dict[int, float]]] = {}

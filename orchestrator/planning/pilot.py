@@ -96,7 +96,7 @@ def _effects_that_matter(study: Study, claim: Claim) -> Iterator[_Wanted]:
 
 
 def _takes(wanted: _Wanted, pilot: Pilot, alpha: float) -> str:
-    """Returns two one-sided tests at power .9 each make .8 together, where the arms are alike."""
+    """Says how many seeds an effect takes. Two one-sided tests at power .9 each make .8 together, where the arms are alike."""
     level, power = (2 * alpha, 0.9) if wanted.is_equivalence else (alpha, 0.8)
     seeds = seeds_needed(wanted.effect / pilot.sd, alpha=level, power=power)
     if seeds is None:

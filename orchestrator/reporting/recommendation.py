@@ -157,7 +157,7 @@ def _recipe(study: Study, tied: pd.DataFrame) -> tuple[Facts, Facts]:
 
 
 def _best(study: Study, scores: Mapping[str, float]) -> str:
-    return (min if study.objective.mode == "min" else max)(scores, key=scores.__getitem__)
+    return min(scores, key=lambda name: study.objective.sign * scores[name])
 
 
 def _shrinkage(confirmation: Confirmation, difference: float, score: float, again: Sequence[float]) -> Facts:

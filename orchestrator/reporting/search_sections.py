@@ -69,7 +69,7 @@ def _listed(study: Study, ranked: pd.DataFrame, done: pd.DataFrame) -> Table:
     """Returns the best points; with several objectives, each of them, and whether the point is on the front."""
     columns, several = score_columns(study), len(study.objectives) > 1
     places = decimals_for(float(done["score"].std()) if len(done) > 1 else None, float(done["score"].iloc[0]))
-    signed = [[p[c] if o.mode == "min" else -p[c] for c, o in zip(columns, study.objectives, strict=True)]
+    signed = [[o.sign * p[c] for c, o in zip(columns, study.objectives, strict=True)]
               for p in ranked.to_dict("records")]  # fmt: skip
     rows = []
     for p, is_front in zip(ranked.head(BEST).to_dict("records"), non_dominated(signed), strict=False):
@@ -203,7 +203,7 @@ def tuning(study: Study, tables: Tables) -> Section | None:
     if study.tune is None:
         return None
     ((path, grid),) = study.tune.grid.items()
-    rows, sign = [], 1.0 if study.objective.mode == "min" else -1.0
+    rows, sign = [], study.objective.sign
     for (arm, sizes), scores in tuning_scores(study, tables).items():
         chosen, runs = choose(scores, grid[len(grid) // 2]), whole(scores)
         noise = run_noise([[*runs.values()]] if runs else [])

@@ -73,8 +73,7 @@ class ConfirmStage:
     def _score(self, trials: Sequence[PlannedTrial]) -> float:
         """Returns the mean objective on dev, where lower is better."""
         scores = [score for t in trials if (score := self._ledger.value(t.id)) is not None]
-        sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
-        return sign * math.fsum(scores) / len(scores) if scores else math.inf
+        return self._ledger.study.objective.sign * math.fsum(scores) / len(scores) if scores else math.inf
 
     def _flops(self, trials: Sequence[PlannedTrial]) -> tuple[float, float]:
         """Returns the mean FLOPs of the phases before that of the objective, and of this phase; 0 where no trial ended."""

@@ -156,7 +156,7 @@ class Sampler:
         if sum(trial.state == TrialState.COMPLETE for trial in self._optuna.get_trials(deepcopy=False)) < 2:
             return None
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        sign = 1.0 if self._study.objectives[objective].mode == "min" else -1.0  # a target is minimised
+        sign = self._study.objectives[objective].sign  # a target is minimised
         target = None if len(self._study.objectives) == 1 else lambda trial: sign * trial.values[objective]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a target is minimised

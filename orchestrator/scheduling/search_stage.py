@@ -259,8 +259,7 @@ class SearchStage:
             else:
                 self._sampler.add(point.number, point.params, state, values=values, excess=excess)
         if scores is not None and scores.is_feasible:
-            score = scores.values[0]
-            signed = (score if self._ledger.study.objective.mode == "min" else -score, point.number)
+            signed = (self._ledger.study.objective.sign * scores.values[0], point.number)
             self._best = signed if self._best is None else min(self._best, signed)
 
     def _audit_stopped(self) -> None:

@@ -153,7 +153,7 @@ class Planner:
     def plan(
         self, spec: TrialSpec, kind: Kind, point: str, *, arm: str | None = None, params: Mapping[str, Any]
     ) -> PlannedTrial:
-        """Returns a trial that is only searched or tuned ends with the phases by which it is chosen."""
+        """Plans a trial; one that is only searched or tuned ends with the phases by which it is chosen."""
         is_chosen = kind == "tune" or (kind == "trial" and arm is None)
         lean = (spec.upto(*self.study.phases_chosen_by) if is_chosen else spec).pruned()
         return self._planned(lean, kind, point, arm=arm, params={**strata_of(self.study, spec), **params})

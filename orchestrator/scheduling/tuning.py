@@ -94,9 +94,8 @@ class Tuning:
             return None
         first = [trials[0].id for trials in grid.trials.values()]
         scores = {trial: v for trial in first if (v := self._ledger.value(trial)) is not None}
-        best = (min if self._ledger.study.objective.mode == "min" else max)(
-            scores, key=scores.__getitem__, default=None
-        )
+        sign = self._ledger.study.objective.sign
+        best = min(scores, key=lambda trial: sign * scores[trial], default=None)
         return None if best is None else self._ledger.value(best, what)
 
     def _plan(self, target: Target, values: Iterable[float | None], seeds: Iterable[int]) -> None:
@@ -141,7 +140,7 @@ class Tuning:
 
     def _scores(self, grid: _Grid) -> dict[float, dict[int, float]]:
         """Returns the objective by value and seed, with the sign that makes lower better."""
-        sign = 1.0 if self._ledger.study.objective.mode == "min" else -1.0
+        sign = self._ledger.study.objective.sign
         return {
             value: {t.seed: sign * score for t in trials if (score := self._ledger.value(t.id)) is not None}
             for value, trials in grid.trials.items()

@@ -21,7 +21,7 @@ def progress(study: Study, home: Storage) -> str:
     ended = [row for row, records in found.values() if records is not None]
     running = [row for row, records in found.values() if records is None]
     totals = {"arms": study.num_seeds * len(study.arms), "search": study.search.points if study.search else 0}
-    totals["confirm"] = 2 * study.confirm.seeds if study.confirm else 0  # upper limits: equal trials run once
+    totals["confirm"] = 2 * study.confirm.seeds if study.confirm else 0  # further rivals count once they have begun
     parts = []
     for stage in ("teacher", "tune", *totals):
         num, open_ = (sum(_stage(row) == stage for row in rows) for rows in (ended, running))
@@ -52,5 +52,4 @@ def _best(study: Study, found: Found) -> tuple[str, float] | None:
         if value is not None:
             values.setdefault(row["point"], []).append(value)
     means = {point: sum(each) / len(each) for point, each in values.items()}
-    choose = min if study.objective.mode == "min" else max
-    return choose(means.items(), key=lambda item: item[1]) if means else None
+    return min(means.items(), key=lambda item: study.objective.sign * item[1], default=None)

@@ -51,6 +51,11 @@ class Objective(Measured):
     mode: Literal["min", "max"]  # whether less or more is better
     minus: Name | None = None
 
+    @property
+    def sign(self) -> float:
+        """By which a score is multiplied so that lower is better."""
+        return 1.0 if self.mode == "min" else -1.0
+
     @model_validator(mode="after")
     def _costs_are_minimised(self) -> Self:
         if self.is_cost and self.mode == "max":

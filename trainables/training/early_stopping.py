@@ -5,10 +5,9 @@ The choice sees dev alone. All ranks have the same numbers, so that they choose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,10 +16,9 @@ from trainables.config.schedules import START
 from trainables.config.session import Record
 from trainables.evaluation.per_example import Placement, in_eval_mode
 from trainables.metrics.known import metric_named
-from trainables.training.forward import ForwardContext, GlobalBatch, batch_of, normaliser, run_terms
+from trainables.training.forward import ForwardContext, batch_of, normaliser, run_terms
 from trainables.training.setup import learning_states, load_learning_states
 from trainables.training.state import PhaseState
-from trainables.training.streams import StreamLoader
 
 
 def observe(phase: PhaseState, records: Sequence[Record]) -> None:
@@ -85,20 +83,10 @@ def loss_on_dev(phase: PhaseState, name: str) -> float:
     with ExitStack() as stack:
         for model in term.reads:
             stack.enter_context(in_eval_mode(phase.nets[model]))
-        for i, batches in enumerate(_dev_batches(phase.streams[term.on], on.rows)):
+        for i, batches in enumerate(phase.streams[term.on].dev_batches(on.rows)):
             num += normaliser(term, batch_of(batches, term.on, term.target))
             if on.is_mine(i):
                 parts = {read: batch.to(on.device) for read, batch in batches.items()}
                 _, sums = run_terms(models, {name: term}, parts, {name: 1.0}, context=context)
                 total += float(sums[name])
     return session.total([total])[0] / num
-
-
-def _dev_batches(stream: StreamLoader, rows: int) -> Iterator[dict[str, GlobalBatch]]:
-    """Yields dev in batches, as `StreamLoader.batches`, with the labels that the stream's evaluations have."""
-    for indices, batch in stream.data.dev_batches(stream.spec.corruption, rows):
-        batches: dict[str, Any] = {stream.name: batch}
-        batches |= {f"{stream.name}/{model}": data.dev.rows(indices) for model, data in stream.others.items()}
-        if stream.made:
-            batches = {name: each._replace(labels_N=stream.made["dev"][indices]) for name, each in batches.items()}
-        yield batches

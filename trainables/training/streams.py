@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,10 +75,21 @@ class StreamLoader:
         return found
 
     def _read(self, data: Prepared, indices: Tensor, masks: int) -> MaskedBatch | TaskBatch | ExchangeBatch:
-        batch = data.batch(indices, self.spec.corruption, seed=masks)
+        return self._labelled(data.batch(indices, self.spec.corruption, seed=masks), "train", indices)
+
+    def dev_batches(self, rows: int) -> Iterator[dict[str, MaskedBatch | TaskBatch | ExchangeBatch]]:
+        """Yields dev as `batches` names it, with the labels that the stream's evaluations have."""
+        for indices, batch in self.data.dev_batches(self.spec.corruption, rows):
+            found = {self.name: batch}
+            found |= {f"{self.name}/{model}": data.dev.rows(indices) for model, data in self.others.items()}
+            yield {read: self._labelled(each, "dev", indices) for read, each in found.items()}
+
+    def _labelled(self, batch: Any, split: str, indices: Tensor) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        """Puts the labels that models make in place of those of the data."""
         if self.made and isinstance(batch, TaskBatch):
-            return batch._replace(labels_N=self.made["train"][indices])
-        return batch
+            return batch._replace(labels_N=self.made[split][indices])
+        read: MaskedBatch | TaskBatch | ExchangeBatch = batch
+        return read
 
     def unpacked(self) -> StreamLoader:
         """Gives each exchange a row of its own."""
