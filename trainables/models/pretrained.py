@@ -213,7 +213,10 @@ def _config(name: str, path: Path, fields: Mapping[str, Any]) -> tuple[Any, PreT
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # what a config's code raises is of any kind
-        raise no_weights(name, _fault(fields, error)) from None
+        if fields.get("auto_map"):
+            what = "needs code of its own (auto_map in config.json), which is never run"
+            raise ModelError(f"{name!r} {what}; {EXPECTED}") from None
+        raise ModelError(f"{name!r}: {_fault(fields, error)}") from None
     refuse_code_of_the_hub(config, repr(name))
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False) or getattr(type(config)(), "is_encoder_decoder", False):
@@ -225,7 +228,7 @@ def _config(name: str, path: Path, fields: Mapping[str, Any]) -> tuple[Any, PreT
     try:
         return config, _without_weights(config)
     except Exception as error:
-        raise no_weights(name, _fault(fields, error)) from None
+        raise ModelError(f"{name!r}: {_fault(fields, error)}") from None
 
 
 def text_part(config: Any) -> Any:

@@ -38,10 +38,11 @@ def no_weights(
 
 def why_not(name: str, kind: Kind, error: BaseException) -> str:
     """Explains in one line an error that was raised while a folder or a hub id was loaded."""
-    why, causes = (str(error).strip().splitlines() or [type(error).__name__])[0], list(_causes(error))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    why, causes = lines[0], list(_causes(error))
     offline = f"HF_HUB_OFFLINE={value}" if (value := os.environ.get("HF_HUB_OFFLINE")) else ""
     if Path(name).is_dir():
-        return why  # the message names the fault of the folder
+        return " ".join(" ".join(lines).split())[:300]  # the message names the fault of the folder
     if name.startswith(("/", ".", "~")):
         return f"there is no such folder: {looked_in(name)}"
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated dataset" in why:
