@@ -292,7 +292,7 @@ def shown_by(tracking_uri: str) -> str:
     """Returns the command or the address that shows MLflow's runs."""
     file = sqlite_file(tracking_uri)
     if file == Path("runs/mlflow.db").absolute():
-        return "make ui"
+        return "python -m orchestrator.command ui"
     return redact(tracking_uri) if file is None else f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
 

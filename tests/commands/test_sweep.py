@@ -308,7 +308,7 @@ def test_what_shows_mlflows_runs_is_told_for_the_store_that_has_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sweep.shown_by(f"sqlite:///{tmp_path}/runs/mlflow.db") == "make ui"
+    assert sweep.shown_by(f"sqlite:///{tmp_path}/runs/mlflow.db") == "python -m orchestrator.command ui"
     assert sweep.shown_by("sqlite:////a b/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
     assert sweep.shown_by("http://me:secret@host:5000") == "http://***@host:5000"
 
