@@ -100,7 +100,7 @@ class Shapes:
         else:
             config = configs.config_of(model, vocab_size=vocab_size, special_ids=special_ids, length=length)
         if not configs.is_masked_lm(config.model_type):  # as where a decoder classifies
-            config.pad_token_id = special_ids.get("pad_token_id", config.pad_token_id)
+            config.pad_token_id = special_ids.get("pad_token_id", getattr(config, "pad_token_id", None))
         return config
 
     def folder(self, model: Model) -> Folder:

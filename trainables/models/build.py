@@ -110,7 +110,7 @@ def check_task(config: Any, name: str) -> None:
     """Raises ModelError where the family has no classifier, or cannot tell where a padded sequence ends."""
     if config.model_type not in (*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, shared_bert.FAMILY):
         raise ModelError(f"model {name!r}: transformers has no classifier of family {config.model_type!r}")
-    if not is_masked_lm(config.model_type) and config.pad_token_id is None:
+    if not is_masked_lm(config.model_type) and getattr(config, "pad_token_id", None) is None:
         raise ModelError(f"model {name!r} ({config.model_type}): its tokenizer has no padding token, which tasks need")
 
 
