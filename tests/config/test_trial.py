@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tests.support.specs import BUDGETS, DATA, INITS, SCHEDULES, TERMS, WORDPIECE
-from tests.support.trials import distillation, flow, hard, inner, model, phase
+from tests.support.trials import distillation, flow, hard, model, phase
 from trainables.config.data import Data, Tokenizer
 from trainables.config.models import Init
 from trainables.config.phase import Budget, Epochs, Phase, ReplySource, Steps, Stream, Tokens
@@ -208,7 +208,6 @@ def answering_trial(change: Callable[[dict[str, Any], dict[str, Any]], Any] = la
         refused("distil.streams.main: scored has no train", lambda v, main: main.update(data="scored")),
         refused("distil.streams.main.corruption: corruption is for corpora, and ask is a set of instructions", lambda v, main: main.update(corruption={"probability": 0.3})),
         refused("distil.budget: a budget of tokens is for corpora", lambda v, main: v["phases"]["distil"].update(budget={"tokens": 99})),
-        refused("distil.terms.x: hidden_cosine is for corpora and tasks", lambda v, main: v["phases"]["distil"]["terms"].update(x=inner("teacher", "student", "hidden_cosine"))),
         refused("distil.terms.student_hard: replies of 'student', which learns here, are no labels", lambda v, main: main.update(replies=BY["student"])),
         refused("distil.terms.student_hard: replies of 'student', which learns here", lambda v, main: main.update(replies=REPLIES["interleaved"])),
         refused("distil.streams.main.replies: there is no model 'nobody'", lambda v, main: main.update(replies=BY["nobody"])),

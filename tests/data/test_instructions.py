@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from trainables.config.data import InstructionFiles, InstructionHub
 from trainables.config.errors import DataError
 from trainables.data.encode import instructions as encode
-from trainables.data.instructions.rows import Row, Turn
+from trainables.data.instructions.rows import Row, Turn, divide
 from trainables.data.instructions.templates import alpaca, render
 from trainables.data.prepare import fingerprint, prepare
 from trainables.data.sources import read
@@ -143,6 +143,25 @@ def test_conversations_end_with_the_reply(tmp_path: Path) -> None:
             test=written(tmp_path / f"a{suffix}", rows), template="chat", columns={"messages": "messages"}
         )
         assert read_source(data).test == (Row(tuple(Turn(*turn) for turn in turns[:-1]), "", ("Well",)),)
+
+
+def test_each_reply_of_a_conversation_is_a_row_of_its_group(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    talk = [message("user", "Hi"), message("assistant", " Hello "), message("user", "Ask f"), call]
+    talk += [message("tool", "3"), message("assistant", "Three"), message("user", "Bye"), message("assistant", "Well")]
+    others = [{"messages": [message("user", f"Count to {n}"), message("assistant", "One"), message("user", "On"), message("assistant", "Two")]} for n in range(40)]  # fmt: skip
+    file = written(tmp_path / "a.jsonl", [{"messages": talk}, *others])
+    columns = {"messages": "messages"}
+    found = read_source(instruction_files(test=file, template="chat", columns=columns, turns="all")).test or ()
+    prompts = [len(row.turns) for row in found[:4]]
+    assert prompts == [1, 3, 5, 7] and [row.replies for row in found[:4]] == [("Hello",), ("",), ("Three",), ("Well",)]
+    assert found[1].answer == Turn("assistant", None, {"tool_calls": call["tool_calls"]}) and found[0].answer is None
+    assert len({row.cluster for row in found[:4]}) == 1 and len({row.cluster for row in found}) == 41
+    split = divide(read_source(instruction_files(file, template="chat", columns=columns, turns="all")))
+    owners = [{row.group for row in rows} for rows in (split.train, split.dev, split.test)]
+    assert all(owners) and not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    with pytest.raises(ValidationError, match="turns: all is for conversations"):
+        instruction_files(file, turns="all")
 
 
 @pytest.mark.parametrize("is_text", [False, True])

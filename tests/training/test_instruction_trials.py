@@ -213,6 +213,16 @@ def with_pairs(family: str, base: Weights, pairs: Weights, scale: float) -> Weig
     return found
 
 
+def test_states_are_compared_on_replies_that_models_make(shared: Lab) -> None:
+    trial = answering(budget={"steps": 2}, evaluate=[1])
+    student = {"main": {"data": "ask", "replies": {"kind": "sampled", "by": "student", "max_tokens": 8}}}
+    deep = {"kind": "hidden_mse", "from": "teacher", "to": "student", "layers": "uniform", "projector": True}
+    trial["phases"]["distil"] |= {"streams": student, "terms": {"soft": flow("teacher", "student"), "deep": deep}}
+    ran = shared.run(shared.spec(trial), trial="deep")
+    both = [r["value"] for r in ran.records if r["split"] == "train" and r["metric"] == "deep"]
+    assert both and all(0 < value < math.inf for value in both)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_both_models_step_from_one_pass_before_any_update(shared: Lab, watched: Any, family: str) -> None:
     """Three steps of OKD, written by hand: no packing, no peft, no fused terms."""

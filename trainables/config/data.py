@@ -38,7 +38,7 @@ TokenizerOrSame = Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Fie
 
 Rule = Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"]
 BINARY_RULES: frozenset[Rule] = frozenset({"f1", "accuracy_and_f1"})  # of two classes, the second is the positive one
-Feature = Literal["corruption", "token_budget", "labels", "fold", "replies", "hidden_terms"]
+Feature = Literal["corruption", "token_budget", "labels", "fold", "replies"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Format:
     supports: frozenset[Feature]
 
 
-CORPUS = Format("corpus", "a corpus", "corpora", frozenset({"corruption", "token_budget", "hidden_terms"}))
-TASK = Format("task", "a task", "tasks", frozenset({"labels", "fold", "hidden_terms"}))
+CORPUS = Format("corpus", "a corpus", "corpora", frozenset({"corruption", "token_budget"}))
+TASK = Format("task", "a task", "tasks", frozenset({"labels", "fold"}))
 INSTRUCTIONS = Format("instructions", "a set of instructions", "instructions", frozenset({"replies"}))
 FORMATS = (CORPUS, TASK, INSTRUCTIONS)
 
@@ -342,6 +342,8 @@ class _InstructionRows(_Instructions):
     by default that of the prompt; without `train` they are only scored."""
 
     columns: InstructionColumns = InstructionColumns()  # which columns hold prompts and replies
+    # replies of a conversation that are learnt and scored: its last message, or each message of the assistant
+    turns: Literal["last", "all"] = Field("last", exclude_if=lambda value: value == "last")
     split_by: str | None = None  # column by whose hash rows are split
     train: str | None = None  # by default the rows are only scored
     dev: str | None = None  # by default a part of train
@@ -357,6 +359,8 @@ class _InstructionRows(_Instructions):
             raise ValueError("needs train, or test (then it is only scored)")
         if self.train is None and self.dev is not None:
             raise ValueError("dev is for choices in training, and there is no train; name it as test")
+        if self.columns.messages is None and self.turns == "all":
+            raise ValueError("turns: all is for conversations; expected columns: {messages: a column of them}")
         if self.columns.messages is not None and self.template != "chat":
             raise ValueError(
                 "columns.messages: conversations have turns, which only `template: chat`, the tokenizer's own, can tell apart"

@@ -254,8 +254,6 @@ def _check_format(read: _Read) -> None:
         (stream.fold is not None, "fold", f"{on}.fold", "folds are"),
         (stream.replies is not None, "replies", f"{on}.replies", "replies are"),
     ]
-    for name, term in read.terms.items():
-        asked.append((term.inputs != "logits", "hidden_terms", f"{at}.terms.{name}", f"{term.kind} is"))
     for is_asked, feature, path, subject in asked:
         if is_asked and feature not in form.supports:
             supporting = " and ".join(other.plural for other in FORMATS if feature in other.supports)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -113,11 +113,9 @@ def run_terms(
             loss, sums = loss + fused.loss, sums | {name: value.detach() for name, value in fused.values.items()}
         for name, term in terms.items():
             if name not in at_logits:
-                batch = read(term.target)
-                mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
                 project = models.wrapped.get(projector_name(name), models.projectors.get(name))
                 with context.autocast():
-                    value = _inner_loss(term, models.nets, outputs, mask_BT, project=project)
+                    value = _inner_loss(term, models.nets, outputs, read(term.target), project=project)
                 loss, sums[name] = loss + scale[name] * value, value.detach()
     return loss, sums
 
@@ -130,9 +128,11 @@ def chunk(sources: Mapping[str, LogitSource], device: str) -> int:
 
 def normaliser(term: Term, batch: GlobalBatch) -> int:
     """Counts the divisor of a term's sum in the global batch."""
-    if term.averaged_over == "labels" or isinstance(batch, ExchangeBatch):
+    if term.averaged_over == "labels":
         return len(batch.labels_N)
-    return len(batch.ids_BT) if term.averaged_over == "rows" else batch.num_tokens
+    if term.averaged_over == "tokens":
+        return batch.num_tokens
+    return len(batch) if isinstance(batch, ExchangeBatch) else len(batch.ids_BT)
 
 
 def _run_model(models: Models, model: str, batch: Batch, inputs: Collection[str]) -> ForwardOutput:
@@ -156,12 +156,16 @@ def _inner_loss(
     term: Term,
     nets: Mapping[str, Any],
     outputs: Mapping[str, ForwardOutput],
-    mask_BT: Tensor | None,
+    batch: Batch,
     *,
     project: Callable[..., Any] | None,
 ) -> Tensor:
-    """Computes the sum of a term below the logits."""
+    """Computes the sum of a term below the logits. Packed exchanges get a row each first, so that none reads another one."""
     assert term.source is not None
+    mask_BT = batch.mask_BT if isinstance(batch, TaskBatch) else None
+    if isinstance(batch, PackedBatch):
+        indices_BT, mask_BT = batch.by_exchange()
+        outputs = {model: _in_rows(outputs[model], indices_BT) for model in term.reads}
     pairs, source, to = _pairs(term, nets), outputs[term.source], outputs[term.target]
     if not pairs:
         return to.hidden_LBTD[0].new_zeros(())
@@ -183,6 +187,14 @@ def _inner_loss(
         for model, qkv in ((term.source, from_qkv), (term.target, to_qkv))
     )
     return term_loss(term, from_LBHTT, to_LBHTT, mask_BT)
+
+
+def _in_rows(output: ForwardOutput, indices_BT: Tensor) -> ForwardOutput:
+    """Returns the outputs below the logits at `indices_BT`, which count positions over all rows of the batch."""
+    attention = [(module, states_BTD.flatten(0, 1)[indices_BT]) for module, states_BTD in output.attention]
+    return replace(
+        output, hidden_LBTD=[states.flatten(0, 1)[indices_BT] for states in output.hidden_LBTD], attention=attention
+    )
 
 
 def check_layers(terms: Mapping[str, Term], nets: Mapping[str, Any]) -> None:

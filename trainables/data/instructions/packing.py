@@ -26,7 +26,15 @@ class PackedBatch(NamedTuple):
     positions_N: Tensor  # b*T + t of the position before each token of a reply, exchange by exchange
     labels_N: Tensor  # the tokens of the replies
     example_ids_N: Tensor  # the exchange, by its place in the batch, of each label
+    starts_E: Tensor  # b*T + t of the first token of each exchange
+    lengths_E: Tensor  # tokens of each exchange
     num_tokens: int  # without padding
+
+    def by_exchange(self) -> tuple[Tensor, Tensor]:
+        """Returns where the tokens of each exchange are, [E, longest], as b*T + t, and the mask of those places."""
+        order_T = torch.arange(int(self.lengths_E.max()), device=self.starts_E.device)
+        mask_ET = order_T < self.lengths_E[:, None]
+        return torch.where(mask_ET, self.starts_E[:, None] + order_T, 0), mask_ET
 
 
 @dataclass(frozen=True)
@@ -69,22 +77,25 @@ class ExchangeBatch:
         width = max((sum(sizes[i] for i in row) for row in rows), default=0)
         ids_BT = np.full((len(rows), width), self.pad_id, np.int64)
         position_ids_BT = np.zeros((len(rows), width), np.int64)
-        positions = [np.empty(0, np.int64)] * len(self)
+        positions, starts = [np.empty(0, np.int64)] * len(self), np.zeros(len(self), np.int64)
         for b, row in enumerate(rows):
             at = 0
             for i in row:
                 first, end = at + len(self.prompts[i]), at + sizes[i]
                 ids_BT[b, at:first], ids_BT[b, first:end] = self.prompts[i], self.replies[i]
                 position_ids_BT[b, at:end] = np.arange(sizes[i])
+                starts[i] = b * width + at
                 positions[i] = b * width + np.arange(first - 1, end - 1)
                 at = end
             position_ids_BT[b, at:] = np.arange(width - at)
         positions_N = np.concatenate([np.empty(0, np.int64), *positions])
         example_ids_N = np.repeat(np.arange(len(self)), [len(reply) for reply in self.replies])
-        ids, places, before, owners = (
-            torch.from_numpy(array).to(device) for array in (ids_BT, position_ids_BT, positions_N, example_ids_N)
+        lengths = np.array(sizes, np.int64)
+        ids, places, before, owners, starts_E, lengths_E = (
+            torch.from_numpy(array).to(device)
+            for array in (ids_BT, position_ids_BT, positions_N, example_ids_N, starts, lengths)
         )
-        return PackedBatch(ids, places, before, self.labels_N.to(device), owners, self.num_tokens)
+        return PackedBatch(ids, places, before, self.labels_N.to(device), owners, starts_E, lengths_E, self.num_tokens)
 
 
 def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

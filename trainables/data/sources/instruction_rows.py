@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from trainables.config.data import InstructionFiles, InstructionHub
@@ -46,7 +46,8 @@ def load(data: InstructionFiles | InstructionHub, places: Places) -> Sources[Row
     for name, place in places:
         out = LeftOut(Counter(), [])
         tables = read(place, Wanted(texts, tuple(others), fields, optional), what=name)
-        splits[name] = tuple(row for table in tables for row in _rows(data, table, name, out))
+        rows = (row for table in tables for row in _rows(data, table, name, out))
+        splits[name] = tuple(_each_reply(rows) if data.turns == "all" else rows)
         leave_out(out.refused, len(splits[name]) + sum(out.counts.values()) + len(out.refused), out.counts)
         dropped[name] = dict(out.counts)
     return Sources(splits.get("train"), splits.get("dev"), splits.get("test"), dropped=dropped)
@@ -85,6 +86,19 @@ def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, out
             out.counts[NO_REPLY] += 1
         else:
             yield Row(tuple(turns), context if context.strip() else "", replies, group, answer, tools, where)
+
+
+def _each_reply(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yields a row for each message of the assistant, with the messages before it as the prompt: what a model reads that is to
+    reply there, where templates leave out earlier thoughts too. Rows of one conversation are a group, and a cluster."""
+    for row in rows:
+        whole = row._replace(group=row.split_by)
+        for at, turn in enumerate(row.turns):
+            said, is_call = turn.said.strip(), any(key in CALLS for key in turn.more or ())
+            if turn.role == "assistant" and at and row.turns[at - 1].said.strip() and (said or is_call):
+                answer = turn if turn.more or isinstance(turn.content, list) else None
+                yield whole._replace(turns=row.turns[:at], replies=(said,), answer=answer)
+        yield whole
 
 
 def _text(value: Any, where: str) -> str:
