@@ -19,7 +19,7 @@ from trainables.config.trial import TrialSpec
 from trainables.data.prepared import Prepared
 from trainables.generation import kv_cache
 from trainables.generation.context import GenerationError
-from trainables.models import build, initialise, remap, tokenizer_check
+from trainables.models import build, initialise, quantise, remap, tokenizer_check
 from trainables.training import forward, optimizers
 from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, reads_head, streams_of
 from trainables.training.readings import check_readings
@@ -163,6 +163,9 @@ def _check_phase(study: Study, spec: TrialSpec, name: str, shapes: Shapes) -> No
             net = shapes.net(spec.models[model], longest(spec), how=how)
             if phase.gradient_checkpointing:
                 build.enable_gradient_checkpointing(copy.deepcopy(net))
+        for model in spec.models_of(name):
+            if model not in phase.train and (kind := spec.models[model].quantize) is not None:
+                quantise.check(kind)
 
 
 def _check_reads(spec: TrialSpec, run: PhaseRun, configs: Mapping[str, Any], nets: Callable[[str], Any]) -> None:

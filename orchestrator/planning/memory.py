@@ -203,7 +203,7 @@ class PhaseMemory:
     def _parts(self, **parts: float) -> dict[str, float]:
         """Adds what is there at all moments: the process, weights, teachers, and what the allocator wastes."""
         others = (name for name in self.spec.models_of(self.run.phase) if name not in self._phase.train)
-        teacher = sum(self.shapes.num_bytes(self.spec.models[name], longest(self.spec)) for name in others)
+        teacher = sum(self.shapes.num_bytes_held(self.spec.models[name], longest(self.spec)) for name in others)
         moving = sum(size for part, size in parts.items() if part not in STAYING)
         held = {"process": PROCESS[self.device], "weights": self.trained().weights}
         return {**held, **parts, "teacher": float(teacher), "allocator": WASTE[self.device] * moving}

@@ -22,7 +22,7 @@ from trainables.config.models import Model
 from trainables.config.phase import How, Lora
 from trainables.data.instructions.exchanges import ExchangeSet
 from trainables.data.prepared import Prepared
-from trainables.models import build, configs, lora, output_head, tokenizer_check
+from trainables.models import build, configs, lora, output_head, quantise, tokenizer_check
 from trainables.models.pretrained import Folder, text_part
 from trainables.training.layer_outputs import num_executed
 
@@ -141,6 +141,12 @@ class Shapes:
     def num_bytes(self, model: Model, length: int) -> int:
         """Bytes of a model's weights, in their own type."""
         return self.num_parameters(model, length) * build.DTYPES[model.dtype].itemsize
+
+    def num_bytes_held(self, model: Model, length: int) -> int:
+        """Bytes of the weights of a model that a phase reads and does not train."""
+        if model.quantize is None:
+            return self.num_bytes(model, length)
+        return quantise.num_bytes(self.net(model, length), model.quantize)
 
     def activations(
         self, model: Model, length: int, row: RowShape, *, how: How, precision: Precision, drops: bool

@@ -198,6 +198,8 @@ def _models(study: Study, base: TrialSpec, corpora: Mapping[str, Prepared], shap
         shape = f"{config.num_hidden_layers}x{config.hidden_size} {config.model_type}"
         if (runs := layer_outputs.num_executed(config)) != config.num_hidden_layers:
             shape += f", {runs} layers run"
+        if model.quantize is not None:
+            shape += f", in {model.quantize} where it is not trained"
         lines.append(f"{name:12} {shape}: {total:,} parameters, {total - embeddings:,} without embeddings")
         if model.pretrained is not None:
             tokenizer = corpora[base.reading(item, name)].tokenizer

@@ -198,7 +198,10 @@ def _changes(slot: Slot, largest: MemoryEstimate) -> Iterator[tuple[str, TrialSp
     if all(other.batch % (2 * slot.workers) == 0 for other in spec.phases.values()):
         yield f"slot.workers: {2 * slot.workers}", spec, slot.model_copy(update={"workers": 2 * slot.workers})
     settings: list[tuple[str, Any]] = [(f"{at}.gradient_checkpointing", True), ("precision", "bf16")]
-    settings += [(f"models.{model}.dtype", "bf16") for model in spec.models_of(name) if model not in phase.train]
+    frozen = [model for model in spec.models_of(name) if model not in phase.train]
+    settings += [
+        (f"models.{model}.{key}", value) for model in frozen for key, value in (("dtype", "bf16"), ("quantize", "nf4"))
+    ]
     adamw = [model for model, optimizer in phase.optimizer.items() if optimizer.kind == "adamw"]
     settings += [(f"{at}.optimizer.{model}.kind", kind) for kind in ("adamw_8bit", "adafactor") for model in adamw]
     settings += [(f"{at}.train.{model}", {"kind": "lora"}) for model, how in phase.train.items() if how == "full"]

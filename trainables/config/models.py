@@ -65,6 +65,9 @@ class Sharing(Value):
     swap: bool  # whether further runs swap query and key
 
 
+Quantization = Literal["nf4", "int8"]  # NormalFloat-4 with a scale for 64 numbers; 8 bits with a scale for each output
+
+
 class Model(Value):
     """A model by shape (`family`, `layers`, `width`), by `pretrained` weights (hub id or local folder), or `like` another
     one: with its config, but for what is given here."""
@@ -85,6 +88,8 @@ class Model(Value):
     init: Init = Random()  # of fresh weights
     sharing: Sharing | None = None  # by default each layer runs once
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
+    # how phases that do not train the model keep the weights of its linear layers below the head; by default in `dtype`
+    quantize: Quantization | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _one_source_of_the_shape(self) -> Model:

@@ -76,6 +76,7 @@ class TrialSpec(Value):
                 _check_replies(read)
         _check_heads(self)
         _check_eval_only(self)
+        _check_quantize(self)
         _check_widths(self)
         _refuse_cycle({n: [m.init.from_] for n, m in self.models.items() if isinstance(m.init, Remap)}, "remaps")
         _refuse_cycle({n: [m.like] for n, m in self.models.items() if isinstance(m.like, str)}, "models.*.like")
@@ -325,6 +326,17 @@ def _check_eval_only(spec: TrialSpec) -> None:
                 raise ValueError(f"phases.{name}.eval_only: {item} is scored anyway, as the phase reads it; remove it")
 
 
+def _check_quantize(spec: TrialSpec) -> None:
+    for name, model in spec.models.items():
+        if model.quantize is not None and all(
+            name in spec.phases[phase].train for phase in spec.phases if name in spec.models_of(phase)
+        ):
+            raise ValueError(
+                f"models.{name}.quantize: weights are kept in {model.quantize} where a phase reads a model and does not "
+                f"train it, and no phase does so with {name!r}; remove quantize"
+            )
+
+
 def _check_widths(spec: TrialSpec) -> None:
     for name, phase in spec.phases.items():
         for term_name, term in phase.terms.items():
@@ -361,7 +373,8 @@ def trial_id(spec: TrialSpec, fingerprints: Mapping[str, str]) -> str:
     value["data"] = {name: fingerprints[f"data:{name}"] for name in lean.data}
     for name, model in lean.models.items():
         if model.pretrained is not None:
-            value["models"][name] = {"weights": fingerprints[f"model:{name}"], "dropout": model.dropout}
+            own = model.model_dump(mode="json", include={"dtype", "quantize"}, exclude_defaults=True)
+            value["models"][name] = {"weights": fingerprints[f"model:{name}"], "dropout": model.dropout, **own}
         elif model.like is not None:
             value["models"][name] = model.by_content(fingerprints.get(f"model:{name}"))
         if model.tokenizer is not None:

@@ -134,7 +134,7 @@ def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, st
             }
             for name, stream in streams_of(spec, instance).items()
         },
-        "models": {model: _weights(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
+        "models": {model: _as_held(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
         "eval_only": {item: _as_read(spec, item, phase.train, fingerprints) for item in phase.eval_only},
     }
     return digest(value, 32)
@@ -148,6 +148,12 @@ def _as_read(
     return prints if len(set(prints.values())) > 1 else next(iter(prints.values()), fingerprints[f"data:{item}"])
 
 
+def _as_held(spec: TrialSpec, instance: PhaseRun, name: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Returns all that determines a model in the run, quantised or not, except for the head."""
+    kind = spec.models[name].quantize if name not in spec.phases[instance.phase].train else None
+    return _weights(spec, instance, name, fingerprints) | ({"quantize": kind} if kind is not None else {})
+
+
 def _weights(spec: TrialSpec, instance: PhaseRun, name: str, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """Returns all that determines a model's weights and behaviour when the run starts, except for the head."""
     model, phase = spec.models[name], instance.phase
@@ -157,7 +163,7 @@ def _weights(spec: TrialSpec, instance: PhaseRun, name: str, fingerprints: Mappi
     if model.pretrained is not None:
         return {"pretrained": fingerprints[f"model:{name}"], "dropout": model.dropout, "dtype": model.dtype}
     value: dict[str, Any] = {"name": name, "seed": seed_of(spec, phase), "length": longest(spec)}
-    value["shape"] = model.by_content(fingerprints.get(f"model:{name}"), exclude={"init"})
+    value["shape"] = model.by_content(fingerprints.get(f"model:{name}"), exclude={"init", "quantize"})
     if isinstance(model.init, Remap):
         value["remap"] = model.init.model_dump(mode="json", include={"depth", "width", "rest"})
         value["source"] = _weights(spec, instance, model.init.from_, fingerprints)

@@ -18,7 +18,7 @@ from trainables.evaluation.model_size import flops_per_token
 from trainables.evaluation.per_example import Placement
 from trainables.generation.context import Autocast
 from trainables.generation.sample import generation_mode
-from trainables.models import build, lora, output_head, remap, tokenizer_check
+from trainables.models import build, lora, output_head, quantise, remap, tokenizer_check
 from trainables.storage.checkpoints import load_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import Corrupt
@@ -140,6 +140,8 @@ def load_models(inputs: PhaseInputs) -> dict[str, Any]:
     build.check_types(trial.spec.precision, {name: trial.spec.models[name] for name in read}, trial.device)
     nets = {name: load_model(trial, instance, name, head_of(trial.spec, instance, name)) for name in read}
     for name, net in nets.items():
+        if (kind := trial.spec.models[name].quantize) is not None and name not in spec.train:
+            quantise.quantise(net, kind, trial.device)
         net.to(trial.device).train(name in spec.train).requires_grad_(name in spec.train)
         trained_how = spec.train.get(name)
         if isinstance(trained_how, Lora):
