@@ -74,6 +74,7 @@ class TrialSpec(Value):
                 _check_format(read)
                 _check_labels(self, read)
                 _check_replies(read)
+                _check_unit_weights(read)
         _check_heads(self)
         _check_eval_only(self)
         _check_quantize(self)
@@ -301,6 +302,21 @@ def _check_replies(read: _Read) -> None:
             raise ValueError(
                 f"phases.{read.phase_name}.terms.{name}: replies of {min(learning)!r}, which learns here, are no labels; "
                 f"use a flow, or a second stream without `replies`"
+            )
+
+
+def _check_unit_weights(read: _Read) -> None:
+    for name, term in read.terms.items():
+        if term.rule is None:
+            continue
+        at = f"phases.{read.phase_name}.terms.{name}.unit_weights"
+        if item := next((item for item, data in read.data.items() if data.num_labels == 1), None):
+            raise ValueError(
+                f"{at}: {item} is a regression, whose positions have no probabilities; remove unit_weights"
+            )
+        if term.rule.reads_labels and read.stream.replies is not None:
+            raise ValueError(
+                f"{at}: {term.rule.kind} reads labels, which generated replies do not have; expected overlap"
             )
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from trainables.config.terms import Term
 from trainables.losses.terms import term_loss
+from trainables.losses.unit_weights import unit_weights
 
 
 class LogitSource(NamedTuple):
@@ -84,9 +85,12 @@ def _walk(
         part = slice(start, start + chunk)
         logits = {model: head.logits(part) for model, head in heads.items()}
         for name, term in terms.items():
+            weights_N = unit_weights(term, logits, labels_N[part])
             with torch.enable_grad():
                 # no variable holds the source's logits beyond this line: memory
-                value = term_loss(term, term.source and logits[term.source], logits[term.target], labels_N[part])
+                value = term_loss(
+                    term, term.source and logits[term.source], logits[term.target], labels_N[part], weights_N=weights_N
+                )
                 if logits[term.target].requires_grad and weights[name]:  # one term at a time has tensors [C, V]
                     (weights[name] * value).backward()  # type: ignore[no-untyped-call]
             values[name] = values[name] + value.detach() if name in values else value.detach()
