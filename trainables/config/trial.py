@@ -255,6 +255,7 @@ def _check_format(read: _Read) -> None:
         (stream.labels is not None, "labels", f"{on}.labels", "labels are"),
         (stream.fold is not None, "fold", f"{on}.fold", "folds are"),
         (stream.replies is not None, "replies", f"{on}.replies", "replies are"),
+        (stream.mix is not None, "mix", f"{on}.mix", "mixed examples are"),
     ]
     for is_asked, feature, path, subject in asked:
         if is_asked and feature not in form.supports:
@@ -314,10 +315,9 @@ def _check_unit_weights(read: _Read) -> None:
             raise ValueError(
                 f"{at}: {item} is a regression, whose positions have no probabilities; remove unit_weights"
             )
-        if term.rule.reads_labels and read.stream.replies is not None:
-            raise ValueError(
-                f"{at}: {term.rule.kind} reads labels, which generated replies do not have; expected overlap"
-            )
+        if term.rule.reads_labels and not (read.stream.replies is None and read.stream.mix is None):
+            what = "generated replies do not have" if read.stream.replies else "mixed examples have two of"
+            raise ValueError(f"{at}: {term.rule.kind} reads a label, which {what}; expected overlap")
 
 
 def _check_heads(spec: TrialSpec) -> None:

@@ -18,9 +18,10 @@ INFINITE = 1e15  # nats: what no divergence reaches unless one side says what th
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Computes -sum_n weight_n log softmax(logits_n)[label_n], nats; sum_n (logit_n - label_n)^2 where labels are numbers."""
+    """Computes -sum_n weight_n log softmax(logits_n)[label_n], nats; sum_n weight_n (logit_n - label_n)^2 where labels are numbers."""
     if logits_NV.shape[-1] == 1:
-        return F.mse_loss(wide(logits_NV)[:, 0], labels_N.to(wide(logits_NV).dtype), reduction="sum")
+        errors_N = F.mse_loss(wide(logits_NV)[:, 0], labels_N.to(wide(logits_NV).dtype), reduction="none")
+        return total(errors_N, weights_N)
     if weights_N is not None:
         return total(F.cross_entropy(wide(logits_NV), labels_N, reduction="none"), weights_N)
     return F.cross_entropy(wide(logits_NV), labels_N, reduction="sum")

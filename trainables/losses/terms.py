@@ -60,7 +60,7 @@ def divergence(term: Any, from_NV: Tensor, to_NV: Tensor, weights_N: Tensor | No
     """
     from_NV = from_NV.detach()
     if to_NV.shape[-1] == 1:
-        return F.mse_loss(wide(to_NV), wide(from_NV), reduction="sum")
+        return total(F.mse_loss(wide(to_NV), wide(from_NV), reduction="none"), weights_N)
     value = DIVERGENCES[type(term)](term, from_NV, to_NV, weights_N)
     value = value.masked_fill(value > INFINITE, torch.inf)
     return value * term.temperature**2 if term.tau_squared else value
