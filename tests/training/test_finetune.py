@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from tests.support.trials import Lab, flow, hard, inner, model, phase
+from tests.support.trials import Lab, Stopped, break_at, flow, hard, inner, model, phase
 from trainables.config.phase import PredictionQuality
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
@@ -162,6 +162,39 @@ def test_a_pretrained_folder_gets_a_head_that_depends_on_the_seed_alone(
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert torch.equal(first["bert.embeddings.word_embeddings.weight"], trunk["bert.embeddings.word_embeddings.weight"])
     assert first["classifier.weight"].abs().sum() > 0
+
+
+def test_a_fresh_head_learns_beside_loras_pairs(new_task_lab: Any, seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default where it is drawn anew; one that an earlier phase trained stays as it is, unless it is asked to learn."""
+    lab, trial = new_task_lab(), fine_tuning()
+    steps = {"for_each_dataset": ["pair"], "optimizer": {"lr": 1e-2}}
+    pairs = {"kind": "lora", "rank": 2}
+    trial["phases"] = {
+        "pretrain": phase("student", {"h": hard("student")}),
+        "tune": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": pairs}},
+        "again": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": pairs}},
+        "whole": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": {**pairs, "head": True}}},
+    }
+    spec = lab.spec({**trial, "models": {"student": model()}})
+    ran = lab.run(spec)
+    weights = {name: ran.weights(name, "student", "pair") for name in ("tune", "again", "whole")}
+    head = [name for name in weights["tune"] if "pooler" in name or name.startswith("classifier")]
+    assert len(head) == 4
+    for name in head:
+        assert not torch.equal(weights["tune"][name], seen["tune[pair]", "student"][name]), name
+        assert torch.equal(weights["again"][name], weights["tune"][name]), name
+        assert not torch.equal(weights["whole"][name], weights["again"][name]), name
+    table = "bert.embeddings.word_embeddings.weight"  # learns in no phase after the first
+    assert torch.equal(weights["whole"][table], ran.weights("pretrain", "student")[table])
+
+    broken = new_task_lab()
+    with monkeypatch.context() as patched:
+        break_at(patched, "tune", 5)
+        with pytest.raises(Stopped):
+            broken.run(spec, checkpoint_seconds=0)
+    resumed = broken.run(spec, attempt=2)
+    found = resumed.weights("tune", "student", "pair")
+    assert all(torch.equal(found[name], weights["tune"][name]) for name in found)
 
 
 # ----------------------------------------------------------------------------------------------------- labels by models

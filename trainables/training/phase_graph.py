@@ -87,6 +87,15 @@ def head_of(spec: TrialSpec, instance: PhaseRun, model: str) -> TaskHead | None:
     return None
 
 
+def source_of(spec: TrialSpec, instance: PhaseRun, model: str) -> tuple[str, Origin | None]:
+    """Returns the model whose weights `model` starts with, itself or the source of its remap, and their origin."""
+    origin = origin_of(spec, instance, model)
+    while origin is None and isinstance(init := spec.models[model].init, Remap):
+        model = init.from_
+        origin = origin_of(spec, instance, model)
+    return model, origin
+
+
 def reads_head(spec: TrialSpec, instance: PhaseRun, model: str) -> bool:
     """Returns whether a run needs the head of a model: trains the model, or reads its logits, labels or replies."""
     phase = spec.phases[instance.phase]

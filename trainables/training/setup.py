@@ -19,6 +19,7 @@ from trainables.evaluation.per_example import Placement
 from trainables.generation.context import Autocast
 from trainables.generation.sample import generation_mode
 from trainables.models import build, lora, output_head, quantise, remap, tokenizer_check
+from trainables.models.pretrained import Folder
 from trainables.storage.checkpoints import load_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import Corrupt
@@ -32,6 +33,7 @@ from trainables.training.phase_graph import (
     origin_of,
     reads_head,
     seed_of,
+    source_of,
     streams_of,
 )
 from trainables.training.readings import check_readings
@@ -145,10 +147,26 @@ def load_models(inputs: PhaseInputs) -> dict[str, Any]:
         net.to(trial.device).train(name in spec.train).requires_grad_(name in spec.train)
         trained_how = spec.train.get(name)
         if isinstance(trained_how, Lora):
-            lora.attach(net, trained_how, name=name, seed=seed)
+            lora.attach(net, trained_how, name=name, seed=seed, with_head=_learns_head(inputs, name, trained_how))
         if trained_how is not None and spec.gradient_checkpointing:
             build.enable_gradient_checkpointing(net)
     return nets
+
+
+def _learns_head(inputs: PhaseInputs, name: str, how: Lora) -> bool:
+    """Returns whether a classifier's head learns beside the pairs: as asked, else where the head is drawn anew."""
+    trial, instance = inputs.trial, inputs.instance
+    head = head_of(trial.spec, instance, name)
+    if head is None or how.head is not None:
+        return head is not None and bool(how.head)
+    source, origin = source_of(trial.spec, instance, name)
+    if origin is not None:
+        return head != head_of(trial.spec, origin.instance, source)
+    model = trial.spec.models[source]
+    if model.pretrained is None:
+        return True
+    names = () if head.is_derived else getattr(trial.data[head.data], "class_names", ())
+    return bool(build.start_of(Folder.read(model.pretrained, model.revision), head.num_labels, names).fresh)
 
 
 def check_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> None:
