@@ -181,7 +181,7 @@ def _check_reads(spec: TrialSpec, run: PhaseRun, configs: Mapping[str, Any], net
         for name in term.reads:
             data = spec.data[stream.data]
             if data.num_labels is not None:
-                build.check_task(configs[name], name)
+                build.check_task(configs[name], name, is_mixed=stream.mix is not None)
                 continue
             build.check_stream(configs[name], stream.corruption, name)
             if data.scoring is not None and name in phase.train:  # an evaluation scores its own replies

@@ -24,6 +24,7 @@ from orchestrator.study.objectives import TIMES
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
+from trainables.config.phase import Stream
 from trainables.config.terms import Term
 from trainables.config.trial import TrialSpec
 from trainables.config.value import digest
@@ -219,8 +220,12 @@ def _losses(base: TrialSpec) -> list[str]:
     lines = []
     for phase_name, phase in base.phases.items():
         for name, term in phase.terms.items():
-            lines.append(f"{phase_name}.{name}: {_coefficient(term)}")
+            lines.append(f"{phase_name}.{name}: {_coefficient(term)}{_mixture(phase.streams[term.on])}")
     return lines
+
+
+def _mixture(stream: Stream) -> str:
+    return "" if stream.mix is None else f", on {stream.mix.formula}"
 
 
 def _coefficient(term: Term) -> str:

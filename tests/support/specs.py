@@ -61,3 +61,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 BUDGETS: dict[str, dict[str, Any]] = {"steps": {"steps": 3}, "tokens": {"tokens": 999}, "epochs": {"epochs": 0.5}}
+
+
+UNIT_WEIGHTS: dict[str, dict[str, Any]] = {
+    "revision": {"kind": "revision", "by": "teacher", "eta": 0.7},
+    "by_loss": {"kind": "by_loss", "among": ["teacher", "other"], "temperature": 0.5},
+    "overlap": {"kind": "overlap", "top": 2},
+}

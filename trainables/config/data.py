@@ -38,7 +38,7 @@ TokenizerOrSame = Annotated[WordPiece | PretrainedTokenizer | SameTokenizer, Fie
 
 Rule = Literal["accuracy", "f1", "accuracy_and_f1", "matthews", "pearson_and_spearman"]
 BINARY_RULES: frozenset[Rule] = frozenset({"f1", "accuracy_and_f1"})  # of two classes, the second is the positive one
-Feature = Literal["corruption", "token_budget", "labels", "fold", "replies"]
+Feature = Literal["corruption", "token_budget", "labels", "fold", "replies", "mix"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Format:
 
 
 CORPUS = Format("corpus", "a corpus", "corpora", frozenset({"corruption", "token_budget"}))
-TASK = Format("task", "a task", "tasks", frozenset({"labels", "fold"}))
+TASK = Format("task", "a task", "tasks", frozenset({"labels", "fold", "mix"}))
 INSTRUCTIONS = Format("instructions", "a set of instructions", "instructions", frozenset({"replies"}))
 FORMATS = (CORPUS, TASK, INSTRUCTIONS)
 

@@ -158,6 +158,21 @@ class Interleaved(_Generated, Sampling):
 ReplySource = Annotated[Sampled | Interleaved, Field(discriminator="kind")]
 
 
+class Mix(Value):
+    """Each example of a task with another one of the batch, as a mixture of word embeddings: λ E(x_i) + (1 - λ) E(x_j), in
+    each model's own table, λ from Beta(alpha, alpha) (MixKD, Liang et al. 2021).
+
+    A hard term is split λ : 1 - λ between both labels. The formula is that of mixup in the embeddings; MixKD's own is
+    known from its abstract and second-hand.
+    """
+
+    alpha: Positive = 0.4  # the smaller, the nearer is λ to 0 or 1
+
+    @property
+    def formula(self) -> str:
+        return f"pairs of examples, λ E(x_i) + (1 - λ) E(x_j) in each model's embeddings, λ from Beta({self.alpha:g}, {self.alpha:g})"
+
+
 class Stream(Value):
     """The data that a phase reads: the sequences of a corpus, the examples of a task, or instructions with replies.
 
@@ -170,6 +185,8 @@ class Stream(Value):
     labels: PredictionQuality | None = None  # by default those of the data
     fold: Fold | None = None  # by default all examples
     replies: ReplySource | None = None  # by default those of the data
+    # by default examples as they are; absent from a dump where not used, so that stored phases keep their keys
+    mix: Mix | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def reply_models(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from trainables.config.layer_maps import LayerMap, Pairs, layer_pairs
 from trainables.config.schedules import Constant, OffWhenBetter, State, Weight
+from trainables.config.unit_weights import Revision, UnitWeights
 from trainables.config.value import Fraction, Name, Positive, Value
 
 
@@ -39,7 +40,13 @@ class _Term(Value):
     @property
     def reads(self) -> tuple[str, ...]:
         """The models whose outputs the term needs."""
-        return (self.target,) if self.source is None else (self.source, self.target)
+        models = (self.target,) if self.source is None else (self.source, self.target)
+        return tuple(dict.fromkeys((*models, *(() if self.rule is None else self.rule.models))))
+
+    @property
+    def rule(self) -> UnitWeights | None:
+        """How the positions are weighted; None: alike."""
+        return None
 
     @property
     def averaged_over(self) -> Literal["labels", "tokens", "rows"]:
@@ -78,14 +85,20 @@ class CrossEntropy(_Term):
 
     kind: Literal["cross_entropy"]
     of: Name  # the model that learns
+    # of each position; by default 1; absent from a dump where not used, so that stored phases keep their keys
+    unit_weights: Revision | None = Field(None, exclude_if=lambda value: value is None)
 
     @property
     def target(self) -> str:
         return self.of
 
     @property
+    def rule(self) -> UnitWeights | None:
+        return self.unit_weights
+
+    @property
     def formula(self) -> str:
-        return f"cross-entropy of {self.of}"
+        return f"cross-entropy of {self.of}{_weighted(self.rule, '1 - ')}"
 
     @model_validator(mode="after")
     def _only_a_flow_can_switch_off_when_better(self) -> CrossEntropy:
@@ -126,12 +139,29 @@ class _Soft(_Flow):
 
     temperature: Positive = 1.0  # of both sides
     tau_squared: bool  # no default: papers disagree, so every study states it
+    # of each position; by default 1; absent from a dump where not used, so that stored phases keep their keys
+    unit_weights: UnitWeights | None = Field(None, exclude_if=lambda value: value is None)
+
+    @property
+    def rule(self) -> UnitWeights | None:
+        return self.unit_weights
+
+    @model_validator(mode="after")
+    def _the_weights_are_for_such_a_term(self) -> Self:
+        fault = self.unit_weights and self.unit_weights.fault(self.kind, self.source, self.temperature)
+        if fault:
+            raise ValueError(f"unit_weights: {fault}")
+        return self
 
     @property
     def formula(self) -> str:
         factor = f"τ²={self.temperature**2:g} x " if self.tau_squared else ""
         flow = f"{self.kind}({self.from_} → {self.to}) at τ={self.temperature:g}"
-        return f"{factor}{flow}, gradient into {self.to} only"
+        return f"{factor}{flow}{_weighted(self.rule)}, gradient into {self.to} only"
+
+
+def _weighted(rule: UnitWeights | None, before: str = "") -> str:
+    return "" if rule is None else f", each position weighted by {before}{rule.formula}"
 
 
 class ForwardKL(_Soft):

@@ -74,6 +74,7 @@ class TrialSpec(Value):
                 _check_format(read)
                 _check_labels(self, read)
                 _check_replies(read)
+                _check_unit_weights(read)
         _check_heads(self)
         _check_eval_only(self)
         _check_quantize(self)
@@ -254,6 +255,7 @@ def _check_format(read: _Read) -> None:
         (stream.labels is not None, "labels", f"{on}.labels", "labels are"),
         (stream.fold is not None, "fold", f"{on}.fold", "folds are"),
         (stream.replies is not None, "replies", f"{on}.replies", "replies are"),
+        (stream.mix is not None, "mix", f"{on}.mix", "mixed examples are"),
     ]
     for is_asked, feature, path, subject in asked:
         if is_asked and feature not in form.supports:
@@ -302,6 +304,20 @@ def _check_replies(read: _Read) -> None:
                 f"phases.{read.phase_name}.terms.{name}: replies of {min(learning)!r}, which learns here, are no labels; "
                 f"use a flow, or a second stream without `replies`"
             )
+
+
+def _check_unit_weights(read: _Read) -> None:
+    for name, term in read.terms.items():
+        if term.rule is None:
+            continue
+        at = f"phases.{read.phase_name}.terms.{name}.unit_weights"
+        if item := next((item for item, data in read.data.items() if data.num_labels == 1), None):
+            raise ValueError(
+                f"{at}: {item} is a regression, whose positions have no probabilities; remove unit_weights"
+            )
+        if term.rule.reads_labels and not (read.stream.replies is None and read.stream.mix is None):
+            what = "generated replies do not have" if read.stream.replies else "mixed examples have two of"
+            raise ValueError(f"{at}: {term.rule.kind} reads a label, which {what}; expected overlap")
 
 
 def _check_heads(spec: TrialSpec) -> None:

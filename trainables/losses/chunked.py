@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from trainables.config.terms import Term
 from trainables.losses.terms import term_loss
+from trainables.losses.unit_weights import unit_weights
 
 
 class LogitSource(NamedTuple):
@@ -51,12 +52,14 @@ def chunked_terms(
     *,
     chunk: int,
     vocab_size: int | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
 ) -> Fused:
     """Computes all terms over the same N positions, `chunk` of them at a time; `sources` by the model's name.
 
     Values are sums over positions, in nats, as the plain functions give them; the weights contain the divisors. A
     flow's gradient reaches only `to`; a term of weight zero has a value and no gradient. A side with more rows than
-    another, or than `vocab_size` (embeddings may be padded), is cut to the fewest. To be called under autocast, if
+    another, or than `vocab_size` (embeddings may be padded), is cut to the fewest. `second`: other labels [N] of the
+    same positions, and the shares [N] of the first, between which a hard term is split. To be called under autocast, if
     there is one: products are in its type, softmax and sums in fp32, as in the plain path.
 
     Memory: a few tensors [C, V] at a time, and until the backward a gradient for each tensor that learns.
@@ -66,7 +69,7 @@ def chunked_terms(
     fewest = min(num_rows(sources[model]) for model in read)
     fewest = fewest if vocab_size is None else min(fewest, vocab_size)
     heads = {model: _head(sources[model], fewest, is_taught=model in taught) for model in read}
-    values = _walk(heads, labels_N, terms, weights, chunk=chunk)
+    values = _walk(heads, labels_N, terms, weights, chunk=chunk, second=second)
     loss = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     pairs = [pair for model in read for pair in zip(sources[model], heads[model].gradients, strict=True)]
     learning = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
@@ -76,7 +79,13 @@ def chunked_terms(
 
 
 def _walk(
-    heads: Mapping[str, _Head], labels_N: Tensor, terms: Mapping[str, Term], weights: Mapping[str, float], *, chunk: int
+    heads: Mapping[str, _Head],
+    labels_N: Tensor,
+    terms: Mapping[str, Term],
+    weights: Mapping[str, float],
+    *,
+    chunk: int,
+    second: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Computes each term's value, and adds the gradients of their weighted sum to the heads."""
     values: dict[str, Tensor] = {}
@@ -84,9 +93,18 @@ def _walk(
         part = slice(start, start + chunk)
         logits = {model: head.logits(part) for model, head in heads.items()}
         for name, term in terms.items():
+            weights_N = unit_weights(term, logits, labels_N[part])
+            if second is not None and term.source is None:
+                weights_N = second[1][part]
             with torch.enable_grad():
                 # no variable holds the source's logits beyond this line: memory
-                value = term_loss(term, term.source and logits[term.source], logits[term.target], labels_N[part])
+                value = term_loss(
+                    term, term.source and logits[term.source], logits[term.target], labels_N[part], weights_N=weights_N
+                )
+                if second is not None and term.source is None:
+                    value = value + term_loss(
+                        term, None, logits[term.target], second[0][part], weights_N=1 - second[1][part]
+                    )
                 if logits[term.target].requires_grad and weights[name]:  # one term at a time has tensors [C, V]
                     (weights[name] * value).backward()  # type: ignore[no-untyped-call]
             values[name] = values[name] + value.detach() if name in values else value.detach()

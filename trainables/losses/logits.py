@@ -17,11 +17,21 @@ EXCLUDED = -1e30  # a logit, and a log-probability, of a token that has none; fi
 INFINITE = 1e15  # nats: what no divergence reaches unless one side says what the other excludes
 
 
-def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Computes -sum_n log softmax(logits_n)[label_n], nats; sum_n (logit_n - label_n)^2 where labels are numbers."""
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Computes -sum_n weight_n log softmax(logits_n)[label_n], nats; sum_n weight_n (logit_n - label_n)^2 where labels are numbers."""
     if logits_NV.shape[-1] == 1:
-        return F.mse_loss(wide(logits_NV)[:, 0], labels_N.to(wide(logits_NV).dtype), reduction="sum")
+        errors_N = F.mse_loss(wide(logits_NV)[:, 0], labels_N.to(wide(logits_NV).dtype), reduction="none")
+        return total(errors_N, weights_N)
+    if weights_N is not None:
+        return total(F.cross_entropy(wide(logits_NV), labels_N, reduction="none"), weights_N)
     return F.cross_entropy(wide(logits_NV), labels_N, reduction="sum")
+
+
+def total(parts_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """Adds up what the positions contribute, [N] or [N, V], each position times its weight."""
+    if weights_N is None:
+        return parts_N.sum()
+    return (weights_N * (parts_N if parts_N.dim() == 1 else parts_N.sum(-1))).sum()
 
 
 def wide(logits_NV: Tensor) -> Tensor:
@@ -41,19 +51,19 @@ def softened(logits_NV: Tensor, temperature: float) -> Tensor:
     return logits_NV.masked_fill_(logits_NV == -math.inf, EXCLUDED)  # in place, since [N, V] is large
 
 
-def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """Computes sum_n KL(p_n || q_n) from log-probabilities."""
-    return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+def kl(log_p_NV: Tensor, log_q_NV: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Computes sum_n weight_n KL(p_n || q_n) from log-probabilities."""
+    return total(F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True), weights_N)
 
 
-def jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
+def jsd(log_p_NV: Tensor, log_q_NV: Tensor, beta: float, weights_N: Tensor | None = None) -> Tensor:
     """Computes beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: GKD's convention (Agarwal et al.
     2024).
 
     Zero at both ends of beta; divided by beta the limit is KL(p || q), by 1 - beta KL(q || p).
     """
     log_m_NV = log_mixture(log_p_NV, log_q_NV, beta)
-    return beta * kl(log_p_NV, log_m_NV) + (1 - beta) * kl(log_q_NV, log_m_NV)
+    return beta * kl(log_p_NV, log_m_NV, weights_N) + (1 - beta) * kl(log_q_NV, log_m_NV, weights_N)
 
 
 def log_mixture(log_p_NV: Tensor, log_q_NV: Tensor, share: float) -> Tensor:

@@ -106,12 +106,15 @@ def check_stream(config: Any, corruption: Masking | None, name: str) -> None:
         raise ModelError(f"model {name!r} ({config.model_type}) {need}")
 
 
-def check_task(config: Any, name: str) -> None:
-    """Raises ModelError where the family has no classifier, or cannot tell where a padded sequence ends."""
+def check_task(config: Any, name: str, *, is_mixed: bool = False) -> None:
+    """Raises ModelError where the family has no classifier, cannot tell where a padded sequence ends, or needs tokens to
+    find the end of a mixture."""
     if config.model_type not in (*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, shared_bert.FAMILY):
         raise ModelError(f"model {name!r}: transformers has no classifier of family {config.model_type!r}")
     if not is_masked_lm(config.model_type) and getattr(config, "pad_token_id", None) is None:
         raise ModelError(f"model {name!r} ({config.model_type}): its tokenizer has no padding token, which tasks need")
+    if is_mixed and not is_masked_lm(config.model_type):
+        raise ModelError(f"model {name!r} ({config.model_type}): mixed examples are for encoders; remove `mix`")
 
 
 @dataclass(frozen=True)

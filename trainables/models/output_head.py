@@ -43,9 +43,10 @@ def class_logits(
     types_BT: Tensor | None,
     *,
     through: Callable[..., Any] | None = None,
+    mixed_with: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Returns a classifier's logits, [B, C]. `mask_BT` is 0 at padding; `types_BT` separates a pair's halves, where a
-    family can.
+    family can. `mixed_with`: other tokens [B, T], and the shares [B] of the embeddings of `ids_BT` in the mixture.
 
     A decoder looks for the last token that is no padding token: padding has to be that of its own config.
     """
@@ -53,8 +54,15 @@ def class_logits(
         ids_BT = ids_BT.masked_fill(mask_BT == 0, net.config.pad_token_id)  # type: ignore[union-attr,arg-type]
     takes_types = types_BT is not None and getattr(net.config, "type_vocab_size", 0) > 1
     inputs = {"token_type_ids": types_BT} if takes_types else {}
-    logits_BC: Tensor = (through or net)(input_ids=ids_BT, attention_mask=mask_BT, **inputs, **_options(net)).logits
+    inputs |= {"input_ids": ids_BT} if mixed_with is None else {"inputs_embeds": _mixture(net, ids_BT, *mixed_with)}
+    logits_BC: Tensor = (through or net)(attention_mask=mask_BT, **inputs, **_options(net)).logits
     return logits_BC
+
+
+def _mixture(net: nn.Module, ids_BT: Tensor, other_BT: Tensor, shares_B: Tensor) -> Tensor:
+    tokens = net.get_input_embeddings()  # type: ignore[operator]
+    first_BTD, second_BTD = tokens(ids_BT), tokens(other_BT)
+    return torch.lerp(second_BTD, first_BTD, shares_B[:, None, None].to(first_BTD.dtype))
 
 
 def _options(net: nn.Module, position_ids_BT: Tensor | None = None) -> dict[str, Any]:

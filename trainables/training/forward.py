@@ -107,9 +107,10 @@ def run_terms(
             sources = {model: outputs[model].logits for term in alike.values() for model in term.reads}
             sizes = [models.vocab_sizes.get(term.target) for term in alike.values()]
             rows = None if isinstance(batch, TaskBatch) else sizes[0]
+            second = batch.partners[1:] if isinstance(batch, TaskBatch) and batch.partners else None
             with context.autocast():
                 size = chunk(sources, context.device)
-                fused = chunked_terms(sources, batch.labels_N, alike, scale, chunk=size, vocab_size=rows)
+                fused = chunked_terms(sources, batch.labels_N, alike, scale, chunk=size, vocab_size=rows, second=second)
             loss, sums = loss + fused.loss, sums | {name: value.detach() for name, value in fused.values.items()}
         for name, term in terms.items():
             if name not in at_logits:
@@ -142,7 +143,9 @@ def _run_model(models: Models, model: str, batch: Batch, inputs: Collection[str]
         attention = stack.enter_context(layer_outputs.attention_inputs(net)) if reads_attention else ()
         states = stack.enter_context(layer_outputs.hidden_states(net)) if "hidden_states" in inputs else ()
         if isinstance(batch, TaskBatch):
-            logits = output_head.class_logits(net, batch.ids_BT, batch.mask_BT, batch.types_BT, through=through)
+            second = batch.partners and (batch.partners.ids_BT, batch.partners.shares_N)
+            read = (batch.ids_BT, batch.mask_BT, batch.types_BT)
+            logits = output_head.class_logits(net, *read, through=through, mixed_with=second)
             return ForwardOutput(LogitSource(logits), states, attention)
         rows: dict[str, Any] = {"position_ids_BT": getattr(batch, "position_ids_BT", None), "through": through}
         if (head := models.heads.get(model)) is not None:

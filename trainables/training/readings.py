@@ -34,11 +34,14 @@ def _sharing(
 ) -> Iterator[tuple[tuple[str, str], str, str, str]]:
     """Yields each two models that share more of a stream than texts and classes: (models, where, what, what else is valid)."""
     for term_name, term in phase.terms.items():
-        if term.on == name and term.source is not None and ("labels" not in supports or term.inputs != "logits"):
+        shared = term.on == name and ("labels" not in supports or term.inputs != "logits")
+        for other in term.reads if shared else ():
+            if other == term.target:
+                continue
             what = "tokens" if term.inputs == "logits" else "positions"
-            text = f"cross_entropy on {term.source}'s replies, which pass as text (replies: {{kind: sampled, by: {term.source}}})"
+            text = f"cross_entropy on {other}'s replies, which pass as text (replies: {{kind: sampled, by: {other}}})"
             expected = f"{text}, or a divergence at the classes of a task"
-            yield (term.source, term.target), f"term {term_name!r}", f"{term.kind} compares the {what} of", expected
+            yield (other, term.target), f"term {term_name!r}", f"{term.kind} compares the {what} of", expected
     where, readers, replies = f"stream {name!r}", phase.readers(name), stream.replies
     for other in readers[1:]:
         if not supports & {"labels", "replies"}:

@@ -179,7 +179,7 @@ def check_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> None:
             if streams[on].num_labels is None:
                 build.check_stream(net.config, streams[on].spec.corruption, name)
             else:
-                build.check_task(net.config, name)
+                build.check_task(net.config, name, is_mixed=streams[on].spec.mix is not None)
     forward.check_layers(spec.terms, nets)
     check_readings(inputs.trial.spec, inputs.instance, inputs.trial.data)
     world = inputs.trial.session.world

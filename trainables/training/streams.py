@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config.phase import PredictionQuality, Stream
 from trainables.config.value import random_stream
+from trainables.data.classification.mixing import mixed
 from trainables.data.classification.tasks import Examples, TaskBatch
 from trainables.data.corpus.masking import MaskedBatch
 from trainables.data.instructions.packing import ExchangeBatch
@@ -63,7 +64,7 @@ class StreamLoader:
     def batch(self, step: int, size: int, seed: int, phase: str) -> MaskedBatch | TaskBatch | ExchangeBatch:
         """Reads the global batch of a step, as the models read it that learn from it."""
         masks = random_stream(seed, "mask", phase, self.name, step)
-        return self._read(self.data, self.indices(step, size, seed, phase), masks)
+        return self._mixed(self._read(self.data, self.indices(step, size, seed, phase), masks), step, seed, phase)
 
     def batches(
         self, step: int, size: int, seed: int, phase: str
@@ -71,8 +72,16 @@ class StreamLoader:
         """Reads `batch` by the name of the stream, and the same examples by `stream/model` for each of `others`."""
         found = {self.name: self.batch(step, size, seed, phase)}
         for model, data in self.others.items():  # of corpora, which draw masks, there are none
-            found[f"{self.name}/{model}"] = self._read(data, self.indices(step, size, seed, phase), 0)
+            own = self._read(data, self.indices(step, size, seed, phase), 0)
+            found[f"{self.name}/{model}"] = self._mixed(own, step, seed, phase)
         return found
+
+    def _mixed(self, batch: Any, step: int, seed: int, phase: str) -> MaskedBatch | TaskBatch | ExchangeBatch:
+        """Mixes each example with another one of the batch, the same for all models."""
+        read: MaskedBatch | TaskBatch | ExchangeBatch = batch
+        if self.spec.mix is None or not isinstance(batch, TaskBatch):
+            return read
+        return mixed(batch, self.spec.mix.alpha, seed=random_stream(seed, "mix", phase, self.name, step))
 
     def _read(self, data: Prepared, indices: Tensor, masks: int) -> MaskedBatch | TaskBatch | ExchangeBatch:
         return self._labelled(data.batch(indices, self.spec.corruption, seed=masks), "train", indices)

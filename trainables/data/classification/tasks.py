@@ -18,6 +18,20 @@ from trainables.data.arrow import Ids, Lists, MappedTable
 from trainables.data.prepared_data import PreparedData
 
 
+class Partners(NamedTuple):
+    """A second example for each of a batch, with which the first is mixed. `shares_N`: of the first."""
+
+    ids_BT: Tensor
+    labels_N: Tensor
+    shares_N: Tensor
+
+    def to(self, device: str) -> Partners:
+        return Partners(*(tensor.to(device) for tensor in self))
+
+    def rows(self, start: int, stop: int, length: int) -> Partners:
+        return Partners(self.ids_BT[start:stop, :length], self.labels_N[start:stop], self.shares_N[start:stop])
+
+
 class TaskBatch(NamedTuple):
     """Examples padded on the right to the longest of them, and their labels (int64 classes or float32 numbers)."""
 
@@ -25,17 +39,19 @@ class TaskBatch(NamedTuple):
     mask_BT: Tensor  # 1 where there is a token, else 0
     types_BT: Tensor | None  # of pairs: 1 in the second text, its end token included, else 0
     labels_N: Tensor
+    partners: Partners | None = None
 
     def to(self, device: str) -> TaskBatch:
-        types_BT = None if self.types_BT is None else self.types_BT.to(device)
-        return TaskBatch(self.ids_BT.to(device), self.mask_BT.to(device), types_BT, self.labels_N.to(device))
+        return TaskBatch(*(part if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def rows(self, start: int, stop: int) -> TaskBatch:
         """Returns examples start … stop - 1, without columns that none of them uses."""
         mask_BT = self.mask_BT[start:stop]
         length = int(mask_BT.sum(1).max()) if len(mask_BT) else 0
         types_BT = None if self.types_BT is None else self.types_BT[start:stop, :length]
-        return TaskBatch(self.ids_BT[start:stop, :length], mask_BT[:, :length], types_BT, self.labels_N[start:stop])
+        partners = self.partners and self.partners.rows(start, stop, length)
+        ids_BT, labels_N = self.ids_BT[start:stop, :length], self.labels_N[start:stop]
+        return TaskBatch(ids_BT, mask_BT[:, :length], types_BT, labels_N, partners)
 
     @property
     def num_tokens(self) -> int:
