@@ -108,9 +108,10 @@ def evaluate(phase: PhaseState, fraction: float) -> None:
     early_stopping.observe(phase, records)
 
     def dev_loss(model: str, stream: str) -> float:
-        if (model, stream) not in losses:
-            losses[model, stream] = loss_of(score(phase, model, phase.streams[stream], "dev").metrics)
-        return losses[model, stream]
+        key = (model, phase.streams[stream].spec.data)
+        if key not in losses:
+            losses[key] = loss_of(score(phase, model, phase.streams[stream], "dev").metrics)
+        return losses[key]
 
     for name, term in spec.terms.items():
         before = progress.weights.get(name, START)
@@ -122,9 +123,9 @@ def evaluate(phase: PhaseState, fraction: float) -> None:
             )
         progress.weights[name] = after
     for name, state in progress.replies.items():
-        source = spec.streams[name].replies
+        source, item = spec.streams[name].replies, phase.streams[name].spec.data
         assert source is not None
-        model = next(model for model in (*source.models, *spec.train) if (model, name) in losses)
+        model = next(model for model in (*source.models, *spec.train) if (model, item) in losses)
         loss = partial(dev_loss, model, name)
         state["share"] = source.share.observe(state["share"], loss, loss)
     progress.records += records

@@ -23,7 +23,7 @@ from trainables.training.streams import StreamLoader
 
 Split = Literal["dev", "test"]
 SPLITS: tuple[Split, ...] = ("dev", "test")
-DevLosses = dict[tuple[str, str], float]  # by model and stream
+DevLosses = dict[tuple[str, str], float]  # by model and data set
 Measured = tuple[str, str, str, Mapping[str, float]]  # model, data set, split, metrics
 
 
@@ -83,7 +83,7 @@ def _evaluation(phase: PhaseState, is_end: bool, losses: DevLosses) -> Iterator[
                 phase.scored[model, name] = scored
             yield model, loader.spec.data, split, scored.metrics
             if split == "dev":
-                losses[model, name] = loss = loss_of(scored.metrics)
+                losses[model, loader.spec.data] = loss = loss_of(scored.metrics)
                 if not math.isfinite(loss):  # the last update broke the model after its train loss was computed
                     where = f"the dev loss of {model} is {loss} at step {phase.progress.step}"
                     raise Diverged(f"phase {phase.instance}: {where}")
