@@ -20,7 +20,7 @@ from trainables.data.classification.tasks import TaskBatch
 from trainables.data.order import folds
 from trainables.models import build
 from trainables.training import forward, gradients, loop
-from trainables.training.phase_graph import head_of, origin_of, streams_of
+from trainables.training.phase_graph import carried_projectors, head_of, origin_of, streams_of
 from trainables.training.pseudo_labels import out_of_fold, prediction_quality
 from trainables.training.streams import StreamLoader
 
@@ -434,6 +434,35 @@ def test_a_projector_is_in_the_checkpoint_and_learns(new_task_lab: Any, monkeypa
     assert not torch.equal(drawn["w"], learnt["w"])
     ours, theirs = ran.weights("distil", "student"), expected.weights("distil", "student")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_projector_goes_on_from_stage_to_stage(new_task_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in TinyBERT: the same term over several phases. Under another name, or between other models, it is drawn anew."""
+    lab, step, drawn = new_task_lab(), loop.step, {}
+
+    def watch(at: Any) -> None:
+        if at.progress.step == 0:
+            for name, projector in at.models.projectors.items():
+                drawn[at.instance.phase, name] = projector.weights_LED[0].detach().clone()
+        step(at)
+
+    monkeypatch.setattr(loop, "step", watch)
+    spec = lab.spec(
+        {
+            "models": {"teacher": model(layers=2, width=32), "student": model()},
+            "phases": {
+                "teach": phase("teacher", {"h": hard("teacher")}),
+                "first": phase("student", {"x": INNER["hidden"]}),
+                "second": phase("student", {"x": INNER["hidden"], "y": INNER["hidden"]}),
+            },
+        }
+    )
+    ran = lab.run(spec)
+    learnt = lab.store.weights(ran.phases["first"]["key"], "project x")["weights_LED.0"]
+    assert torch.equal(drawn["second", "x"], learnt) and not torch.equal(drawn["first", "x"], learnt)
+    assert drawn["second", "y"].std() > 0.5 * 16**-0.5 and not torch.equal(drawn["second", "y"], learnt)
+    run = PhaseRun("second", None)
+    assert carried_projectors(spec, run) == {"x": PhaseRun("first", None)} and not carried_projectors(spec, PhaseRun("first", None))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- shared layers

@@ -21,7 +21,7 @@ from trainables.storage.checkpoints import drop_checkpoints, save_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import StoredPhase
 from trainables.training import early_stopping, gradients, on_policy
-from trainables.training.forward import batch_of, normaliser
+from trainables.training.forward import batch_of, normaliser, projector_name
 from trainables.training.records import examples_of, loss_of, records_of, score
 from trainables.training.setup import begin, learning_states, parameters_of
 from trainables.training.state import Diverged, PhaseState, Progress, Suspended, TrialContext
@@ -215,6 +215,8 @@ def _publish(phase: PhaseState) -> StoredPhase:
     trial, progress, environment = phase.context, phase.progress, phase.context.environment
     key = trial.key(phase.instance)
     files = {name: trial.store.put_weights(key, _weights(phase.nets[name])) for name in phase.spec.train}
+    for term, projector in phase.models.projectors.items():
+        files[projector_name(term)] = trial.store.put_weights(key, projector.state_dict())
     published = StoredPhase(
         key=key,
         files={**progress.files, **files},

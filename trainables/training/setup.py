@@ -27,6 +27,7 @@ from trainables.training import forward, on_policy
 from trainables.training.optimizers import make_optimizer
 from trainables.training.phase_graph import (
     TaskHead,
+    carried_projectors,
     head_of,
     longest,
     num_steps,
@@ -196,6 +197,7 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
     with trial.autocast():
         heads = {name: output_head.head_of(nets[name]) for name in _language_models(inputs, nets)}
     projectors = forward.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
+    _carry_on(trial, instance, projectors)
     vocab_sizes = {name: trial.read_by(name).vocab_size for name in nets}
     models = forward.Models(nets, frozenset(spec.train), heads, vocab_sizes, projectors=projectors)
     learning = {name: module.to(trial.device) for name, module in models.learning.items()}
@@ -207,6 +209,19 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
         wrap = partial(DistributedDataParallel, device_ids=device_ids)
         models = replace(models, wrapped={name: wrap(module) for name, module in learning.items()})
     return models
+
+
+def _carry_on(trial: TrialContext, instance: PhaseRun, projectors: Mapping[str, forward.Projector]) -> None:
+    """Loads the projectors that an earlier phase trained; one for other layers or widths stays as drawn."""
+    for term, run in carried_projectors(trial.spec, instance).items():
+        state = trial.store.weights(trial.key(run), forward.projector_name(term))
+        own = projectors[term].state_dict()
+        if {name: tensor.shape for name, tensor in own.items()} == {
+            name: tensor.shape for name, tensor in state.items()
+        }:
+            projectors[term].load_state_dict(state)
+        else:
+            log.info("phase %s: the projector of %s is drawn anew: that of %s has other shapes", instance, term, run)
 
 
 def learning_states(models: forward.Models, *, is_copy: bool = False) -> LearningStates:
