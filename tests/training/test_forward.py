@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -78,3 +78,43 @@ def test_a_term_on_packed_exchanges_is_the_sum_over_each_alone(family: str, kind
     assert value > 0 and gradient.abs().max() > 0
     tokens, count = sum(map(sum, SIZES)), len(SIZES)
     assert normaliser(term, whole) == (count if kind == "first" else tokens)
+
+
+@pytest.mark.parametrize("projector", [False, True])
+def test_deep_layers_of_a_model_teach_its_own_shallow_ones(projector: bool) -> None:
+    """Compared with hidden states as transformers gives them: the gradient reaches the shallow layer alone."""
+    value = {"kind": "hidden_mse", "from": "student", "to": "student", "layers": [[2, 1]], "projector": projector}
+    term, net = TypeAdapter(Term).validate_python(value), nets("gpt2")["student"]
+    assert term.reads == ("student",)
+    projectors = make_projectors({"t": term}, {"student": net}, seed=0, phase="p")
+    for made in projectors.values():
+        made.double()
+    models = Models({"student": net}, frozenset({"student"}), {"student": None}, projectors=projectors)
+    batch = exchanges(is_packed=False).to("cpu")
+    found, slopes = summed(models, term, batch)
+    net.zero_grad()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, sizes in enumerate(SIZES):
+        states = net(input_ids=batch.ids_BT[row : row + 1, : sum(sizes)], output_hidden_states=True).hidden_states
+        shallow = states[1] if not projector else states[1] @ projectors["t"].weights_LED[0].T
+        expected = expected + (shallow - states[2].detach()).square().mean(-1).sum()
+    expected.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12)
+    theirs = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(slopes, theirs, rtol=1e-8, atol=1e-11)
+    assert all(p.grad is None for p in net.transformer.h[1].parameters())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"kind": "hidden_mse", "layers": "uniform"},
+        {"kind": "hidden_mse", "layers": [[2, 1], [1, 1]]},
+        {"kind": "hidden_cosine"},
+        {"kind": "forward_kl", "tau_squared": False},
+        {"kind": "hidden_mse", "layers": [[2, 1]], "weight": {"kind": "off_when_better", "weight": 1}},
+    ],
+)
+def test_a_flow_within_a_model_needs_different_layers(value: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"to itself; expected hidden_mse with pairs|here `from` is `to`"):
+        TypeAdapter(Term).validate_python({"from": "student", "to": "student", **value})

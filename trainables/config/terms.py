@@ -129,9 +129,16 @@ class _Flow(_Term):
 
     @model_validator(mode="after")
     def _a_flow_joins_two_models(self) -> Self:
-        if self.from_ == self.to:
-            raise ValueError(f"flows from {self.from_!r} to itself")
+        if self.from_ == self.to and not self.joins_layers:
+            raise ValueError(f"flows from {self.from_!r} to itself; expected hidden_mse with pairs of different layers")
+        if self.from_ == self.to and isinstance(self.weight, OffWhenBetter):
+            raise ValueError("off_when_better compares two models; here `from` is `to`")
         return self
+
+    @property
+    def joins_layers(self) -> bool:
+        """Whether the flow has a meaning inside one model, from some layers to others."""
+        return False
 
 
 class _Soft(_Flow):
@@ -278,7 +285,9 @@ class HiddenMSE(_Hidden):
 
     `first`: only each sequence's first position; `normalise`: vectors of length one; `projector`: a learnt matrix takes
     the outputs of `to` to the width of `from`. Patient KD (Sun et al. 2019) is `even`, `first`, normalised; TinyBERT's
-    (Jiao et al. 2020) `uniform` with a projector.
+    (Jiao et al. 2020) `uniform` with a projector. `from` may be `to` where pairs of different layers are given: then a
+    model's deep layers, detached, teach its own shallow ones (Self-Feature Regularization, arXiv 2103.07350, without its
+    label smoothing; its authors have withdrawn its figures).
     """
 
     kind: Literal["hidden_mse"]
@@ -289,6 +298,10 @@ class HiddenMSE(_Hidden):
     @property
     def averaged_over(self) -> Literal["tokens", "rows"]:
         return "rows" if self.positions == "first" else "tokens"
+
+    @property
+    def joins_layers(self) -> bool:
+        return not isinstance(self.layers, str) and all(source != to for source, to in self.layers)
 
     def layer_pairs(self, num_from: int, num_to: int) -> Pairs:
         """Pairs the layers; Patient KD's maps leave out the last one: a `to` of one layer has no pairs and the loss 0, as published."""

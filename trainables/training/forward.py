@@ -212,7 +212,8 @@ def check_layers(terms: Mapping[str, Term], nets: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise TermError(f"term {name!r}: {error}") from None
         if term.inputs == "hidden_states" and not term.has_projector:
-            widths = [(model, nets[model].config.hidden_size) for model in term.reads]
+            assert term.source is not None
+            widths = [(model, nets[model].config.hidden_size) for model in (term.source, term.target)]
             if widths[0][1] != widths[1][1]:
                 about = ", ".join(f"{model} {width}" for model, width in widths)
                 raise TermError(f"term {name!r}: widths differ ({about}); set projector: true")
@@ -249,7 +250,8 @@ def make_projectors(
     projectors = {}
     for name, term in terms.items():
         if term.has_projector:
-            width_from, width_to = (nets[model].config.hidden_size for model in term.reads)
+            assert term.source is not None
+            width_from, width_to = (nets[model].config.hidden_size for model in (term.source, term.target))
             drawn = random_stream(seed, "projector", phase, name)
             projectors[name] = Projector(len(_pairs(term, nets)), width_from, width_to, drawn)
     return projectors
