@@ -85,6 +85,7 @@ def attach(net: Any, how: Lora, *, name: str, seed: int, with_head: bool = False
     config = peft.LoraConfig(
         r=how.rank,
         lora_alpha=how.alpha or how.rank,
+        use_rslora=how.rslora,
         lora_dropout=how.dropout,
         target_modules="|".join(re.escape(path) for path in paths),
         fan_in_fan_out=any(is_transposed(net.get_submodule(path)) for path in paths),
@@ -158,6 +159,31 @@ def load_adapter_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ModelError(f"stored LoRA pairs do not fit: {name} is {shapes[1]}, the model has {shapes[0]}")
     for name, tensor in pairs.items():
         tensor.copy_(state[name])
+
+
+def as_peft(net: nn.Module, how: Lora, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Returns peft's config and tensors of an adapter of a language model. `net`: the plain model; `state`: as `adapter_state` gave
+    it. Raises ModelError where pairs change a part of a matrix of `net`, or a head learnt beside them."""
+    import peft
+
+    modules = {path for path, _ in net.named_modules()}
+    paths = sorted({name.rpartition(".")[0] for name in state})
+    if any(not name.endswith((".A", ".B")) for name in state):
+        raise ModelError("a classifier's head learnt beside the pairs, which peft would draw anew")
+    if split := next((path for path in paths if path not in modules), ""):
+        raise ModelError(f"{split} is a part of one matrix in this family, and peft's adapters change whole ones")
+    config = peft.LoraConfig(
+        r=how.rank,
+        lora_alpha=how.alpha or how.rank,
+        use_rslora=how.rslora,
+        lora_dropout=how.dropout,
+        target_modules=paths,
+        fan_in_fan_out=any(is_transposed(net.get_submodule(path)) for path in paths),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    names = ((name, *name.rsplit(".", 1)) for name in state)
+    return config, {f"base_model.model.{path}.lora_{pair}.weight": state[name] for name, path, pair in names}
 
 
 def _head(net: nn.Module) -> dict[str, nn.Parameter]:

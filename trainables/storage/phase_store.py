@@ -42,12 +42,19 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
 )
 
 
+def adapter_name(model: str) -> str:
+    """Returns the name of the pairs that a model's LoRA trained, beside the merged weights."""
+    return f"adapter of {model}"
+
+
 @dataclass(frozen=True)
 class StoredPhase:
     """A finished phase, as phase.json describes it."""
 
     key: str
-    files: Mapping[str, Mapping[str, Any]]  # model or model@fraction -> file, sha256
+    files: Mapping[
+        str, Mapping[str, Any]
+    ]  # model, model@fraction, `adapter_name` or a projector's name -> file, sha256
     configs: Mapping[str, Mapping[str, Any]]  # transformers config of each trained model
     records: tuple[Mapping[str, Any], ...]
     cost: Mapping[str, float]  # steps, tokens, seconds, device_seconds, flops

@@ -19,7 +19,7 @@ from trainables.config.schedules import START
 from trainables.models import build, lora
 from trainables.storage.checkpoints import drop_checkpoints, save_checkpoint
 from trainables.storage.files import log
-from trainables.storage.phase_store import StoredPhase
+from trainables.storage.phase_store import StoredPhase, adapter_name
 from trainables.training import early_stopping, gradients, on_policy
 from trainables.training.forward import batch_of, normaliser, projector_name
 from trainables.training.records import examples_of, loss_of, records_of, score
@@ -215,6 +215,9 @@ def _publish(phase: PhaseState) -> StoredPhase:
     trial, progress, environment = phase.context, phase.progress, phase.context.environment
     key = trial.key(phase.instance)
     files = {name: trial.store.put_weights(key, _weights(phase.nets[name])) for name in phase.spec.train}
+    for name, net in phase.nets.items():
+        if lora.is_attached(net):
+            files[adapter_name(name)] = trial.store.put_weights(key, lora.adapter_state(net))
     for term, projector in phase.models.projectors.items():
         files[projector_name(term)] = trial.store.put_weights(key, projector.state_dict())
     published = StoredPhase(
