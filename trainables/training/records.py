@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -168,6 +169,11 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
             "loss": scored.losses_E.tolist(),
             "count": scored.counts_E.astype(int).tolist(),
             "cluster": unknown if scored.clusters_E is None else scored.clusters_E.tolist(),
+            "scores": [
+                json.dumps(dict(zip(scored.scores, values, strict=True)))
+                for values in zip(*(score_E.tolist() for score_E in scored.scores.values()), strict=True)
+            ]
+            or unknown,
         }
         for name, column in values.items():
             columns[name] += column
