@@ -32,12 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--phase", metavar="P", help="as trained by this phase, e.g. finetune[rte]; by default the last that trains it"
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="LoRA's pairs alone, as peft loads them; by default merged"
+    )
     given = parser.parse_args(argv)
     try:
         study = load_study(given.study, given.profile, given.set)
-        from orchestrator.model_folder import export  # here, so that `--help` and a wrong argument are quick
+        from orchestrator.model_folder import Wanted, export  # here, so that `--help` and a wrong argument are quick
 
-        export(study, given.storage, given.to, arm=given.arm, trial=given.trial, model=given.model, phase=given.phase)
+        which_model = Wanted(given.arm, given.trial, given.model, given.phase, given.adapter)
+        export(study, given.storage, given.to, which_model)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from tokenizers import processors
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -24,15 +26,16 @@ from orchestrator.study.errors import StudyError, nearest
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Model
+from trainables.config.phase import Lora
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
 from trainables.data.prepared import Prepared, open_data
 from trainables.data.tokenizer import encode, ends, generation_config, listed, reads_alike
-from trainables.models import build, shared_bert
+from trainables.models import build, lora, shared_bert
 from trainables.models.configs import one_line
 from trainables.models.pretrained import stored_dtype
-from trainables.storage.phase_store import Corrupt, PhaseStore
-from trainables.training.phase_graph import streams_of
+from trainables.storage.phase_store import Corrupt, PhaseStore, adapter_name
+from trainables.training.phase_graph import origin_of, streams_of
 
 # keys of tokenizer_config.json that say how we loaded it, or that make a loader put special tokens elsewhere
 OURS = ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token")
@@ -44,9 +47,24 @@ OLDER_BASES = {
 }
 
 
-def export(
-    study: Study, uri: str, to: Path, *, arm: str | None, trial: str | None, model: str | None, phase: str | None
-) -> None:
+class Wanted(NamedTuple):
+    """Which model is exported, as the command's arguments say; None: the default that `--help` names."""
+
+    arm: str | None = None
+    trial: str | None = None
+    model: str | None = None
+    phase: str | None = None
+    is_adapter: bool = False  # LoRA's pairs instead of the merged weights
+
+
+class Adapter(NamedTuple):
+    """LoRA's pairs as peft keeps them."""
+
+    config: Any  # peft's
+    tensors: dict[str, Tensor]
+
+
+def export(study: Study, uri: str, to: Path, wanted: Wanted) -> None:
     """Writes weights (safetensors), config and tokenizer. A layer that runs twice is written twice, so that transformers
     loads the folder without our code.
 
@@ -57,8 +75,8 @@ def export(
     storage = open_storage(uri)
     store = PhaseStore(storage)
     scheduler = Scheduler(study, Fingerprints(None), storage)
-    row = _trial(scheduler, arm, trial)
-    model = model or study.objective.model
+    row = _trial(scheduler, wanted.arm, wanted.trial)
+    model, phase = wanted.model or study.objective.model, wanted.phase
     rebuild = f"to rebuild it, run {sweep_command(study, uri)}"
     try:
         found = {name: store.find(done["key"]) for name, done in row["phases"].items()}
@@ -79,15 +97,21 @@ def export(
         spec, run = TrialSpec.model_validate(row["spec"]), PhaseRun.parse(phase)
         stream = streams_of(spec, run)[spec.phases[run.phase].pace]
         data = open_data(storage.sub("data").uri, row["fingerprints"][f"data:{spec.reading(stream.data, model)}"])
-        named = spec.models[model]
+        named, key = spec.models[model], trained[phase].key
+        adapter = _adapter(net, store, key=key, spec=spec, run=run, model=model) if wanted.is_adapter else None
     except ValidationError:  # of the spec
         raise StudyError(f"trial {row['trial']} was run by another version of codistill; {rebuild}") from None
     except (Corrupt, ModelError, DataError, OSError) as error:
         raise StudyError(f"{error}; {rebuild}") from None
     with _whole(to):
-        loader = write_folder(to, net, data, named)
+        loader = _write_adapter(to, adapter, data.tokenizer) if adapter else write_folder(to, net, data, named)
         made = tables(study.folder, scheduler.ledger.all_rows(), scheduler.ledger.records)
-        card = model_card(study, made, Exported(row, model, phase, _task(net), loader), storage=uri)
+        card = model_card(
+            study,
+            made,
+            Exported(row, model, phase, _task(net), loader, named.pretrained if adapter else None),
+            storage=uri,
+        )
         (to / "README.md").write_text(card, encoding="utf-8")
     print(f"{model} of {row['kind']} {row['point']}, seed {row['seed']} ({row['trial']}, phase {phase}) -> {to}")
     if loader != "AutoTokenizer":
@@ -111,6 +135,37 @@ def _whole(to: Path) -> Iterator[None]:
             raise
         why = (isinstance(error, OSError) and error.strerror) or one_line(error)
         raise StudyError(f"--to {to}: cannot be written ({why})") from error
+
+
+def _adapter(net: Any, store: PhaseStore, *, key: str, spec: TrialSpec, run: PhaseRun, model: str) -> Adapter:
+    """Reads LoRA's pairs. Raises StudyError where the run trained none, or peft could not apply them to the folder that the
+    model started from."""
+    how, started, merged = (
+        spec.phases[run.phase].train[model],
+        spec.models[model],
+        "leave --adapter out, for merged weights",
+    )
+    if not isinstance(how, Lora):
+        raise StudyError(f"--adapter: phase {run} trains all weights of {model!r}; leave --adapter out")
+    origin = origin_of(spec, run, model)
+    if started.pretrained is None or origin is not None:
+        base = f"started from what phase {origin.instance} trained" if origin is not None else "is no folder's"
+        raise StudyError(f"--adapter: {model!r} {base}, and an adapter needs a folder as its base; {merged}")
+    try:
+        config, tensors = lora.as_peft(net, how, store.weights(key, adapter_name(model)))
+    except ModelError as error:
+        raise StudyError(f"--adapter: {error}; {merged}") from None
+    config.base_model_name_or_path, config.revision = started.pretrained, started.revision
+    return Adapter(config, tensors)
+
+
+def _write_adapter(to: Path, adapter: Adapter, tokenizer: Any) -> str:
+    """Writes an adapter as peft does, with the tokenizer. Returns the class that reads texts, as `write_folder`."""
+    to.mkdir(parents=True, exist_ok=True)
+    adapter.config.save_pretrained(str(to))
+    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, to / "adapter_model.safetensors")
+    tokenizer.save_pretrained(str(to))
+    return _tokenizer_class(to, tokenizer)
 
 
 def write_folder(to: Path, net: Any, data: Prepared, source: Model) -> str:

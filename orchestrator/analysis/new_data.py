@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from orchestrator.analysis.notes import Kind, note
-from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
+from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts, parsed
 from orchestrator.analysis.statistics import ALPHA, Interval, t_quantile
 from trainables.config.phase_run import PhaseRun
 from trainables.metrics.metric import Examples, Floats, Metric
@@ -161,6 +161,7 @@ class StoredAnswers:
             for name in ("part", "example", "label", "prediction", "loss", "count", "cluster")
             if name in rows
         }
+        self._scores = rows["scores"].to_numpy() if "scores" in rows else None
         self._places = dict[_Key, list[NDArray[np.intp]]]()
         keys = [records.column, "seed", "model", "task", "phase"]
         found: Any = rows.groupby(keys, observed=True, sort=False).indices
@@ -239,9 +240,17 @@ class StoredAnswers:
             part_E, number_E = column["part"], column["example"]
             if ((part_E[1:] == part_E[:-1]) & (number_E[1:] == number_E[:-1])).any():
                 raise Missing(Kind.SEVERAL_RUNS, arm=arm, seed=key[1])
-            examples = Examples(part_E, *(column[name] for name in ("label", "prediction", "loss", "count")))
+            examples = Examples(
+                part_E, column["label"], column["prediction"], column["loss"], column["count"], self._scores_at(where)
+            )
             self._runs[key] = RunAnswers(examples, number_E, column.get("cluster", np.full(len(where), np.nan)))
         return self._runs[key]
+
+    def _scores_at(self, where: NDArray[np.intp]) -> dict[str, Floats]:
+        """Returns the scores of these replies by the metrics that each of them has."""
+        rows = [] if self._scores is None else [parsed(row) for row in self._scores[where]]
+        names = set(rows[0]).intersection(*rows) if rows else ()
+        return {name: np.array([row[name] for row in rows]) for name in names}
 
 
 def stored_answers(examples: pd.DataFrame | None, records: Records) -> StoredAnswers | None:

@@ -84,6 +84,7 @@ EXAMPLES = pa.schema(
         ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
         ("count", pa.int64()),  # of these positions; 1 for a task
         ("cluster", pa.int64()),  # examples of one document or text have one; null where that is unknown
+        ("scores", _WORD),  # of replies: JSON, by the metrics that the data set names; else null
     ]
 )
 RECORD = RESULTS.names[RESULTS.names.index("model") :]  # the columns of one record, all of which it must have
@@ -176,7 +177,8 @@ def _answers_of(key: str, answers: Callable[[str], pd.DataFrame | None], schema:
     found = answers(key)
     if found is None or not (found["split"] == "test").any():
         return None
-    found = found if "cluster" in found else found.assign(cluster=None)  # of older storages
+    for late in ("cluster", "scores"):  # which older storages lack
+        found = found if late in found else found.assign(**{late: None})
     return pa.Table.from_pandas(found[found["split"] == "test"], schema=schema, preserve_index=False)
 
 

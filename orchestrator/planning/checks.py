@@ -14,6 +14,7 @@ from orchestrator.study.errors import StudyError
 from orchestrator.study.schema import Study
 from trainables.config.errors import DataError, ModelError
 from trainables.config.models import Remap
+from trainables.config.phase import Lora
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
 from trainables.data.prepared import Prepared
@@ -21,7 +22,7 @@ from trainables.generation import kv_cache
 from trainables.generation.context import GenerationError
 from trainables.models import build, initialise, quantise, remap, tokenizer_check
 from trainables.training import forward, optimizers
-from trainables.training.phase_graph import head_of, longest, origin_of, phase_runs, reads_head, streams_of
+from trainables.training.phase_graph import head_of, longest, phase_runs, reads_head, source_of, streams_of
 from trainables.training.readings import check_readings
 
 
@@ -123,10 +124,13 @@ def fresh_heads(spec: TrialSpec, run: PhaseRun, corpora: Mapping[str, Prepared],
     """
     lines = list[str]()
     for name in spec.models_of(run.phase):
-        head, origin, source = head_of(spec, run, name), origin_of(spec, run, name), name
-        while origin is None and isinstance(init := spec.models[source].init, Remap):
-            source, origin = init.from_, origin_of(spec, run, init.from_)
+        head, (source, origin) = head_of(spec, run, name), source_of(spec, run, name)
         is_read, how = reads_head(spec, run, name), spec.phases[run.phase].train.get(name)
+        if head is None and isinstance(how, Lora) and how.head:
+            raise ModelError(
+                f"{name}: `head: true` is for classifiers, and phase {run} trains a language model; remove it, or name a data "
+                "set of a task"
+            )
         if origin is not None:
             is_fresh = head is not None and head != head_of(spec, origin.instance, source)
         elif spec.models[source].pretrained is not None:
@@ -140,7 +144,7 @@ def fresh_heads(spec: TrialSpec, run: PhaseRun, corpora: Mapping[str, Prepared],
             continue
         if head is None or not is_fresh or not is_read:
             continue
-        if how != "full":
+        if how is None or (isinstance(how, Lora) and how.head is False):
             why = "reads it without training" if how is None else "trains LoRA's pairs alone"
             raise ModelError(
                 f"{source}: has no head for the outputs of data.{head.data}, and phase {run} {why}; expected a classifier of "

@@ -32,7 +32,8 @@ from trainables.storage.files import Storage, bytes_text
 from trainables.storage.phase_store import PhaseStore
 from trainables.training.phase_graph import head_of, longest, num_steps, pace_reading, streams_of
 
-PROBE_FLOPS = 2e11  # a step beyond these is not timed here: another machine will run the study
+PROBE_FLOPS = 2e11  # of a larger step some rows are timed here; a larger row is not, another machine will run the study
+PART_FLOPS = 2.5e10  # of those rows: half a second
 TIMED_TOKENS = 9  # tokens of a reply that are timed
 Rows = Mapping[str, Mapping[str, Any]]  # of the trials table, by trial
 
@@ -117,7 +118,7 @@ class StepTimer:
         return self.data.get(name) or next(iter(self.data.values()))
 
     def step_seconds(self, spec: TrialSpec, run: PhaseRun) -> float | None:
-        """Seconds of one step, with fresh weights; None where a step is too large to try."""
+        """Seconds of one step, with fresh weights; None where a row alone is too large to try."""
         phase = spec.phases[run.phase]
         tokens = _tokens(self.read(pace_reading(spec, run)).train)
         # phases of one kind take nearly equally long for a step: tasks of about the same length do
@@ -136,9 +137,12 @@ class StepTimer:
         makers = {name for own in streams.values() for name in own.reply_models}
         passes = [*((model, 3 if model in phase.train else 1) for model in used), *((maker, 1) for maker in makers)]
         flops = sum(2 * num * self.shapes.num_parameters(spec.models[model], longest(spec)) for model, num in passes)
-        if flops * phase.batch * tokens > PROBE_FLOPS:
+        if flops * tokens > PROBE_FLOPS:
             return None
-        rows = torch.arange(min(phase.batch, num))
+        timed = phase.batch
+        if flops * phase.batch * tokens > PROBE_FLOPS:
+            timed = max(1, int(PART_FLOPS / (flops * tokens)))
+        rows = torch.arange(min(timed, num))
         nets = {}
         for model in used:
             head = head_of(spec, run, model)
@@ -169,7 +173,7 @@ class StepTimer:
         step()  # warms up
         started = time.monotonic()
         step()
-        return time.monotonic() - started
+        return (time.monotonic() - started) * phase.batch / timed
 
     def reply_seconds(self, spec: TrialSpec, phase: Phase, stream: Stream) -> float:
         """Seconds of the replies of a step, each as long as it may be: for each maker a pass over the prompts, and a pass

@@ -130,7 +130,8 @@ class Shapes:
             for parameter in net.parameters():
                 parameter.data = parameter.data.to(build.DTYPES[model.dtype])
             if isinstance(how, Lora):
-                lora.attach(net, how, name=model.family or str(model.pretrained), seed=0)
+                has_head = num_labels is not None and how.head is not False
+                lora.attach(net, how, name=model.family or str(model.pretrained), seed=0, with_head=has_head)
             return net
 
         return self._once(("net", *_key(model, length), str(how), num_labels), make)

@@ -37,17 +37,18 @@ class Exported(NamedTuple):
     phase: str
     task: str  # fill-mask | text-generation | text-classification
     tokenizer_class: str  # of transformers, which reads texts from the folder as in training
+    adapter_of: str | None = None  # the base model, where the folder holds LoRA's pairs alone
 
 
 def model_card(study: Study, tables: Tables, exported: Exported, *, storage: str = DEFAULT_STORAGE) -> str:
     """Returns the README.md of the folder, with metadata as huggingface_hub defines them."""
-    row, model, phase, task, _ = exported
+    row, model, phase, task, *_ = exported
     scores = _scores(tables, exported)
     pretrained = {name: spec.get("pretrained") for name, spec in row["spec"]["models"].items()}
     own = pretrained[model]
     header = ModelCardData(
         model_name=f"{study.folder}-{row['point']}-{model}",
-        library_name="transformers",
+        library_name="transformers" if exported.adapter_of is None else "peft",
         pipeline_tag=task,
         tags=["codistill", "distillation"],
         base_model=own if own and not own.startswith(("/", ".", "~")) else None,
@@ -135,6 +136,12 @@ def _score_table(scores: Sequence[_Score]) -> Table:
 
 def _snippet(exported: Exported) -> str:
     name, tokenizer = AUTO_CLASSES[exported.task], exported.tokenizer_class
+    if exported.adapter_of is not None:
+        return (
+            f"```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import {tokenizer}\n\n"
+            f'folder = "."  # where this file lies; the base model is {exported.adapter_of}\n'
+            f"model = AutoPeftModelForCausalLM.from_pretrained(folder)\ntokenizer = {tokenizer}.from_pretrained(folder)\n```"
+        )
     return (
         f'```python\nfrom transformers import {name}, {tokenizer}\n\nfolder = "."  # where this file lies\n'
         f"model, tokenizer = {name}.from_pretrained(folder), {tokenizer}.from_pretrained(folder)\n```"

@@ -13,11 +13,12 @@ from orchestrator.study.claims import AnyClaim, Claim, Crossing, Foretelling
 from orchestrator.study.errors import Lines, StudyError, dotted, line_of, nearest
 from orchestrator.study.objectives import COST_WORDS, Measured
 from orchestrator.study.schema import Study
-from trainables.config.data import Sampling
+from trainables.config.data import Data, Sampling
 from trainables.config.phase import Phase, Stream
 from trainables.config.trial import TrialSpec
 from trainables.metrics.known import LOSSES, OF_OTHER_MODELS, OF_REPLIES, OF_TOKENS
 from trainables.metrics.language import LM_ACCURACY, LM_LOSS, MLM_ACCURACY, MLM_LOSS, TASK_LOSS
+from trainables.metrics.replies import NAMED_BY_DATA
 from trainables.metrics.task_scores import score_names
 from trainables.training.phase_graph import phase_runs, streams_of
 
@@ -281,7 +282,7 @@ class _Checker:
             )
         wanted = _as_tuple(claim.task)
         late = [task for task in phase.eval_only if task in (wanted or phase.eval_only)]
-        of_replies = [metric.name for metric in OF_REPLIES]
+        of_replies = [metric.name for metric in (*OF_REPLIES, *NAMED_BY_DATA)]
         if late and (wanted or (claim.at == "equal" and claim.metric in of_replies)):
             raise StudyError(
                 f"{where}: {', '.join(late)} (of eval_only) is scored at the end only, and not {how}; name a task that is "
@@ -382,7 +383,7 @@ def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, 
     """Returns the metrics that are measured in each of these data sets; of tokens, those measured in any of them."""
     of_tasks: Mapping[str, list[str]] = {task: [] for task in tasks}
     for task in set(tasks) & set(spec.phases[phase].eval_only):
-        of_tasks[task].extend(metric.name for metric in OF_REPLIES)
+        of_tasks[task].extend(_metrics_of_replies(spec.data[task]))
     for run in phase_runs(spec.upto(phase)):
         for stream in streams_of(spec, run).values() if run.phase == phase else ():
             if stream.data in of_tasks:
@@ -390,6 +391,12 @@ def metrics_of(spec: TrialSpec, phase: str, tasks: Sequence[str]) -> tuple[str, 
     of_tokens = {metric.name for metric in OF_TOKENS}
     names = dict.fromkeys(name for of_task in of_tasks.values() for name in of_task)
     return tuple(n for n in names if n in of_tokens or all(n in of_task for of_task in of_tasks.values()))
+
+
+def _metrics_of_replies(data: Data) -> list[str]:
+    return [metric.name for metric in OF_REPLIES] + [
+        metric.kind for metric in (data.scoring.metrics if data.scoring else ())
+    ]
 
 
 def _metrics_of_stream(spec: TrialSpec, phase: Phase, stream: Stream) -> list[str]:
@@ -402,4 +409,4 @@ def _metrics_of_stream(spec: TrialSpec, phase: Phase, stream: Stream) -> list[st
     sources = dict.fromkeys(term.source for term in terms if term.source is not None)
     # a source that is not trained in full can be compared as it was before, too
     others = [o for s in sources for o in ((s,) if phase.train.get(s) == "full" else (s, f"{s}_original"))]
-    return [m.name for m in OF_REPLIES] + [f"{other}_{m.name}" for other in others for m in OF_OTHER_MODELS]
+    return _metrics_of_replies(data) + [f"{other}_{m.name}" for other in others for m in OF_OTHER_MODELS]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from orchestrator.analysis.notes import Kind, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from trainables.metrics.language import LM_LOSS
 from trainables.metrics.metric import Examples, Metric
+from trainables.metrics.replies import CHRF
 from trainables.metrics.rouge import ROUGE_L
 from trainables.metrics.task_scores import score_metric
 
@@ -58,7 +61,7 @@ def plainly(runs: AnswersOf, metric: Metric, cluster_E: np.ndarray) -> tuple[flo
     S, E, ids = len(runs[0]), len(cluster_E), np.unique(cluster_E)
 
     def difference(s: int, keep_E: np.ndarray) -> float:
-        a, b = (Examples(**{k: v[keep_E] for k, v in vars(arm[s]).items()}) for arm in runs)
+        a, b = (arm[s].only(keep_E) for arm in runs)
         return float(metric.value(a) - metric.value(b))  # type: ignore[misc]
 
     d = np.array([difference(s, np.ones(E, bool)) for s in range(S)])
@@ -246,3 +249,12 @@ def test_replies_are_scored_each_by_itself_and_have_no_label() -> None:
         with pytest.raises(Missing) as missing:
             drawn(rows, found, metric, **how)
         assert missing.value.note == note(Kind.NOT_BY_EXAMPLE, metric=metric, task="ask")
+
+
+def test_replies_have_the_further_metrics_that_their_data_name() -> None:
+    found = answers("mean")
+    scored = [[replace(run, scores={"chrf": run.prediction_E / 2}) for run in arm] for arm in found]
+    rows = table(found, "ask")
+    rows["scores"] = [json.dumps({"chrf": value / 2}) for value in rows["prediction"]]
+    how = {"recorded": {"ask": recorded_by(scored, CHRF)}, "rules": {}}
+    assert drawn(rows, found, "chrf", **how) == intervals([data_set(scored, CHRF)])

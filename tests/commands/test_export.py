@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -77,6 +79,54 @@ def test_an_arms_student_loads_with_transformers_and_computes_the_same(file: Pat
     ids = corpus.dev.rows(range(4))
     with torch.no_grad():
         torch.testing.assert_close(net(input_ids=ids).logits, stored(input_ids=ids).logits)
+
+
+def test_loras_pairs_are_exported_as_peft_loads_them(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base and the adapter together compute what the merged weights do; other models are refused in one line."""
+    vocabulary = open_data(str(lab.root / "data"), lab.fingerprints["data:corpus"]).vocab_size
+    shape = LlamaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)  # fmt: skip
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(shape).save_pretrained(base)
+    learn = phase("m", {"own": hard("m")}, streams={"main": {"corruption": None}}, optimizer={"lr": 1e-2})
+    pairs = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "all_linear", "rslora": True}
+    raw = {
+        "question": "?",
+        "seeds": 1,
+        "trial": {
+            "data": {"corpus": lab.data["corpus"]},
+            "models": {"m": {"pretrained": str(base)}},
+            "phases": {"learn": {**learn, "train": {"m": pairs}}, "more": {**learn, "train": {"m": pairs}}},
+        },
+        "objective": {"phase": "more", "model": "m", "metric": "lm_loss", "mode": "min"},
+        "arms": {"adapted": {}, "whole": {"phases.learn.train.m": "full"}},
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(raw))
+    study = load_study(file)
+    prints = Fingerprints(str(lab.root / "data"))
+    run_trials(Scheduler(study, prints, lab.storage))
+
+    def exported(to: str, arm: str, *more: str) -> int:
+        return export.main([str(file), "--storage", lab.storage.uri, "--to", str(tmp_path / to), "--arm", arm, *more])
+
+    assert exported("merged", "adapted", "--phase", "learn") == 0
+    assert exported("pairs", "adapted", "--phase", "learn", "--adapter") == 0
+    assert not (tmp_path / "pairs" / "model.safetensors").exists()
+    assert "AutoPeftModelForCausalLM" in (tmp_path / "pairs" / "README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "pairs").eval()
+    ids = torch.arange(24).reshape(2, 12) % vocabulary
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert (merged(input_ids=ids).logits - plain).abs().max() > 0.01
+    capsys.readouterr()
+    assert exported("x", "whole", "--phase", "learn", "--adapter") == 2
+    assert "--adapter: phase learn trains all weights of 'm'; leave --adapter out" in capsys.readouterr().err
+    assert exported("x", "adapted", "--phase", "more", "--adapter") == 2
+    assert "'m' started from what phase learn trained, and an adapter needs a folder" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_layers_that_run_twice_are_written_twice_so_that_anyone_can_load_them(

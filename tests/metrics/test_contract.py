@@ -13,6 +13,7 @@ from scipy import stats
 
 from trainables.metrics.known import METRICS, metric_named
 from trainables.metrics.metric import Examples, Metric
+from trainables.metrics.replies import NAMED_BY_DATA
 from trainables.metrics.rouge import rouge_l
 from trainables.metrics.task_scores import RULES, score_metric
 
@@ -41,6 +42,7 @@ REFERENCES: Mapping[str, Reference] = {
     },
     **dict.fromkeys(("mlm_loss", "lm_loss", "task_loss"), lambda e: e.loss_E.sum() / e.count_E.sum()),
     "rougeL": lambda e: np.mean(e.prediction_E),
+    **{metric.name: lambda e, name=metric.name: np.mean(e.scores[name]) for metric in NAMED_BY_DATA},
 }
 
 
@@ -60,7 +62,8 @@ def some_examples(metric: Metric, num: int = 60, seed: int = 0) -> Examples:
         labels = draw.integers(0, 2, num).astype(float)
         predictions = np.where(draw.random(num) < 0.7, labels, 1 - labels)
     counts = draw.integers(1, 6, num).astype(float)
-    return Examples(np.zeros(num, np.int64), labels, predictions, draw.gamma(2.0, 1.0, num) * counts, counts)
+    scores = {other.name: draw.integers(0, 101, num).astype(float) for other in NAMED_BY_DATA}
+    return Examples(np.zeros(num, np.int64), labels, predictions, draw.gamma(2.0, 1.0, num) * counts, counts, scores)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -103,20 +106,20 @@ def test_a_value_without_a_cluster_is_that_of_the_others(metric: Metric, num_clu
     values = metric.left_out(examples, clusters)  # type: ignore[misc]
     assert values.shape == (num_clusters + 1,)
     for cluster, value in enumerate(values):  # the last is of all examples
-        others = Examples(**{name: column[clusters != cluster] for name, column in vars(examples).items()})
-        assert value == pytest.approx(metric.value(others), rel=1e-12)  # type: ignore[misc]
+        assert value == pytest.approx(metric.value(examples.only(clusters != cluster)), rel=1e-12)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("metric", COMPUTED, ids=lambda metric: metric.name)
 def test_a_metric_reads_the_columns_that_it_needs(metric: Metric) -> None:
     examples = some_examples(metric)
-    blank = {f"{c}_E": np.empty(0) for c in ("label", "prediction", "loss", "count") if c not in metric.needs}
-    assert metric.value(replace(examples, **blank)) == metric.value(examples)  # type: ignore[misc]
+    blank: dict[str, object] = {} if "scores" in metric.needs else {"scores": {}}
+    blank |= {f"{c}_E": np.empty(0) for c in ("label", "prediction", "loss", "count") if c not in metric.needs}
+    assert metric.value(replace(examples, **blank)) == metric.value(examples)  # type: ignore
 
 
 def test_names_are_unique_and_an_unknown_one_is_refused_with_those_known() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    for unknown in ("bleu", "lossy", "tokens", "kl", "agreement", "loss"):
+    for unknown in ("bleu4", "lossy", "tokens", "kl", "agreement", "loss"):
         with pytest.raises(
             ValueError, match=rf"unknown metric '{unknown}'; known metrics: mlm_loss, .*rougeL.*MODEL_kl"
         ):

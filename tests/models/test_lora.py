@@ -177,8 +177,8 @@ def test_attention_of_bloom_sees_a_change_in_that_target_alone() -> None:
 @pytest.mark.parametrize("which", SHAPES)
 def test_the_change_is_alpha_over_rank_times_b_a(which: str) -> None:
     base = build(which)
-    for alpha, scale in ((None, 1.0), (6.0, 2.0)):
-        net = adapted(copy.deepcopy(base), "value", alpha=alpha)
+    for alpha, rslora, scale in ((None, False, 1.0), (6.0, False, 2.0), (6.0, True, 6 / 3**0.5)):
+        net = adapted(copy.deepcopy(base), "value", alpha=alpha, rslora=rslora)
         fill(net)
         pairs, merged = lora.adapter_state(net), lora.merged(net)
         path, targets = next((p, t) for p, t in projections_of(base).items() if "value" in t)

@@ -80,9 +80,18 @@ def test_a_head_that_nothing_trains_is_refused(planned: Planned, folder: Any) ->
     models["teacher"] = folder("classifier", num_labels=2, class_names=("many", "few"))
     code, said = planned(models, distilling())
     assert code == 0 and "student      phase distil draws its head" in said and "teacher      phase" not in said
-    lora = phase("student", {"hard": hard("student")}, **ON_TASK) | {"train": {"student": {"kind": "lora"}}}
+    pairs: dict[str, Any] = {"kind": "lora"}
+    lora = phase("student", {"hard": hard("student")}, **ON_TASK) | {"train": {"student": pairs}}
+    code, said = planned({"student": folder("small")}, {"tune": lora})
+    assert code == 0 and "student      phase tune draws its head" in said  # which then learns, too
+    pairs["head"] = False
     code, said = planned({"student": folder("small")}, {"tune": lora})
     assert code == 2 and "phase tune trains LoRA's pairs alone; expected a classifier" in said
+    earlier = {"pretrain": phase("student", {"h": hard("student")}) | {"train": {"student": {**pairs, "head": True}}}}
+    code, said = planned(
+        {"student": folder("small")}, {**earlier, "tune": phase("student", {"h": hard("student")}, **ON_TASK)}
+    )
+    assert code == 2 and "`head: true` is for classifiers, and phase pretrain trains a language model" in said
 
 
 def test_a_head_of_an_earlier_phase_on_other_data_is_not_read_as_if_it_were_trained(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from tests.support.trials import Lab, flow, hard, inner, model, phase
+from tests.support.trials import Lab, Stopped, break_at, flow, hard, inner, model, phase
 from trainables.config.phase import PredictionQuality
 from trainables.config.phase_run import PhaseRun
 from trainables.config.trial import TrialSpec
@@ -20,7 +20,7 @@ from trainables.data.classification.tasks import TaskBatch
 from trainables.data.order import folds
 from trainables.models import build
 from trainables.training import forward, gradients, loop
-from trainables.training.phase_graph import head_of, origin_of, streams_of
+from trainables.training.phase_graph import carried_projectors, head_of, origin_of, streams_of
 from trainables.training.pseudo_labels import out_of_fold, prediction_quality
 from trainables.training.streams import StreamLoader
 
@@ -162,6 +162,39 @@ def test_a_pretrained_folder_gets_a_head_that_depends_on_the_seed_alone(
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert torch.equal(first["bert.embeddings.word_embeddings.weight"], trunk["bert.embeddings.word_embeddings.weight"])
     assert first["classifier.weight"].abs().sum() > 0
+
+
+def test_a_fresh_head_learns_beside_loras_pairs(new_task_lab: Any, seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default where it is drawn anew; one that an earlier phase trained stays as it is, unless it is asked to learn."""
+    lab, trial = new_task_lab(), fine_tuning()
+    steps = {"for_each_dataset": ["pair"], "optimizer": {"lr": 1e-2}}
+    pairs = {"kind": "lora", "rank": 2}
+    trial["phases"] = {
+        "pretrain": phase("student", {"h": hard("student")}),
+        "tune": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": pairs}},
+        "again": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": pairs}},
+        "whole": phase("student", {"h": hard("student")}, **steps) | {"train": {"student": {**pairs, "head": True}}},
+    }
+    spec = lab.spec({**trial, "models": {"student": model()}})
+    ran = lab.run(spec)
+    weights = {name: ran.weights(name, "student", "pair") for name in ("tune", "again", "whole")}
+    head = [name for name in weights["tune"] if "pooler" in name or name.startswith("classifier")]
+    assert len(head) == 4
+    for name in head:
+        assert not torch.equal(weights["tune"][name], seen["tune[pair]", "student"][name]), name
+        assert torch.equal(weights["again"][name], weights["tune"][name]), name
+        assert not torch.equal(weights["whole"][name], weights["again"][name]), name
+    table = "bert.embeddings.word_embeddings.weight"  # learns in no phase after the first
+    assert torch.equal(weights["whole"][table], ran.weights("pretrain", "student")[table])
+
+    broken = new_task_lab()
+    with monkeypatch.context() as patched:
+        break_at(patched, "tune", 5)
+        with pytest.raises(Stopped):
+            broken.run(spec, checkpoint_seconds=0)
+    resumed = broken.run(spec, attempt=2)
+    found = resumed.weights("tune", "student", "pair")
+    assert all(torch.equal(found[name], weights["tune"][name]) for name in found)
 
 
 # ----------------------------------------------------------------------------------------------------- labels by models
@@ -401,6 +434,35 @@ def test_a_projector_is_in_the_checkpoint_and_learns(new_task_lab: Any, monkeypa
     assert not torch.equal(drawn["w"], learnt["w"])
     ours, theirs = ran.weights("distil", "student"), expected.weights("distil", "student")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_projector_goes_on_from_stage_to_stage(new_task_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in TinyBERT: the same term over several phases. Under another name, or between other models, it is drawn anew."""
+    lab, step, drawn = new_task_lab(), loop.step, {}
+
+    def watch(at: Any) -> None:
+        if at.progress.step == 0:
+            for name, projector in at.models.projectors.items():
+                drawn[at.instance.phase, name] = projector.weights_LED[0].detach().clone()
+        step(at)
+
+    monkeypatch.setattr(loop, "step", watch)
+    spec = lab.spec(
+        {
+            "models": {"teacher": model(layers=2, width=32), "student": model()},
+            "phases": {
+                "teach": phase("teacher", {"h": hard("teacher")}),
+                "first": phase("student", {"x": INNER["hidden"]}),
+                "second": phase("student", {"x": INNER["hidden"], "y": INNER["hidden"]}),
+            },
+        }
+    )
+    ran = lab.run(spec)
+    learnt = lab.store.weights(ran.phases["first"]["key"], "project x")["weights_LED.0"]
+    assert torch.equal(drawn["second", "x"], learnt) and not torch.equal(drawn["first", "x"], learnt)
+    assert drawn["second", "y"].std() > 0.5 * 16**-0.5 and not torch.equal(drawn["second", "y"], learnt)
+    run = PhaseRun("second", None)
+    assert carried_projectors(spec, run) == {"x": PhaseRun("first", None)} and not carried_projectors(spec, PhaseRun("first", None))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- shared layers

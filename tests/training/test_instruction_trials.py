@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pyarrow import parquet
 from pydantic import TypeAdapter
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.planning import preview
 from tests.support.trials import (
@@ -43,7 +44,8 @@ from trainables.config.trial import TrialSpec
 from trainables.config.value import random_stream
 from trainables.data.prepare import prepare
 from trainables.data.prepared import open_data
-from trainables.evaluation.per_example import ROWS
+from trainables.evaluation.generation import evaluate_exchanges
+from trainables.evaluation.per_example import ROWS, Placement
 from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.metrics.rouge import rouge_l
@@ -151,6 +153,24 @@ def by_hand(net: Any, data: Any) -> dict[str, float]:
         "greedy_rougeL": rouge[None],
         "unfinished": float(100 * np.mean(unfinished)),
     }
+
+
+def test_replies_are_scored_by_each_metric_that_the_data_name(shared: Lab) -> None:
+    plain = opened(shared)
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": plain.vocab_size, "n_positions": 2 * plain.length}
+    net = GPT2LMHeadModel(GPT2Config(**sizes))
+    names = ["chrf", "token_f1", {"kind": "exact_match", "extract": "e"}]
+    exchanges = plain.about["exchanges"]
+    named = {**exchanges, "scoring": {**exchanges["scoring"], "metrics": names}}
+    data = replace(plain, about={**plain.about, "exchanges": named})
+    scored = evaluate_exchanges(net, data, "test", on=Placement("cpu"))
+    before = evaluate_exchanges(net, plain, "test", on=Placement("cpu"))
+    assert before.scores == {} and before.metrics.items() <= scored.metrics.items()
+    assert set(scored.scores) == {"chrf", "token_f1", "exact_match"} == scored.metrics.keys() - before.metrics.keys()
+    for name, score_E in scored.scores.items():
+        assert scored.metrics[name] == pytest.approx(score_E.mean()) and len(score_E) == len(data.test)
+    assert 0 < scored.metrics["exact_match"] <= 100 and 0 < scored.metrics["chrf"] < 100
 
 
 # -------------------------------------------------------------------------------------------------------- what a step is

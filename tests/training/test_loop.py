@@ -395,6 +395,24 @@ def test_another_model_term_or_stream_changes_no_draw_of_the_others(
             assert all(torch.equal(a, b) for a, b in zip(batch, seen[step], strict=True)), (name, step)
 
 
+def test_two_streams_over_one_data_set_are_evaluated_once(new_lab: Callable[[], Lab]) -> None:
+    """As where a hard term reads the data's labels and a soft one generated replies of the same prompts."""
+    lab, trial = new_lab(), distillation()
+    phase = trial["phases"]["distil"]
+    phase["streams"] = {"main": {"data": "corpus"}, "side": {"data": "corpus"}}
+    phase["terms"]["side_hard"] = {**hard("student", on="side"), "weight": {"kind": "linear", "start": 1, "end": 0}}
+    phase["terms"]["soft"] = {
+        **flow("teacher", "student", on="side"),
+        "weight": {"kind": "off_when_better", "weight": 1},
+    }
+    ran = lab.run(lab.spec(trial))
+    at_end = [r for r in ran.records if r["phase"] == "distil" and r["split"] in ("dev", "test") and r["progress"] == 1]
+    keys = [(r["model"], r["task"], r["split"], r["metric"]) for r in at_end]
+    assert keys and len(keys) == len(set(keys))
+    examples = lab.store.examples(ran.phases["distil"]["key"])
+    assert len(examples) and not examples.duplicated(["model", "task", "split", "example"]).any()
+
+
 def test_a_bystander_changes_no_number_of_a_model_with_dropout(new_lab: Callable[[], Lab]) -> None:
     """Two models side by side without a flow between them: each learns as it would alone, dropout draws included."""
     values = {}

@@ -70,7 +70,7 @@ def test_two_processes_give_the_numbers_of_one(new_lab: Callable[[], Lab]) -> No
     ("stream", "message"),
     [
         ({"data": "number"}, "number is a regression, whose positions have no probabilities"),
-        ({"data": "ask", "replies": {"kind": "sampled", "by": "teacher"}}, "revision reads labels, which generated"),
+        ({"data": "ask", "replies": {"kind": "sampled", "by": "teacher"}}, "revision reads a label, which generated"),
     ],
 )
 def test_weights_without_labels_or_probabilities_are_refused(stream: dict[str, Any], message: str) -> None:

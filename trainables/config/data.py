@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from trainables.config.paths import DataPath, FolderOrId
+from trainables.config.reply_metrics import ReplyMetric
 from trainables.config.value import Name, Positive, Value
 
 
@@ -287,10 +288,22 @@ class Sampling(Value):
 
 
 class Scoring(Sampling):
-    """How replies are drawn to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one."""
+    """How replies are drawn to be scored: one for each of `seeds`, whose scores are averaged, and a greedy one.
+
+    Without seeds the greedy reply alone is scored. ROUGE-L is always measured; `metrics` names further ones.
+    """
 
     max_tokens: int = Field(256, ge=1)
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)  # a reply is drawn for each
+    # beside ROUGE-L; absent from a dump where there are none, so that stored phases keep their keys
+    metrics: tuple[ReplyMetric, ...] = Field((), exclude_if=lambda value: not value)
+
+    @model_validator(mode="after")
+    def _each_metric_is_named_once(self) -> Scoring:
+        names = [metric.kind for metric in self.metrics]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"metrics: {', '.join(twice)} is there twice; expected each metric once")
+        return self
 
 
 class _Instructions(_Data):

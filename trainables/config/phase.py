@@ -245,6 +245,11 @@ class Lora(Value):
         Literal["all_linear"] | Annotated[tuple[Literal["query", "key", "value", "output"], ...], Field(min_length=1)]
     ) = ("query", "value")
     dropout: float = Field(0.0, ge=0, lt=1)  # of the input of each change
+    rslora: bool = Field(
+        False, exclude_if=lambda value: not value
+    )  # alpha / sqrt(rank) as the scale (Kalajdzievski 2023)
+    # whether a classifier's head learns in full beside the changes; by default where the head is drawn anew
+    head: bool | None = Field(None, exclude_if=lambda value: value is None)
 
 
 How = Annotated[

@@ -29,7 +29,8 @@ from trainables.evaluation.per_example import (
 from trainables.generation.context import GenerationContext
 from trainables.generation.sample import sample
 from trainables.losses.logits import INFINITE, kl, log_probs
-from trainables.metrics.rouge import rouge_l
+from trainables.metrics.replies import score_reply
+from trainables.metrics.rouge import GREEDY_ROUGE_L, ROUGE_L, UNFINISHED, rouge_l
 from trainables.models.output_head import logits_at
 
 
@@ -39,9 +40,9 @@ def evaluate_exchanges(
 ) -> Scored:
     """Measures `lm_loss` (nats) and `lm_accuracy` (x 100) over the tokens of the replies, teacher-forced; and of generated
     replies `rougeL` (x 100, the mean over the sampling seeds), `greedy_rougeL`, and `unfinished`, the share (x 100) without
-    an end.
+    an end; and each further metric that the data set names, as `rougeL`.
 
-    By example, `predictions_E` are its `rougeL`.
+    By example, `predictions_E` are its `rougeL`, and `scores` has the further metrics.
     """
     exchanges: Exchanges = getattr(data, split)
     sums = ExampleSums.of(len(exchanges))
@@ -52,21 +53,26 @@ def evaluate_exchanges(
     sums = sums.over(on)
     seeds = data.scoring.seeds
     generated = {seed: _score_replies(net, data, exchanges, seed, on=on) for seed in (*seeds, None)}
-    sampled = [generated[seed] for seed in seeds] or [generated[None]]
-    rouge_E = np.mean([rouge for rouge, _ in sampled], axis=0)
+    drawn = [generated[seed] for seed in seeds] or [generated[None]]
+    sampled = {name: np.mean([scores[name] for scores in drawn], axis=0) for name in drawn[0]}
+    rouge_E, unfinished_E = sampled.pop(ROUGE_L.name), sampled.pop(UNFINISHED.name)
     metrics = sums.metrics("lm") | {
-        "rougeL": float(rouge_E.mean()),
-        "greedy_rougeL": float(generated[None][0].mean()),
-        "unfinished": float(100 * np.mean([unfinished for _, unfinished in sampled])),
+        ROUGE_L.name: float(rouge_E.mean()),
+        GREEDY_ROUGE_L.name: float(generated[None][ROUGE_L.name].mean()),
+        UNFINISHED.name: float(100 * unfinished_E.mean()),
+        **{name: float(score_E.mean()) for name, score_E in sampled.items()},
     }
-    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters())
+    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters(), scores=sampled)
 
 
 def _score_replies(
     net: Any, data: ExchangeSet, exchanges: Exchanges, seed: int | None, *, on: Placement
-) -> tuple[Floats, Floats]:
-    """Returns ROUGE-L of each example's reply, and whether the reply never ended. `seed`: None for greedy replies."""
-    rouge_E, unfinished_E = np.zeros(len(exchanges)), np.zeros(len(exchanges))
+) -> dict[str, Floats]:
+    """Scores each example's reply by every metric; `unfinished`: 1 where the reply never ended. `seed`: None for greedy
+    replies."""
+    metrics = data.scoring.metrics
+    names = (ROUGE_L.name, UNFINISHED.name, *(metric.kind for metric in metrics))
+    scores = {name: np.zeros(len(exchanges)) for name in names}
     context = GenerationContext(data.end_ids, data.end_id, data.vocab_size, on.device, on.autocast)
     for first, indices, batch in _batches(exchanges, on.rows, on):
         drawn = sample(
@@ -79,9 +85,12 @@ def _score_replies(
             greedy=seed is None,
         )
         for index, reply in zip(indices.tolist(), drawn.replies, strict=True):
-            rouge_E[index] = rouge_l(data.text(reply.tolist()), exchanges.references(index))
-            unfinished_E[index] = not context.has_ended(reply)
-    return on.total(rouge_E), on.total(unfinished_E)
+            text, references = data.text(reply.tolist()), exchanges.references(index)
+            scores[ROUGE_L.name][index] = rouge_l(text, references)
+            scores[UNFINISHED.name][index] = not context.has_ended(reply)
+            for metric in metrics:
+                scores[metric.kind][index] = score_reply(metric, text, references)
+    return {name: on.total(score_E) for name, score_E in scores.items()}
 
 
 class ComparedModel(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ class Scored(NamedTuple):
     counts_E: Floats  # supervised positions; 1 in a task
     parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
     clusters_E: NDArray[np.int64] | None = None  # the document or text that examples share; None where unknown
+    scores: Mapping[str, Floats] = {}  # of replies, [E] for each metric that the data set names
 
 
 class Targets(NamedTuple):

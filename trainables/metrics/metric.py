@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-Column = Literal["label", "prediction", "loss", "count"]
+Column = Literal["label", "prediction", "loss", "count", "scores"]
 
 TEST_SET_PARTS = ("matched", "mismatched")  # of MNLI, scored one by one
 
@@ -24,14 +24,19 @@ class Examples:
     prediction_E: Floats  # a class or a number; of replies the ROUGE-L of each
     loss_E: Floats  # nats (squared error for numbers), summed over the example's supervised positions
     count_E: Floats  # of these positions
+    scores: Mapping[str, Floats] = field(default_factory=dict)  # of replies, [E] for each further metric
+
+    def only(self, keep_E: NDArray[np.bool_]) -> Examples:
+        """Returns the answers to these examples."""
+        names = ("part_E", "label_E", "prediction_E", "loss_E", "count_E")
+        columns = {name: column[keep_E] for name in names if len(column := getattr(self, name))}
+        return replace(self, **columns, scores={name: score_E[keep_E] for name, score_E in self.scores.items()})
 
     def parts(self) -> Iterator[tuple[Examples, NDArray[np.bool_]]]:
         """Yields the examples of each part of the test set, and where they are."""
         for part in np.unique(self.part_E):
             here_E = self.part_E == part
-            columns = {name: getattr(self, name) for name in ("label_E", "prediction_E", "loss_E", "count_E")}
-            own = {name: column[here_E] for name, column in columns.items() if len(column)}
-            yield replace(self, part_E=self.part_E[here_E], **own), here_E
+            yield self.only(here_E), here_E
 
 
 Clusters = NDArray[np.int64]

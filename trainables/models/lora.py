@@ -59,8 +59,9 @@ class Split(nn.Module):
         return whole if self.order is None else whole.index_select(axis, self.order.to(whole.device))
 
 
-def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
-    """Adds a pair at each target to `net`: only pairs learn, in fp32 at least; at first no output changes.
+def attach(net: Any, how: Lora, *, name: str, seed: int, with_head: bool = False) -> Any:
+    """Adds a pair at each target to `net`: only pairs learn, in fp32 at least, and the head `with_head`; at first no output
+    changes.
 
     The base's dropout stays off in training; the dropout before A is `how.dropout`. A is drawn from U(±sqrt(1 / inputs)),
     Kaiming's rule as in peft, by (seed, name, path, target) alone; B is zero.
@@ -84,6 +85,7 @@ def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
     config = peft.LoraConfig(
         r=how.rank,
         lora_alpha=how.alpha or how.rank,
+        use_rslora=how.rslora,
         lora_dropout=how.dropout,
         target_modules="|".join(re.escape(path) for path in paths),
         fan_in_fan_out=any(is_transposed(net.get_submodule(path)) for path in paths),
@@ -99,6 +101,9 @@ def attach(net: Any, how: Lora, *, name: str, seed: int) -> Any:
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             layer.lora_A[ADAPTER].weight.copy_(drawn)
+    if with_head:
+        for parameter in _head(net).values():
+            parameter.requires_grad_(True)
     return net
 
 
@@ -139,14 +144,15 @@ def original(net: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(net: nn.Module) -> dict[str, Tensor]:
-    """Returns the pairs, by the path of their projection: `….query.A` [rank, inputs], `….query.B` [outputs, rank]."""
-    return {name: tensor.detach() for name, tensor in _pairs(net).items()}
+    """Returns what learns: the pairs, by the path of their projection: `….query.A` [rank, inputs], `….query.B` [outputs, rank];
+    and the head's tensors, where it learns, by their names."""
+    return {name: tensor.detach() for name, tensor in _learning(net).items()}
 
 
 @torch.no_grad()
 def load_adapter_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads stored pairs into `net`. Raises ModelError where names or shapes differ."""
-    pairs = _pairs(net)
+    """Loads what `adapter_state` gave into `net`. Raises ModelError where names or shapes differ."""
+    pairs = _learning(net)
     for name in sorted(pairs.keys() | state.keys()):
         shapes = [tuple(side[name].shape) if name in side else None for side in (pairs, state)]
         if shapes[0] != shapes[1]:
@@ -155,8 +161,41 @@ def load_adapter_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(state[name])
 
 
-def _pairs(net: nn.Module) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
+def as_peft(net: nn.Module, how: Lora, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Returns peft's config and tensors of an adapter of a language model. `net`: the plain model; `state`: as `adapter_state` gave
+    it. Raises ModelError where pairs change a part of a matrix of `net`, or a head learnt beside them."""
+    import peft
+
+    modules = {path for path, _ in net.named_modules()}
+    paths = sorted({name.rpartition(".")[0] for name in state})
+    if any(not name.endswith((".A", ".B")) for name in state):
+        raise ModelError("a classifier's head learnt beside the pairs, which peft would draw anew")
+    if split := next((path for path in paths if path not in modules), ""):
+        raise ModelError(f"{split} is a part of one matrix in this family, and peft's adapters change whole ones")
+    config = peft.LoraConfig(
+        r=how.rank,
+        lora_alpha=how.alpha or how.rank,
+        use_rslora=how.rslora,
+        lora_dropout=how.dropout,
+        target_modules=paths,
+        fan_in_fan_out=any(is_transposed(net.get_submodule(path)) for path in paths),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    names = ((name, *name.rsplit(".", 1)) for name in state)
+    return config, {f"base_model.model.{path}.lora_{pair}.weight": state[name] for name, path, pair in names}
+
+
+def _head(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns a classifier's parameters above the layers: those outside the trunk, and of its pooler."""
+    trunk = {id(parameter) for path, parameter in trunk_of(net).named_parameters() if "pooler" not in path}
+    return {path: parameter for path, parameter in net.named_parameters() if id(parameter) not in trunk}
+
+
+def _learning(net: nn.Module) -> dict[str, nn.Parameter]:
+    found = {
+        path: parameter for path, parameter in _head(net).items() if parameter.requires_grad and ".lora_" not in path
+    }
     for path, layer in _layers(net):
         found |= {f"{path}.A": layer.lora_A[ADAPTER].weight, f"{path}.B": layer.lora_B[ADAPTER].weight}
     return found

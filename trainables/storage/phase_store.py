@@ -38,8 +38,14 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
         ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
         ("count", pa.int64()),  # these positions; 1 in a task
         ("cluster", pa.int64()),  # the same for examples of one document or text; null where unknown
+        ("scores", pa.string()),  # of replies: JSON, by the metrics that the data set names; else null
     ]
 )
+
+
+def adapter_name(model: str) -> str:
+    """Returns the name of the pairs that a model's LoRA trained, beside the merged weights."""
+    return f"adapter of {model}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ class StoredPhase:
     """A finished phase, as phase.json describes it."""
 
     key: str
-    files: Mapping[str, Mapping[str, Any]]  # model or model@fraction -> file, sha256
+    files: Mapping[
+        str, Mapping[str, Any]
+    ]  # model, model@fraction, `adapter_name` or a projector's name -> file, sha256
     configs: Mapping[str, Mapping[str, Any]]  # transformers config of each trained model
     records: tuple[Mapping[str, Any], ...]
     cost: Mapping[str, float]  # steps, tokens, seconds, device_seconds, flops

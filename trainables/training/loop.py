@@ -19,9 +19,9 @@ from trainables.config.schedules import START
 from trainables.models import build, lora
 from trainables.storage.checkpoints import drop_checkpoints, save_checkpoint
 from trainables.storage.files import log
-from trainables.storage.phase_store import StoredPhase
+from trainables.storage.phase_store import StoredPhase, adapter_name
 from trainables.training import early_stopping, gradients, on_policy
-from trainables.training.forward import batch_of, normaliser
+from trainables.training.forward import batch_of, normaliser, projector_name
 from trainables.training.records import examples_of, loss_of, records_of, score
 from trainables.training.setup import begin, learning_states, parameters_of
 from trainables.training.state import Diverged, PhaseState, Progress, Suspended, TrialContext
@@ -108,9 +108,10 @@ def evaluate(phase: PhaseState, fraction: float) -> None:
     early_stopping.observe(phase, records)
 
     def dev_loss(model: str, stream: str) -> float:
-        if (model, stream) not in losses:
-            losses[model, stream] = loss_of(score(phase, model, phase.streams[stream], "dev").metrics)
-        return losses[model, stream]
+        key = (model, phase.streams[stream].spec.data)
+        if key not in losses:
+            losses[key] = loss_of(score(phase, model, phase.streams[stream], "dev").metrics)
+        return losses[key]
 
     for name, term in spec.terms.items():
         before = progress.weights.get(name, START)
@@ -122,9 +123,9 @@ def evaluate(phase: PhaseState, fraction: float) -> None:
             )
         progress.weights[name] = after
     for name, state in progress.replies.items():
-        source = spec.streams[name].replies
+        source, item = spec.streams[name].replies, phase.streams[name].spec.data
         assert source is not None
-        model = next(model for model in (*source.models, *spec.train) if (model, name) in losses)
+        model = next(model for model in (*source.models, *spec.train) if (model, item) in losses)
         loss = partial(dev_loss, model, name)
         state["share"] = source.share.observe(state["share"], loss, loss)
     progress.records += records
@@ -214,6 +215,11 @@ def _publish(phase: PhaseState) -> StoredPhase:
     trial, progress, environment = phase.context, phase.progress, phase.context.environment
     key = trial.key(phase.instance)
     files = {name: trial.store.put_weights(key, _weights(phase.nets[name])) for name in phase.spec.train}
+    for name, net in phase.nets.items():
+        if lora.is_attached(net):
+            files[adapter_name(name)] = trial.store.put_weights(key, lora.adapter_state(net))
+    for term, projector in phase.models.projectors.items():
+        files[projector_name(term)] = trial.store.put_weights(key, projector.state_dict())
     published = StoredPhase(
         key=key,
         files={**progress.files, **files},

@@ -87,6 +87,28 @@ def head_of(spec: TrialSpec, instance: PhaseRun, model: str) -> TaskHead | None:
     return None
 
 
+def source_of(spec: TrialSpec, instance: PhaseRun, model: str) -> tuple[str, Origin | None]:
+    """Returns the model whose weights `model` starts with, itself or the source of its remap, and their origin."""
+    origin = origin_of(spec, instance, model)
+    while origin is None and isinstance(init := spec.models[model].init, Remap):
+        model = init.from_
+        origin = origin_of(spec, instance, model)
+    return model, origin
+
+
+def carried_projectors(spec: TrialSpec, instance: PhaseRun) -> dict[str, PhaseRun]:
+    """Returns the terms whose projector goes on, with the run that trained it: that in which the model `to` was trained
+    before, if a term of this name joined the same models there (as the stages of TinyBERT and ERNIE-Tiny do)."""
+    found = {}
+    for name, term in spec.phases[instance.phase].terms.items():
+        origin = origin_of(spec, instance, term.target) if term.has_projector else None
+        if origin is not None and origin.fraction == 1.0:
+            before = spec.phases[origin.instance.phase].terms.get(name)
+            if before is not None and before.has_projector and before.reads == term.reads:
+                found[name] = origin.instance
+    return found
+
+
 def reads_head(spec: TrialSpec, instance: PhaseRun, model: str) -> bool:
     """Returns whether a run needs the head of a model: trains the model, or reads its logits, labels or replies."""
     phase = spec.phases[instance.phase]
@@ -137,6 +159,8 @@ def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, st
         "models": {model: _as_held(spec, instance, model, fingerprints) for model in spec.models_of(instance.phase)},
         "eval_only": {item: _as_read(spec, item, phase.train, fingerprints) for item in phase.eval_only},
     }
+    if carried := carried_projectors(spec, instance):
+        value["projectors"] = sorted(carried)
     return digest(value, 32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from trainables.training.streams import StreamLoader
 
 Split = Literal["dev", "test"]
 SPLITS: tuple[Split, ...] = ("dev", "test")
-DevLosses = dict[tuple[str, str], float]  # by model and stream
+DevLosses = dict[tuple[str, str], float]  # by model and data set
 Measured = tuple[str, str, str, Mapping[str, float]]  # model, data set, split, metrics
 
 
@@ -83,7 +84,7 @@ def _evaluation(phase: PhaseState, is_end: bool, losses: DevLosses) -> Iterator[
                 phase.scored[model, name] = scored
             yield model, loader.spec.data, split, scored.metrics
             if split == "dev":
-                losses[model, name] = loss = loss_of(scored.metrics)
+                losses[model, loader.spec.data] = loss = loss_of(scored.metrics)
                 if not math.isfinite(loss):  # the last update broke the model after its train loss was computed
                     where = f"the dev loss of {model} is {loss} at step {phase.progress.step}"
                     raise Diverged(f"phase {phase.instance}: {where}")
@@ -168,6 +169,11 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
             "loss": scored.losses_E.tolist(),
             "count": scored.counts_E.astype(int).tolist(),
             "cluster": unknown if scored.clusters_E is None else scored.clusters_E.tolist(),
+            "scores": [
+                json.dumps(dict(zip(scored.scores, values, strict=True)))
+                for values in zip(*(score_E.tolist() for score_E in scored.scores.values()), strict=True)
+            ]
+            or unknown,
         }
         for name, column in values.items():
             columns[name] += column

@@ -19,6 +19,7 @@ from trainables.evaluation.per_example import Placement
 from trainables.generation.context import Autocast
 from trainables.generation.sample import generation_mode
 from trainables.models import build, lora, output_head, quantise, remap, tokenizer_check
+from trainables.models.pretrained import Folder
 from trainables.storage.checkpoints import load_checkpoint
 from trainables.storage.files import log
 from trainables.storage.phase_store import Corrupt
@@ -26,12 +27,14 @@ from trainables.training import forward, on_policy
 from trainables.training.optimizers import make_optimizer
 from trainables.training.phase_graph import (
     TaskHead,
+    carried_projectors,
     head_of,
     longest,
     num_steps,
     origin_of,
     reads_head,
     seed_of,
+    source_of,
     streams_of,
 )
 from trainables.training.readings import check_readings
@@ -145,10 +148,26 @@ def load_models(inputs: PhaseInputs) -> dict[str, Any]:
         net.to(trial.device).train(name in spec.train).requires_grad_(name in spec.train)
         trained_how = spec.train.get(name)
         if isinstance(trained_how, Lora):
-            lora.attach(net, trained_how, name=name, seed=seed)
+            lora.attach(net, trained_how, name=name, seed=seed, with_head=_learns_head(inputs, name, trained_how))
         if trained_how is not None and spec.gradient_checkpointing:
             build.enable_gradient_checkpointing(net)
     return nets
+
+
+def _learns_head(inputs: PhaseInputs, name: str, how: Lora) -> bool:
+    """Returns whether a classifier's head learns beside the pairs: as asked, else where the head is drawn anew."""
+    trial, instance = inputs.trial, inputs.instance
+    head = head_of(trial.spec, instance, name)
+    if head is None or how.head is not None:
+        return head is not None and bool(how.head)
+    source, origin = source_of(trial.spec, instance, name)
+    if origin is not None:
+        return head != head_of(trial.spec, origin.instance, source)
+    model = trial.spec.models[source]
+    if model.pretrained is None:
+        return True
+    names = () if head.is_derived else getattr(trial.data[head.data], "class_names", ())
+    return bool(build.start_of(Folder.read(model.pretrained, model.revision), head.num_labels, names).fresh)
 
 
 def check_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> None:
@@ -178,6 +197,7 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
     with trial.autocast():
         heads = {name: output_head.head_of(nets[name]) for name in _language_models(inputs, nets)}
     projectors = forward.make_projectors(spec.terms, nets, seed=seed, phase=str(instance))
+    _carry_on(trial, instance, projectors)
     vocab_sizes = {name: trial.read_by(name).vocab_size for name in nets}
     models = forward.Models(nets, frozenset(spec.train), heads, vocab_sizes, projectors=projectors)
     learning = {name: module.to(trial.device) for name, module in models.learning.items()}
@@ -189,6 +209,19 @@ def call_models(inputs: PhaseInputs, nets: Mapping[str, Any]) -> forward.Models:
         wrap = partial(DistributedDataParallel, device_ids=device_ids)
         models = replace(models, wrapped={name: wrap(module) for name, module in learning.items()})
     return models
+
+
+def _carry_on(trial: TrialContext, instance: PhaseRun, projectors: Mapping[str, forward.Projector]) -> None:
+    """Loads the projectors that an earlier phase trained; one for other layers or widths stays as drawn."""
+    for term, run in carried_projectors(trial.spec, instance).items():
+        state = trial.store.weights(trial.key(run), forward.projector_name(term))
+        own = projectors[term].state_dict()
+        if {name: tensor.shape for name, tensor in own.items()} == {
+            name: tensor.shape for name, tensor in state.items()
+        }:
+            projectors[term].load_state_dict(state)
+        else:
+            log.info("phase %s: the projector of %s is drawn anew: that of %s has other shapes", instance, term, run)
 
 
 def learning_states(models: forward.Models, *, is_copy: bool = False) -> LearningStates:

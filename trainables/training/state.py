@@ -143,14 +143,15 @@ class PhaseState:
 
     @property
     def evaluated(self) -> list[tuple[str, str]]:
-        """Trained models with the streams that they read, and with the data sets that they are only evaluated on."""
+        """Trained models with the streams that they read, one for each data set, and with the data sets that they are only
+        evaluated on."""
         terms = self.spec.terms.values()
-        read = [
-            (model, name)
-            for model in self.spec.train
-            for name in self.streams
-            if any(term.on == name and model in term.reads for term in terms)
-        ]
+        first: dict[tuple[str, str], str] = {}
+        for model in self.spec.train:
+            for name, stream in self.streams.items():
+                if any(term.on == name and model in term.reads for term in terms):
+                    first.setdefault((model, stream.spec.data), name)
+        read = [(model, name) for (model, _), name in first.items()]
         return read + [(model, item) for model in dict.fromkeys(model for model, _ in read) for item in self.eval_only]
 
 
