@@ -259,7 +259,7 @@ def help_of(name: str) -> str:
 
 
 def systems() -> str:
-    """Returns what the shipped studies say of themselves in their first lines."""
+    """Returns what the shipped studies say of themselves in their first lines, and what was measured with them."""
     table, sections = "| study | question | cost |\n|---|---|---|", list[str]()
     for file in sorted((ROOT / "search_spaces").glob("*.yaml")):
         header = re.match(r"(?:# .*\n)+", file.read_text())
@@ -267,8 +267,18 @@ def systems() -> str:
         about = dict(re.findall(r"^# ([A-Z][a-z]+) +(.*)$", text, re.MULTILINE))
         table += f"\n| [{file.stem}](#{file.stem}) | {cell(about['Question'])} | {cell(about['Cost'])} |"
         lines = [f"**{key}**: {about[key]}" for key in ("Paper", "Differs") if key in about]
+        if found := verdicts(file.stem):
+            lines.append(
+                "**Our verdicts**, at the scale that [measurements](measurements.md) gives: " + "; ".join(found)
+            )
         sections += [f"## {file.stem} {{#{file.stem}}}", f"    codistill run search_spaces/{file.name}", *lines]
     return "\n\n".join(["# Studies that are shipped", table, *sections]) + "\n"
+
+
+def verdicts(study: str) -> list[str]:
+    """Returns claim and verdict of each row `study: claim | … | verdict` in the tables of benchmarks/RESULTS.md."""
+    rows = re.findall(rf"^\| {study}: (.+) \|$", (ROOT / "benchmarks" / "RESULTS.md").read_text(), re.MULTILINE)
+    return [f"{cells[0]} - {cells[-1]}" for cells in (row.split(" | ") for row in rows)]
 
 
 # -------------------------------------------------------------------------------------------------------------- source

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from docs.pages import SITE, Reference
+from docs.pages import SITE, Reference, systems, verdicts
 from orchestrator.study.load import load_study
 from orchestrator.study.new import STUDY
 from tests.support.source_tree import ROOT, drawing, packages, sources
@@ -96,6 +96,12 @@ def test_every_message_in_troubleshooting_is_one_of_the_source() -> None:
 def _is_part(text: str, message: str) -> bool:
     """Whether the words between the gaps of a text stand in a message, in this order."""
     return re.search(".*".join(map(re.escape, re.split("…+", text.strip("… ")))), message, re.DOTALL) is not None
+
+
+def test_the_page_of_systems_tells_the_verdicts_that_were_measured() -> None:
+    found = verdicts("skd")
+    assert len(found) == 2 and found[0] == "replies written together beat both others - undecided"
+    assert all(verdict in systems() for verdict in found) and not verdicts("smoke")
 
 
 @pytest.mark.slow
