@@ -53,6 +53,8 @@ class Part:
 
     @property
     def summary(self) -> str:
+        if self.is_ratio and self.effect == "–":
+            return f"{self.arm} {self.arm_mean}: {self.interval} times {self.against} {self.against_mean}"
         if self.is_ratio:
             return f"{self.arm} {self.arm_mean}, {self.effect} {self.interval} of {self.against} {self.against_mean}"
         return f"{self.arm} − {self.against} {self.effect}, {self.interval}"

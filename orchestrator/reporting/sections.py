@@ -180,5 +180,5 @@ def verdict_details(verdicts: Sequence[Verdict]) -> Section:
             "95 %, Welch", "p", "p, Holm", "p, sign-flip", "its floor", "r")  # fmt: skip
     table = Table("Effects and intervals", head, rows, "lll" + "r" * 11)
     remarks = Table("Notes and departures", ("claim", "note"), notes, "ll")
-    return Section(title, (text, table if rows else "No claim has a pair of seeds.",
+    return Section(title, (text, table if rows else "No comparison of two arms has a pair of seeds yet.",
                            remarks if notes else "No verdict carries a note."))  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter
 
-from trainables.config.phase import Optimizer, Replay
+from trainables.config.optimizer import Optimizer
+from trainables.config.phase import Replay
 from trainables.config.schedules import START, Schedule, Share, State, Weight
 
 KINDS = [get_args(member.model_fields["kind"].annotation)[0] for member in get_args(get_args(Schedule)[0])]
