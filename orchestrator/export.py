@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     try:
-        study = load_study(given.study, given.profile, given.set)
+        study = load_study(given.study, given.profile, given.set, extension=given.extension)
         from orchestrator.model_folder import export  # here, so that `--help` and a wrong argument are quick
 
         export(study, given.storage, given.to, arm=given.arm, trial=given.trial, model=given.model, phase=given.phase)

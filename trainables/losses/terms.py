@@ -42,6 +42,9 @@ def term_loss(term: Term, source: Any, to: Any, labels_or_mask: Tensor | None) -
     and a mask [B, T]. attention_scores: a [B, H, T, T] for each pair, and a mask [B, T] or [B, T, T]. relations: for
     each pair queries, keys and values [B, T, D], and a mask [B, T].
     """
+    if isinstance(term, terms.OwnTerm):
+        total: Tensor = term.total(source, to, labels_or_mask)
+        return total
     return LOSSES[type(term)](term, source, to, labels_or_mask)
 
 
