@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.study.errors import StudyError, has_secret, redact
 from orchestrator.study.schema import Study
+from trainables.config.extension import installed
 from trainables.storage.files import Storage
 
 
@@ -27,6 +28,12 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="paths start at the file, e.g. trial.models.student.layers=6",
+    )
+    parser.add_argument(
+        "--extension",
+        metavar="FILE.py",
+        type=os.path.expanduser,
+        help="your own terms, schedules and metrics; the file runs with your rights, here and in every slot",
     )
     add_storage_argument(parser)
 
@@ -97,6 +104,8 @@ def provenance(study: Study) -> dict[str, str]:
     for package in ("codistill", "torch", "transformers", "ray", "optuna", "mlflow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    if (own := installed()) is not None:
+        found["extension"] = f"{own.file}, SHA-256 {own.sha256}"
     found["python"] = sys.version.split()[0]
     found["machine"] = f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores"
     return found

@@ -44,6 +44,7 @@ COMMANDS = {
     "compare": Command("print the verdicts of several studies or storages", "compare runs/mine runs/mine-gpu"),
     "export": Command("write a trained model as a folder", "export mine.yaml --arm taught --to my-student", "export"),
     "store": Command("list the storage, and delete what is unused", "store --prune", "store"),
+    "check": Command("check your own losses and metrics", "check my_methods.py", "check"),
     "ui": Command("open MLflow on the storage's database", "ui --storage runs"),
 }  # fmt: skip
 
@@ -142,7 +143,7 @@ def watch(words: Sequence[str]) -> int:
     from orchestrator.scheduling.watch import progress
 
     try:
-        study = load_study(given.study, given.profile, given.set)
+        study = load_study(given.study, given.profile, given.set, extension=given.extension)
         home = open_storage(given.storage).sub(study.folder)
         before = None
         while True:
@@ -173,7 +174,8 @@ def stop(words: Sequence[str]) -> int:
     profile = ["--profile", given.profile] if given.profile else []
     sets = [word for override in given.set for word in ("--set", override)]
     sweep = importlib.import_module("orchestrator.sweep")
-    return int(sweep.main([given.study, "--storage", given.storage, *profile, *sets, *what]))
+    own = ["--extension", given.extension] if given.extension else []
+    return int(sweep.main([given.study, "--storage", given.storage, *profile, *sets, *own, *what]))
 
 
 def compare(words: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     try:
-        study = load_study(given.study, given.profile, given.set)
+        study = load_study(given.study, given.profile, given.set, extension=given.extension)
         from orchestrator.model_folder import Wanted, export  # here, so that `--help` and a wrong argument are quick
 
         which_model = Wanted(given.arm, given.trial, given.model, given.phase, given.adapter)

@@ -33,7 +33,7 @@ def _write(arguments: argparse.Namespace) -> int:
 
     uri = arguments.storage
     try:
-        study = load_study(arguments.study, arguments.profile, arguments.set)
+        study = load_study(arguments.study, arguments.profile, arguments.set, extension=arguments.extension)
         home = open_storage(uri).sub(study.folder)
         if (tables := read(home)) is None:
             where = f"{uri.rstrip('/')}/{study.folder}"

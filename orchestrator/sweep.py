@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         study = load_study(
-            arguments.study, arguments.profile, arguments.set, points=arguments.points, seeds=arguments.seeds
+            arguments.study,
+            arguments.profile,
+            arguments.set,
+            points=arguments.points,
+            seeds=arguments.seeds,
+            extension=arguments.extension,
         )
         if arguments.drain or arguments.stop:
             return _request(study, arguments)

@@ -124,7 +124,16 @@ def explain(
     message, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
     message = message[0].lower() + message[1:]
     guess = nearest(str(given), re.findall("'([^']*)'", message)) if problem["type"] == "literal_error" else ""
-    return f"{where}{message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "") + guess
+    is_unknown = problem["type"] == "union_tag_invalid" and _takes_own(path)
+    own = "; or a member of the file that --extension names" if is_unknown else ""
+    return (
+        f"{where}{message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "") + guess + own
+    )
+
+
+def _takes_own(path: tuple[str, ...]) -> bool:
+    """Returns whether a user's own file can add to what stands at a path."""
+    return "terms" in path or path[-2:-1] == ("metrics",)
 
 
 def renamed_part(path: str, cls: type[BaseModel]) -> str | None:

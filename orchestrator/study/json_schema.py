@@ -46,7 +46,8 @@ def study_schema() -> dict[str, Any]:
             part["required"] = [key for key in part.get("required", []) if key == "kind"]
             for key, text in field_texts(cls).items():
                 part["properties"][key]["description"] = text
-    del parts["TrialSpec"]["properties"]["seed"]
+    for name in ("seed", "extension"):  # which no study file sets
+        del parts["TrialSpec"]["properties"][name]
     keys = parts.pop("Study")["properties"] | {"profiles": PROFILES}
     keys["trial"] = {"$ref": "#/$defs/TrialSpec", "description": keys["trial"]["description"]}
     return {

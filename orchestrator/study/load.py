@@ -23,6 +23,8 @@ from orchestrator.study.errors import (
 from orchestrator.study.schema import Study
 from orchestrator.study.validate import check_study
 from orchestrator.study.yaml_reader import parse_value, read_yaml
+from trainables.config.extension import Extension, ExtensionError, installed
+from trainables.config.own import install_file
 from trainables.config.trial import TrialSpec
 
 KEYS = ("question", "trial", "profiles", "vary", "exclude", "search", "tune", "arms", "seeds", "objective", "good_enough",
@@ -36,10 +38,13 @@ def load_study(
     *,
     points: int | None = None,
     seeds: int | None = None,
+    extension: str | None = None,
 ) -> Study:
     """Reads a study file, applies the profile and the overrides (`path=value`, paths from the top of the file), and
-    validates the study. Raises StudyError."""
+    validates the study. `extension`: the user's own file (`--extension`), which is installed first. Raises StudyError."""
     file = str(file)
+    if extension is not None:
+        install_extension(extension)
     raw, lines = read_yaml(file)
     _check_names(raw, file, lines)
     profiles = raw.pop("profiles", None) or {}
@@ -63,6 +68,11 @@ def load_study(
         if "seed" in study.trial:
             line = line_of(lines, "trial", "seed")
             raise StudyError(f"{file}:{line}: trial.seed: a study file sets no seed of a trial; expected seeds: N")
+        if "extension" in study.trial:
+            line = line_of(lines, "trial", "extension")
+            raise StudyError(f"{file}:{line}: trial.extension: a study names no code; expected --extension FILE.py")
+        if (own := installed()) is not None:
+            study = study.model_copy(update={"trial": {**study.trial, "extension": own.sha256}})
         TrialSpec.model_validate({**study.trial, "seed": 0})
     except ValidationError as error:
         if error.title == "Study":
@@ -70,6 +80,16 @@ def load_study(
         raise StudyError(explain(error, TrialSpec, file, root="trial", lines=lines)) from None
     check_study(study, lines)
     return study
+
+
+def install_extension(path: str) -> None:
+    """Installs a user's own file in this process. Raises StudyError."""
+    try:
+        install_file(Extension(Path(path).name, Path(path).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"--extension {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except ExtensionError as error:
+        raise StudyError(f"--extension {error}") from None
 
 
 def _check_names(raw: dict[str, Any], file: str, lines: Lines) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from trainables.config.extension import OrOwn
 from trainables.config.value import Value
 
 
@@ -52,7 +54,22 @@ class SentenceBleu(Value):
     kind: Literal["sentence_bleu"]
 
 
+class ReplyScore(Value):
+    """A metric of replies that a user's own file brings."""
+
+    kind: str
+
+    @property
+    def words(self) -> str:
+        """What the metric is, for reports."""
+        return self.kind
+
+    def score(self, reply: str, references: Sequence[str]) -> float:
+        """Returns the score of one reply, 0 to 100, where more is better."""
+        raise NotImplementedError
+
+
 ReplyMetric = Annotated[
-    Annotated[ExactMatch | TokenF1 | ChrF | SentenceBleu, Field(discriminator="kind")],
+    Annotated[ExactMatch | TokenF1 | ChrF | SentenceBleu, Field(discriminator="kind"), OrOwn(ReplyScore)],
     BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
 ]

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, RootModel, Tag
 
+from trainables.config.extension import OrOwn
 from trainables.config.value import Fraction, Value
 
 State = Mapping[str, float]
@@ -137,10 +138,16 @@ class RisesWithLoss(_Schedule, Value):
         return {"value": min(state["value"] + self.step, 1.0), "loss": now}
 
 
+class OwnSchedule(_Schedule, Value):
+    """A schedule that a user's own file brings: `value_at`, from 0 on, between its two `ends`."""
+
+    kind: str
+
+
 _by_type = Discriminator(
     lambda value: "number" if isinstance(value, int | float | str | None | Constant) else "schedule"
 )
-Schedule = Annotated[Linear | Cosine | Step | OffWhenBetter, Field(discriminator="kind")]
+Schedule = Annotated[Linear | Cosine | Step | OffWhenBetter, Field(discriminator="kind"), OrOwn(OwnSchedule)]
 Weight = Annotated[Annotated[Constant, Tag("number")] | Annotated[Schedule, Tag("schedule")], _by_type]
 Share = Annotated[
     Annotated[Constant, Tag("number")]

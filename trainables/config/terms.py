@@ -7,10 +7,11 @@ over, and its own state. Its loss is a pure function of tensors in `trainables.l
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
+from trainables.config.extension import OrOwn
 from trainables.config.layer_maps import LayerMap, Pairs, layer_pairs
 from trainables.config.schedules import Constant, OffWhenBetter, State, Weight
 from trainables.config.unit_weights import Revision, UnitWeights
@@ -346,6 +347,14 @@ class RelationKL(_Flow):
         return layer_pairs(((self.from_layer or num_from, self.to_layer or num_to),), num_from, num_to)
 
 
+class OwnTerm(_Flow):
+    """A flow that a user's own file brings with its function (see `trainables.config.own`)."""
+
+    def total(self, source: Any, to: Any, labels_or_mask: Any) -> Any:
+        """Computes the loss from what `term_loss` is given."""
+        raise NotImplementedError
+
+
 def _not_empty(pairs: Pairs) -> Pairs:
     if not pairs:
         raise ValueError("no layers correspond; expected another map, or explicit pairs")
@@ -369,4 +378,5 @@ Term = Annotated[
     | AttentionMSE
     | RelationKL,
     Field(discriminator="kind"),
+    OrOwn(OwnTerm),
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from trainables.config.data import FORMATS, Corpora, Data, Feature, Instructions, SameTokenizer, Tasks
+from trainables.config.extension import installed
 from trainables.config.models import Model, Random, Remap
 from trainables.config.phase import Fold, Masking, Phase, Stream, Tokens
 from trainables.config.phase_run import PhaseRun, Start
@@ -45,9 +46,16 @@ class TrialSpec(Value):
     models: dict[Name, Model] = Field(min_length=1)  # name -> model
     phases: dict[Name, Phase] = Field(min_length=1)  # name -> phase
     seed: int = Field(0, ge=0)
+    # SHA-256 of the user's own file; set by `--extension` and never in a study; absent from a dump without one
+    extension: str | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _the_parts_fit_together(self) -> TrialSpec:
+        own = installed()
+        if self.extension is not None and (own is None or own.sha256 != self.extension):
+            raise ValueError(
+                f"extension: needs the file of SHA-256 {self.extension[:12]}…; expected --extension FILE.py"
+            )
         known: dict[str, Mapping[str, Any]] = {"model": self.models, "data set": self.data}
         for path, what, name in _references(self):
             _known(what, name, known[what], path)

@@ -46,6 +46,9 @@ def term_loss(
     and a mask [B, T]. attention_scores: a [B, H, T, T] for each pair, and a mask [B, T] or [B, T, T]. relations: for
     each pair queries, keys and values [B, T, D], and a mask [B, T].
     """
+    if isinstance(term, terms.OwnTerm):
+        loss: Tensor = term.total(source, to, labels_or_mask)
+        return loss
     return LOSSES[type(term)](term, source, to, labels_or_mask, weights_N)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from trainables.config import extension
+from trainables.config.reply_metrics import ReplyScore
 from trainables.metrics.language import AGREEMENT, KL, LM_ACCURACY, LM_LOSS, MLM_ACCURACY, MLM_LOSS, TASK_LOSS
 from trainables.metrics.metric import Metric
-from trainables.metrics.replies import NAMED_BY_DATA
+from trainables.metrics.replies import NAMED_BY_DATA, metric_of_replies
 from trainables.metrics.rouge import GREEDY_ROUGE_L, ROUGE_L, UNFINISHED
 from trainables.metrics.task_metrics import ACCURACY, F1, MATTHEWS, PEARSON, SPEARMAN
 from trainables.metrics.task_scores import SCORE
@@ -23,5 +25,7 @@ def metric_named(name: str) -> Metric:
     for metric in METRICS:
         if metric.is_recorded_as(name):
             return metric
+    if (own := extension.examples(ReplyScore).get(name)) is not None:
+        return metric_of_replies(name, own.words)
     known = ", ".join(f"MODEL_{metric.name}" if metric.beside_model else metric.name for metric in METRICS)
     raise ValueError(f"unknown metric {name!r}; known metrics: {known}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trainables.config.reply_metrics import ChrF, ExactMatch, ReplyMetric, SentenceBleu, TokenF1
+from trainables.config.reply_metrics import ChrF, ExactMatch, ReplyMetric, ReplyScore, SentenceBleu, TokenF1
 from trainables.metrics.metric import Examples, Floats, Metric, of_sums, ratio
 from trainables.metrics.rouge import UNSPACED
 
@@ -26,6 +26,8 @@ def score_reply(metric: ReplyMetric, reply: str, references: Sequence[str]) -> f
     """Computes a metric of one reply, 0 to 100. Raises ValueError where there is no reference."""
     if not references:
         raise ValueError("nothing to compare a reply with: there is no reference")
+    if isinstance(metric, ReplyScore):
+        return metric.score(reply, references)
     return SCORES[type(metric)](metric, reply, references)
 
 

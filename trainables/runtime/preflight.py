@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from trainables.config.extension import Extension, ExtensionError, installed
+from trainables.config.own import install_file
 from trainables.config.trial import TrialSpec
 from trainables.storage.files import Storage, check_writable
 from trainables.storage.prepared_folders import ABOUT, read_about
@@ -41,6 +43,7 @@ class Expected:
     bf16: bool
     data: tuple[str, ...]  # fingerprints of what the driver prepared
     models: tuple[str, ...]  # folders
+    extension: tuple[str, str] | None = None  # the user's own file: its name and its text
 
 
 def expect(
@@ -61,6 +64,7 @@ def expect(
         bf16=any(spec.precision == "bf16" for spec in specs) or any(model.dtype == "bf16" for model in models),
         data=tuple(sorted(found)),
         models=tuple(sorted({m.folder[0] for m in models if m.folder and Path(m.folder[0]).is_dir()})),
+        extension=None if (own := installed()) is None else (own.file, own.text),
     )
 
 
@@ -97,6 +101,7 @@ def _first(expected: Expected, device: str | None) -> str | None:
         return (
             _versions(expected)
             or _code(expected)
+            or _extension(expected)
             or _storage(expected)
             or _device(expected, device)
             or _data(expected)
@@ -122,6 +127,16 @@ def _code(expected: Expected) -> str | None:
     if code() == expected.code:
         return None
     return f"the files of {Path(__file__).parent.parent} are not the driver's; expected a copy of them"
+
+
+def _extension(expected: Expected) -> str | None:
+    """Installs the user's own file, which the driver sends; a process has one at most."""
+    try:
+        if expected.extension is not None:
+            install_file(Extension(*expected.extension))
+    except ExtensionError as error:
+        return f"{error}; expected an extension that runs on each machine"
+    return None
 
 
 def _storage(expected: Expected) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainables.config.extension import uses_members
 from trainables.config.models import Remap
 from trainables.config.phase import Epochs, Phase, Steps, Stream, Tokens
 from trainables.config.phase_run import PhaseRun, Start
@@ -161,6 +162,10 @@ def phase_key(spec: TrialSpec, instance: PhaseRun, fingerprints: Mapping[str, st
     }
     if carried := carried_projectors(spec, instance):
         value["projectors"] = sorted(carried)
+    read = [spec.data[stream.data] for stream in streams_of(spec, instance).values()]
+    read += [spec.data[item] for item in phase.eval_only]
+    if spec.extension is not None and uses_members([phase, *read]):  # other phases keep their keys
+        value["extension"] = spec.extension
     return digest(value, 32)
 
 
