@@ -84,14 +84,14 @@ EXAMPLES = pa.schema(
         ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
         ("count", pa.int64()),  # of these positions; 1 for a task
         ("cluster", pa.int64()),  # examples of one document or text have one; null where that is unknown
+        ("samples", pa.list_(pa.float32())),  # the score of each drawn reply; null where none is drawn
     ]
 )
 RECORD = RESULTS.names[RESULTS.names.index("model") :]  # the columns of one record, all of which it must have
 
 
 def no_examples() -> pd.DataFrame:
-    frame: pd.DataFrame = EXAMPLES.empty_table().to_pandas()
-    return frame
+    return _compact(EXAMPLES.empty_table())
 
 
 TABLES = {"results": RESULTS, "trials": TRIALS, "examples": EXAMPLES}
@@ -168,7 +168,14 @@ def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.D
                 for field in EXAMPLES
             ]
             parts.append(pa.Table.from_arrays(columns, schema=EXAMPLES))
-    frame: pd.DataFrame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+    return _compact(pa.concat_tables(parts).unify_dictionaries())
+
+
+def _compact(table: pa.Table) -> pd.DataFrame:
+    """Converts a table, whose lists stay Arrow's: a million lists are not as many objects."""
+    frame: pd.DataFrame = table.to_pandas(
+        types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None
+    )
     return frame
 
 
@@ -176,7 +183,7 @@ def _answers_of(key: str, answers: Callable[[str], pd.DataFrame | None], schema:
     found = answers(key)
     if found is None or not (found["split"] == "test").any():
         return None
-    found = found if "cluster" in found else found.assign(cluster=None)  # of older storages
+    found = found.assign(**{name: None for name in ("cluster", "samples") if name not in found})  # of older storages
     return pa.Table.from_pandas(found[found["split"] == "test"], schema=schema, preserve_index=False)
 
 
@@ -205,7 +212,7 @@ def read(home: Storage, names: Iterable[str] = TABLES) -> Tables | None:
     for name in names:
         content = home.read(f"{name}.parquet")
         if content is not None:
-            frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()
+            frames[name] = _compact(pq.read_table(io.BytesIO(content)))
         elif name != "examples":
             return None
     return Tables(**frames)

@@ -41,7 +41,7 @@ def evaluate_exchanges(
     replies `rougeL` (x 100, the mean over the sampling seeds), `greedy_rougeL`, and `unfinished`, the share (x 100) without
     an end.
 
-    By example, `predictions_E` are its `rougeL`.
+    By example, `predictions_E` are its `rougeL`, and `samples_EK` that of each drawn reply.
     """
     exchanges: Exchanges = getattr(data, split)
     sums = ExampleSums.of(len(exchanges))
@@ -59,7 +59,9 @@ def evaluate_exchanges(
         "greedy_rougeL": float(generated[None][0].mean()),
         "unfinished": float(100 * np.mean([unfinished for _, unfinished in sampled])),
     }
-    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters())
+    samples_EK = np.stack([generated[seed][0] for seed in seeds], axis=1) if seeds else None
+    clusters_E = exchanges.clusters()
+    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=clusters_E, samples_EK=samples_EK)
 
 
 def _score_replies(

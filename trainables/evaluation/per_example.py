@@ -31,6 +31,7 @@ class Scored(NamedTuple):
     counts_E: Floats  # supervised positions; 1 in a task
     parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
     clusters_E: NDArray[np.int64] | None = None  # the document or text that examples share; None where unknown
+    samples_EK: Floats | None = None  # of drawn replies: the score of each, whose mean is the prediction
 
 
 class Targets(NamedTuple):

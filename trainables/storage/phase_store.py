@@ -38,6 +38,7 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
         ("loss", pa.float64()),  # nats (squared error for numbers), summed over the example's supervised positions
         ("count", pa.int64()),  # these positions; 1 in a task
         ("cluster", pa.int64()),  # the same for examples of one document or text; null where unknown
+        ("samples", pa.list_(pa.float32())),  # the score of each drawn reply; null where none is drawn
     ]
 )
 

@@ -168,6 +168,7 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
             "loss": scored.losses_E.tolist(),
             "count": scored.counts_E.astype(int).tolist(),
             "cluster": unknown if scored.clusters_E is None else scored.clusters_E.tolist(),
+            "samples": unknown if scored.samples_EK is None else scored.samples_EK.tolist(),
         }
         for name, column in values.items():
             columns[name] += column
