@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from orchestrator.analysis.claim_parts import Pair, Part
 from orchestrator.analysis.statistics import Decision, detectable_in_sd, seeds_needed
 
-MOST_EXAMPLES = 100.0  # times as many; advice of more is useless
+MOST_TIMES = 100.0  # as many examples or replies; advice of more is useless
 
 
 class MoreEvidence(NamedTuple):
@@ -18,13 +18,25 @@ class MoreEvidence(NamedTuple):
 
     seeds: int | None = None
     examples: float | None = None  # times as many as there are, in trials that run anew
-    seeds_hours: float = 0.0  # of devices; 0 where costs are not recorded
-    examples_hours: float = 0.0
+    samples: float | None = None  # times as many replies to each prompt, likewise
+    seeds_hours: float = 0.0  # of devices, without evaluation; 0 where costs are not recorded
+    anew_hours: float = 0.0  # of all trials of the claim
+    num_samples: int = 0  # replies that are drawn for each prompt
 
     @property
-    def is_by_examples(self) -> bool:
-        """Whether more examples are cheaper than more seeds."""
-        return self.examples is not None and (self.seeds is None or self.examples_hours < self.seeds_hours)
+    def cheapest(self) -> Literal["seeds", "examples", "samples"] | None:
+        """What takes the fewest device-hours; of the same hours, what draws the fewest new replies.
+
+        A prompt more takes a greedy reply, beside the drawn ones; a reply more to a prompt takes itself alone.
+        """
+        costs: dict[Literal["seeds", "examples", "samples"], tuple[float, float]] = {}
+        if self.seeds is not None:
+            costs["seeds"] = self.seeds_hours, 0.0
+        if self.examples is not None:
+            costs["examples"] = self.anew_hours, (self.examples - 1) * (self.num_samples + 1)
+        if self.samples is not None:
+            costs["samples"] = self.anew_hours, (self.samples - 1) * self.num_samples
+        return min(costs.items(), key=lambda item: item[1])[0] if costs else None
 
 
 def more_evidence(
@@ -39,13 +51,15 @@ def more_evidence(
     """
     if any(part.failed for part in parts):
         return MoreEvidence()
-    seeds, examples = (
+    seeds, examples, samples = (
         more if math.isfinite(more := _needed(parts, leans, needs, within=within, level=level, alpha=alpha)) else None
-        for needs in (_seeds, _examples)
+        for needs in (_seeds, _examples, _samples)
     )
     hours = _seconds_per_seed(pairs) / 3600
     num = max((part.spread[1] for part in parts if part.spread), default=0)
-    return MoreEvidence(None if seeds is None else int(seeds), examples, hours * (seeds or 0), hours * num)
+    num_samples = max((part.new_data.num_samples for part in parts if part.new_data), default=0)
+    whole = None if seeds is None else int(seeds)
+    return MoreEvidence(whole, examples, samples, hours * (seeds or 0), hours * num, num_samples)
 
 
 _Needs = Callable[[Part, float], float]
@@ -71,15 +85,23 @@ def _seeds(part: Part, level: float) -> float:
 
 
 def _examples(part: Part, level: float) -> float:
-    """Returns how many times as many examples: they reduce the share of the pairs' variance that varies with the
-    example."""
+    """Returns how many times as many examples, each with its replies."""
+    return _times(part, level, part.new_data.share if part.new_data is not None else None)
+
+
+def _samples(part: Part, level: float) -> float:
+    """Returns how many times as many replies to each prompt."""
+    return _times(part, level, part.new_data.sample_share if part.new_data is not None else None)
+
+
+def _times(part: Part, level: float, share: float | None) -> float:
+    """Returns how many times as much of what reduces this share of the pairs' variance."""
     sd, n = part.spread or (None, 0)
-    share = part.comparison.example_share if part.comparison is not None else None
     if not sd or share is None or not part.beyond:
         return math.inf
     allowed = (part.beyond / sd / detectable_in_sd(n, alpha=level)) ** 2  # of the variance
     left = allowed - (1 - share)
-    return share / left if left > 0 and 1 < share / left <= MOST_EXAMPLES else math.inf
+    return share / left if left > 0 and 1 < share / left <= MOST_TIMES else math.inf
 
 
 def _seconds_per_seed(pairs: Sequence[Pair]) -> float:

@@ -12,7 +12,7 @@ from orchestrator.analysis.arm_values import ArmValues, arm_values
 from orchestrator.analysis.costs import CostPart, cost_pair
 from orchestrator.analysis.equal_cost import equal_cost_values
 from orchestrator.analysis.looks import level_of, over_looks
-from orchestrator.analysis.new_data import Missing, Runs, StoredAnswers
+from orchestrator.analysis.new_data import Missing, NewData, Runs, StoredAnswers
 from orchestrator.analysis.notes import Kind, Note, note
 from orchestrator.analysis.queries import MetricQuery, Records, TaskFacts
 from orchestrator.analysis.scaling import Answer
@@ -48,6 +48,7 @@ class Part:
     cost: CostPart | None = None
     answer: Answer | None = None  # of a claim about scaling
     p_equivalent: float = 1.0  # that the gain is within the claim's ±`within`
+    new_data: NewData | None = None  # where answers are stored
 
     @property
     def decision(self) -> Decision:
@@ -141,11 +142,12 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
     comparison = context.compare(arm.values, against.values, against.name)
     notes = _on_pairs(comparison, arm.name, against.name)
     by_task: dict[str, Comparison] = {}
+    new_data = None
     for task in context.query.tasks if len(context.query.tasks) > 1 else ():
         of_task = context.compare(arm.by_task.get(task, {}), against.by_task.get(task, {}), against.name)
         by_task |= {} if of_task is None else {task: of_task}
     if comparison is not None:
-        comparison, by_task, more = _over_examples(context, comparison, by_task, (arm, against))
+        comparison, by_task, new_data, more = _over_examples(context, comparison, by_task, (arm, against))
         notes += more
     failed = {seed for values in (arm, against) for seed in values.failed}
     if failed:
@@ -161,7 +163,9 @@ def compare_quality(context: ClaimContext, arm: ArmValues, against: ArmValues) -
         test = max(tests)._replace(p_equivalent=p_equivalent) if is_alike else _Test(1.0, 0.0, p_equivalent)
         notes += _on_beyond(context, arm, against, is_alike=is_alike)
     p, beyond, p_equivalent = test
-    return Part(p, beyond, tuple(notes), bool(failed), comparison, by_task, p_equivalent=p_equivalent)
+    return Part(
+        p, beyond, tuple(notes), bool(failed), comparison, by_task, p_equivalent=p_equivalent, new_data=new_data
+    )
 
 
 class _Test(NamedTuple):
@@ -184,7 +188,7 @@ def _test(context: ClaimContext, pair: tuple[Mapping[int, float], Mapping[int, f
 
 def _over_examples(
     context: ClaimContext, comparison: Comparison, by_task: dict[str, Comparison], pair: Pair
-) -> tuple[Comparison, dict[str, Comparison], list[Note]]:
+) -> tuple[Comparison, dict[str, Comparison], NewData | None, list[Note]]:
     """Adds the intervals over new seeds and new examples."""
     arm, against = pair
     seeds, query = comparison.seeds, context.query
@@ -200,15 +204,15 @@ def _over_examples(
         runs = Runs((arm.name, against.name), queries, seeds, recorded)
         drawn = context.examples.intervals(runs, context.facts, alpha=context.alpha)
     except Missing as missing:
-        return comparison, by_task, [missing.note]
+        return comparison, by_task, None, [missing.note]
     if comparison.n == 1:
-        return comparison, by_task, [note(Kind.SINGLE_SEED_INTERVAL, interval=drawn.mean)]
+        return comparison, by_task, drawn, [note(Kind.SINGLE_SEED_INTERVAL, interval=drawn.mean)]
     each = {
         task: replace(by_task[task], new_data=interval)
         for task, interval in zip(recorded, drawn.each, strict=True)
         if task in by_task and by_task[task].seeds == seeds
     }
-    return replace(comparison, new_data=drawn.mean, example_share=drawn.share), by_task | each, []
+    return replace(comparison, new_data=drawn.mean), by_task | each, drawn, []
 
 
 def _on_pairs(comparison: Comparison | None, arm: str, against: str) -> list[Note]:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from orchestrator.analysis.notes import Kind, note
@@ -48,6 +50,7 @@ class Variances(NamedTuple):
     clusters: float
     both: float  # of what varies with the pair of seed and cluster; also in either of the others
     freedom: float  # degrees of freedom of `clusters`
+    samples: float = 0.0  # of what varies with the drawn replies; also in `both`
 
     def half(self, alpha: float) -> float:
         """Returns half of the width of the interval."""
@@ -77,6 +80,7 @@ class DataSet(NamedTuple):
     left_out_ASC: Floats  # of each arm and seed: without each cluster; last, of all examples
     part_C: NDArray[np.int64]  # of the test set, that of each cluster
     num_C: NDArray[np.int64]  # examples
+    moved_SKE: Floats | None = None  # of drawn replies k: by how much the difference moves without each example
 
     @property
     def difference_S(self) -> Floats:
@@ -90,6 +94,19 @@ class DataSet(NamedTuple):
         parts = [self.part_C == part for part in np.unique(self.part_C)]
         return [Stratum(moved_SC[:, here], _effective(self.num_C[here])) for here in parts]
 
+    @property
+    def sample_variance(self) -> float:
+        """The variance of the mean difference over seeds that other draws of the replies would change.
+
+        It is what varies with the example, the draw and the seed, since a draw that is the same at all seeds moves none.
+        """
+        if self.moved_SKE is None or min(self.moved_SKE.shape[:2]) < 2:
+            return 0.0
+        S, K = self.moved_SKE.shape[:2]
+        x_SKE: Floats = self.moved_SKE - self.moved_SKE.mean(0)
+        x_SKE = x_SKE - x_SKE.mean(1, keepdims=True)
+        return float((x_SKE**2).sum() / ((S - 1) * (K - 1) * K * S))
+
 
 def _effective(num_C: NDArray[np.int64]) -> float:
     return float(num_C.sum() ** 2 / (num_C**2).sum())
@@ -102,10 +119,19 @@ class NewData(NamedTuple):
     each: tuple[Interval, ...]
     variances: Variances  # of the mean
 
+    num_samples: int = 0  # replies that are drawn for each prompt
+
     @property
     def share(self) -> float | None:
         """Of the variance over seeds: what varies with the example as well. None where seeds do not differ."""
         return min(1.0, self.variances.both / self.variances.seeds) if self.variances.seeds else None
+
+    @property
+    def sample_share(self) -> float | None:
+        """Of the variance over seeds: what varies with the drawn replies. None where none are drawn, or seeds do not differ."""
+        if not self.variances.seeds or self.num_samples < 2:
+            return None
+        return min(1.0, self.variances.samples / self.variances.seeds, self.variances.both / self.variances.seeds)
 
 
 def intervals(data: Sequence[DataSet], *, alpha: float = ALPHA) -> NewData:
@@ -115,8 +141,10 @@ def intervals(data: Sequence[DataSet], *, alpha: float = ALPHA) -> NewData:
 
     mean_S: Floats = np.mean([of_set.difference_S for of_set in data], axis=0)
     whole = variances(mean_S, [stratum for of_set in data for stratum in of_set.strata(1 / len(data))])
+    whole = whole._replace(samples=sum(of_set.sample_variance for of_set in data) / len(data) ** 2)
     each = (interval(d.difference_S, variances(d.difference_S, d.strata())) for d in data)
-    return NewData(interval(mean_S, whole), tuple(each), whole)
+    num_samples = max(0 if d.moved_SKE is None else d.moved_SKE.shape[1] for d in data)
+    return NewData(interval(mean_S, whole), tuple(each), whole, num_samples)
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -136,6 +164,7 @@ class RunAnswers(NamedTuple):
     examples: Examples
     number_E: NDArray[np.int64]  # of the example in its part
     cluster_E: Floats  # NaN where unknown
+    samples_EK: Floats | None  # the score of each drawn reply, where replies are drawn
 
 
 class Runs(NamedTuple):
@@ -162,6 +191,7 @@ class StoredAnswers:
             if name in rows
         }
         self._scores = rows["scores"].to_numpy() if "scores" in rows else None
+        self._samples = pa.array(rows["samples"], pa.list_(pa.float32())) if "samples" in rows else None
         self._places = dict[_Key, list[NDArray[np.intp]]]()
         keys = [records.column, "seed", "model", "task", "phase"]
         found: Any = rows.groupby(keys, observed=True, sort=False).indices
@@ -215,8 +245,13 @@ class StoredAnswers:
                 if run is not first and not np.array_equal(run.cluster_E, first.cluster_E):
                     raise Missing(Kind.OTHER_EXAMPLES, task=task, arm=arm, seed=seed)
         clusters_E, part_C = clusters(first.examples.part_E, first.cluster_E)
+        moved_ASKE = [[_moved(run, metric) for run, _ in of_arm] for of_arm in found]
+        is_drawn = len({None if moved is None else moved.shape for of_arm in moved_ASKE for moved in of_arm}) == 1
         return DataSet(
-            np.array([[values for _, values in of_arm] for of_arm in found]), part_C, np.bincount(clusters_E)
+            np.array([[values for _, values in of_arm] for of_arm in found]),
+            part_C,
+            np.bincount(clusters_E),
+            np.subtract(*np.array(moved_ASKE)) if is_drawn and moved_ASKE[0][0] is not None else None,
         )
 
     def _left_out(self, arm: str, seed: int, query: MetricQuery, what: tuple[str, Metric]) -> tuple[RunAnswers, Floats]:
@@ -243,7 +278,10 @@ class StoredAnswers:
             examples = Examples(
                 part_E, column["label"], column["prediction"], column["loss"], column["count"], self._scores_at(where)
             )
-            self._runs[key] = RunAnswers(examples, number_E, column.get("cluster", np.full(len(where), np.nan)))
+            samples = None if self._samples is None else self._samples.take(pa.array(where))
+            samples_EK = None if samples is None or samples.null_count else np.array(samples.to_pylist())
+            cluster_E = column.get("cluster", np.full(len(where), np.nan))
+            self._runs[key] = RunAnswers(examples, number_E, cluster_E, samples_EK)
         return self._runs[key]
 
     def _scores_at(self, where: NDArray[np.intp]) -> dict[str, Floats]:
@@ -257,6 +295,17 @@ def stored_answers(examples: pd.DataFrame | None, records: Records) -> StoredAns
     """Reads the answers; None where there are none."""
     found = None if examples is None or examples.empty else StoredAnswers(examples, records)
     return found if found is not None and found.num_runs else None
+
+
+def _moved(run: RunAnswers, metric: Metric) -> Floats | None:
+    """Returns [K, E] by how much the metric of each draw moves without each example; None where the metric is of no drawn
+    replies."""
+    if run.samples_EK is None or metric.needs != ("prediction",) or metric.left_out is None:
+        return None
+    drawn = (replace(run.examples, prediction_E=score_E) for score_E in run.samples_EK.T)
+    left_out_KE: Floats = np.array([metric.left_out(one, np.arange(len(run.number_E))) for one in drawn])
+    moved_KE: Floats = left_out_KE[:, :-1] - left_out_KE[:, -1:]
+    return moved_KE
 
 
 def clusters(part_E: NDArray[np.int64], cluster_E: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

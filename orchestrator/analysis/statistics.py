@@ -236,7 +236,6 @@ class Comparison:
     p_floor: float = 1.0  # the least possible `p_signflip`
     correlation: float | None = None  # of the pairs
     welch: Interval | None = None  # 95 %, unpaired
-    example_share: float | None = None  # of the differences' variance: what varies with the example as well as the seed
     new_data: Interval | None = None  # Bonferroni over the family, over new seeds and new examples; see `new_data`
 
     @property

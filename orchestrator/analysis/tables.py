@@ -85,14 +85,14 @@ EXAMPLES = pa.schema(
         ("count", pa.int64()),  # of these positions; 1 for a task
         ("cluster", pa.int64()),  # examples of one document or text have one; null where that is unknown
         ("scores", _WORD),  # of replies: JSON, by the metrics that the data set names; else null
+        ("samples", pa.list_(pa.float32())),  # the score of each drawn reply; null where none is drawn
     ]
 )
 RECORD = RESULTS.names[RESULTS.names.index("model") :]  # the columns of one record, all of which it must have
 
 
 def no_examples() -> pd.DataFrame:
-    frame: pd.DataFrame = EXAMPLES.empty_table().to_pandas()
-    return frame
+    return _compact(EXAMPLES.empty_table())
 
 
 TABLES = {"results": RESULTS, "trials": TRIALS, "examples": EXAMPLES}
@@ -169,7 +169,14 @@ def _examples(trials: Iterable[Mapping[str, Any]], answers: Callable[[str], pd.D
                 for field in EXAMPLES
             ]
             parts.append(pa.Table.from_arrays(columns, schema=EXAMPLES))
-    frame: pd.DataFrame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+    return _compact(pa.concat_tables(parts).unify_dictionaries())
+
+
+def _compact(table: pa.Table) -> pd.DataFrame:
+    """Converts a table, whose lists stay Arrow's: a million lists are not as many objects."""
+    frame: pd.DataFrame = table.to_pandas(
+        types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_list(kind) else None
+    )
     return frame
 
 
@@ -177,8 +184,8 @@ def _answers_of(key: str, answers: Callable[[str], pd.DataFrame | None], schema:
     found = answers(key)
     if found is None or not (found["split"] == "test").any():
         return None
-    for late in ("cluster", "scores"):  # which older storages lack
-        found = found if late in found else found.assign(**{late: None})
+    late = {name: None for name in ("cluster", "scores", "samples") if name not in found}  # which older storages lack
+    found = found.assign(**late)
     return pa.Table.from_pandas(found[found["split"] == "test"], schema=schema, preserve_index=False)
 
 
@@ -207,7 +214,7 @@ def read(home: Storage, names: Iterable[str] = TABLES) -> Tables | None:
     for name in names:
         content = home.read(f"{name}.parquet")
         if content is not None:
-            frames[name] = pq.read_table(io.BytesIO(content)).to_pandas()
+            frames[name] = _compact(pq.read_table(io.BytesIO(content)))
         elif name != "examples":
             return None
     return Tables(**frames)

@@ -206,8 +206,14 @@ def _more_evidence(v: Verdict) -> str | None:
             if not v.claim.margin
             else ", to refute: the gain is below the margin"
         )
-    if more.is_by_examples:
-        return f"about {more.examples:.2g} times the examples, all trials anew{_hours(more.examples_hours)}{which}"
+    if more.cheapest in ("examples", "samples"):
+        is_examples = more.cheapest == "examples"
+        what = (
+            f"{more.examples:.2g} times the examples"
+            if is_examples
+            else f"{more.samples:.2g} times the replies to each prompt"
+        )
+        return f"about {what}, all trials anew{_hours(more.anew_hours)}{which}"
     return None if more.seeds is None else f"about {plural(more.seeds, 'more seed')}{_hours(more.seeds_hours)}{which}"
 
 

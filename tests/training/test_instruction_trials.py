@@ -117,6 +117,9 @@ def test_a_model_learns_to_answer_and_is_recorded_with_all_its_numbers(shared: L
         rows = [i for i, task in enumerate(stored["task"]) if task == name]
         assert len(rows) == len(data.test) and [stored["example"][i] for i in rows] == list(range(len(rows)))
         assert np.mean([stored["prediction"][i] for i in rows]) == pytest.approx(recorded["rougeL"])
+        drawn = np.array([stored["samples"][i] for i in rows])
+        assert drawn.shape == (len(rows), len(data.scoring.seeds)) and drawn.std(1).max() > 0
+        assert drawn.mean(1) == pytest.approx([stored["prediction"][i] for i in rows], rel=1e-5)
         loss = sum(stored["loss"][i] for i in rows) / sum(stored["count"][i] for i in rows)
         assert loss == pytest.approx(recorded["lm_loss"])
         assert [stored["count"][i] for i in rows] == [len(data.test.reply(i)) for i in range(len(rows))]

@@ -42,7 +42,7 @@ def evaluate_exchanges(
     replies `rougeL` (x 100, the mean over the sampling seeds), `greedy_rougeL`, and `unfinished`, the share (x 100) without
     an end; and each further metric that the data set names, as `rougeL`.
 
-    By example, `predictions_E` are its `rougeL`, and `scores` has the further metrics.
+    By example, `predictions_E` are its `rougeL`, `samples_EK` that of each drawn reply, and `scores` has the further metrics.
     """
     exchanges: Exchanges = getattr(data, split)
     sums = ExampleSums.of(len(exchanges))
@@ -62,7 +62,9 @@ def evaluate_exchanges(
         UNFINISHED.name: float(100 * unfinished_E.mean()),
         **{name: float(score_E.mean()) for name, score_E in sampled.items()},
     }
-    return Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters(), scores=sampled)
+    rouge_EK = np.stack([generated[seed][ROUGE_L.name] for seed in seeds], axis=1) if seeds else None
+    found = Scored(metrics, None, rouge_E, sums.losses_E, sums.counts_E, clusters_E=exchanges.clusters())
+    return found._replace(scores=sampled, samples_EK=rouge_EK)
 
 
 def _score_replies(

@@ -32,6 +32,7 @@ class Scored(NamedTuple):
     parts_E: NDArray[np.int64] | None = None  # which part of the split, where it has several
     clusters_E: NDArray[np.int64] | None = None  # the document or text that examples share; None where unknown
     scores: Mapping[str, Floats] = {}  # of replies, [E] for each metric that the data set names
+    samples_EK: Floats | None = None  # of drawn replies: the score of each, whose mean is the prediction
 
 
 class Targets(NamedTuple):

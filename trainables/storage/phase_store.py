@@ -39,6 +39,7 @@ EXAMPLES = pa.schema(  # the score of each example of a phase's test data, at it
         ("count", pa.int64()),  # these positions; 1 in a task
         ("cluster", pa.int64()),  # the same for examples of one document or text; null where unknown
         ("scores", pa.string()),  # of replies: JSON, by the metrics that the data set names; else null
+        ("samples", pa.list_(pa.float32())),  # the score of each drawn reply; null where none is drawn
     ]
 )
 

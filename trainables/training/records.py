@@ -174,6 +174,7 @@ def examples_of(phase: PhaseState) -> dict[str, list[Any]]:
                 for values in zip(*(score_E.tolist() for score_E in scored.scores.values()), strict=True)
             ]
             or unknown,
+            "samples": unknown if scored.samples_EK is None else scored.samples_EK.tolist(),
         }
         for name, column in values.items():
             columns[name] += column
