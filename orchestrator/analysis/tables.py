@@ -201,7 +201,8 @@ def write(tables: Tables, home: Storage) -> None:
     for name, schema in TABLES.items():
         buffer = io.BytesIO()
         table = pa.Table.from_pandas(getattr(tables, name), schema=schema, preserve_index=False)
-        pq.write_table(table, buffer, compression="zstd")
+        # without pandas' notes on types, of which it cannot read back that of lists
+        pq.write_table(table.replace_schema_metadata(None), buffer, compression="zstd")
         home.write(f"{name}.parquet", buffer.getvalue())
 
 
