@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from trainables.losses.contract import Broken  # here, so that `--help` is quick
+
     num_broken = 0
     for kind, value in examples().items():
         for name, check in _checks(value):
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check(value)
             except Exception as error:  # the file's own functions may raise anything
                 num_broken += 1
-                about = str(error) if type(error).__name__ == "Broken" else f"{type(error).__name__}: {error}"
+                about = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
                 print(f"{kind}: {name.replace('_', ' ')}: {(about.splitlines() or [''])[0]}")
     num = len(examples())
     kept = "every contract is kept" if not num_broken else f"{num_broken} checks fail"

@@ -190,7 +190,8 @@ class StoredAnswers:
             for name in ("part", "example", "label", "prediction", "loss", "count", "cluster")
             if name in rows
         }
-        self._scores = rows["scores"].to_numpy() if "scores" in rows else None
+        # a column of nulls, as of tasks, is not read row by row
+        self._scores = rows["scores"].to_numpy() if "scores" in rows and rows["scores"].notna().any() else None
         self._samples = pa.array(rows["samples"], pa.list_(pa.float32())) if "samples" in rows else None
         self._places = dict[_Key, list[NDArray[np.intp]]]()
         keys = [records.column, "seed", "model", "task", "phase"]

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from trainables.config.data import Sampling
-from trainables.config.mix import Mix
 from trainables.config.optimizer import Optimizer
 from trainables.config.schedules import Constant, Share
 from trainables.config.terms import Term
@@ -150,6 +149,21 @@ class Interleaved(_Generated, Sampling):
 
 
 ReplySource = Annotated[Sampled | Interleaved, Field(discriminator="kind")]
+
+
+class Mix(Value):
+    """Each example of a task with another one of the batch, as a mixture of word embeddings: λ E(x_i) + (1 - λ) E(x_j), in
+    each model's own table, λ from Beta(alpha, alpha) (MixKD, Liang et al. 2021).
+
+    A hard term is split λ : 1 - λ between both labels. The formula is that of mixup in the embeddings; MixKD's own is
+    known from its abstract and second-hand.
+    """
+
+    alpha: Positive = 0.4  # the smaller, the nearer is λ to 0 or 1
+
+    @property
+    def formula(self) -> str:
+        return f"pairs of examples, λ E(x_i) + (1 - λ) E(x_j) in each model's embeddings, λ from Beta({self.alpha:g}, {self.alpha:g})"
 
 
 class Stream(Value):

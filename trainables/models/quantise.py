@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainables.config.errors import ModelError
 from trainables.config.models import Quantization
-from trainables.models.layouts import is_linear, is_transposed
+from trainables.models.layouts import is_linear, is_transposed, num_outputs
 from trainables.models.output_head import trunk_of
 
 BLOCK, BLOCKS = 64, 256  # numbers that share a scale in nf4, and scales that share a scale of their own
@@ -81,9 +81,8 @@ def num_bytes(net: Any, kind: Quantization) -> int:
     for _, layer in _layers(net):
         number: int = layer.weight.numel()
         plain -= number * layer.weight.itemsize
-        outputs = layer.weight.shape[1 if is_transposed(layer) else 0]
         nf4 = number // 2 + number // BLOCK + 4 * -(-number // (BLOCK * BLOCKS))
-        quantised += nf4 if kind == "nf4" else number + 4 * outputs
+        quantised += nf4 if kind == "nf4" else number + 4 * num_outputs(layer)
     return plain + quantised
 
 

@@ -67,8 +67,8 @@ def _rows(data: InstructionFiles | InstructionHub, table: Table, split: str, out
             except DataError as error:
                 out.refused.append(error)
                 continue
-            replies = _replies(answer.said, where) or (("",) if any(key in CALLS for key in answer.more or ()) else ())
-            answer = answer if answer.more or isinstance(answer.content, list) else None
+            replies = _replies(answer.said, where) or (("",) if _is_call(answer) else ())
+            answer = _more_than_text(answer)
         else:
             turns = [Turn("user", columns[names.prompt][i] or "")]
             context = "" if names.context is None else _text(columns[names.context][i], f"{where}: {names.context!r}")
@@ -94,11 +94,19 @@ def _each_reply(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         whole = row._replace(group=row.split_by)
         for at, turn in enumerate(row.turns):
-            said, is_call = turn.said.strip(), any(key in CALLS for key in turn.more or ())
-            if turn.role == "assistant" and at and row.turns[at - 1].said.strip() and (said or is_call):
-                answer = turn if turn.more or isinstance(turn.content, list) else None
-                yield whole._replace(turns=row.turns[:at], replies=(said,), answer=answer)
+            said = turn.said.strip()
+            if turn.role == "assistant" and at and row.turns[at - 1].said.strip() and (said or _is_call(turn)):
+                yield whole._replace(turns=row.turns[:at], replies=(said,), answer=_more_than_text(turn))
         yield whole
+
+
+def _is_call(turn: Turn) -> bool:
+    return any(key in CALLS for key in turn.more or ())
+
+
+def _more_than_text(turn: Turn) -> Turn | None:
+    """Returns the message of a reply where it is more than a text, as a row keeps it."""
+    return turn if turn.more or isinstance(turn.content, list) else None
 
 
 def _text(value: Any, where: str) -> str:
